@@ -1,0 +1,8 @@
+"""Cohorts of cores and the coupling to the optimizer."""
+
+from tnadapt.engine.coupling import Coupling
+from tnadapt.engine.engine import Engine
+from tnadapt.engine.optimizers import is_elementwise, unwrap
+from tnadapt.engine.tensors import broadcast_object, is_distributed
+
+__all__ = ["Coupling", "Engine", "broadcast_object", "is_distributed", "is_elementwise", "unwrap"]

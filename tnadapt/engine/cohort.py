@@ -1,0 +1,246 @@
+"""Storage of the cores: one flat buffer per cohort, laid out by site, that folds and pulls back as one batch.
+
+A cohort is the expanded matrices of one structure, device and optimizer group. Letters: n = members, k = site (or core),
+core_k = shape of core k. The buffer holds `[site 0: n x core_0][site 1: n x core_1]...`, so the stacked cores of a site
+are one contiguous tensor however many rounds of expansion brought the members in.
+
+What the optimizer steps are *pieces*: contiguous ranges of the buffer, lent as Parameters with a state of their own.
+- whole: the buffer itself, for an elementwise optimizer while all members came in one round;
+- one per site and round, for an elementwise optimizer after later rounds (step counts differ between rounds);
+- one per site and member otherwise, as a matrix, so that optimizers that look at shapes see an unfolding of the core.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tnadapt.factorizations import Factorization, Structure
+from tnadapt.lora_matrices import LoraMatrix
+
+__all__ = ["Cohort", "Member", "Piece", "matrix_view_shape"]
+
+
+@dataclass(eq=False)
+class Member:
+    """One expanded matrix of a cohort.
+
+    Attributes:
+        matrix: the LoRA matrix.
+        round: number that members expanded together share; their optimizer state can be stacked.
+        separate: whether its cores are stepped apart from those of its round.
+        cores: its cores, before they enter the buffer.
+        state: optimizer state of each core, where it brings one along.
+        residual: what its cores missed of the matrix at expansion, None where they are exact.
+    """
+
+    matrix: LoraMatrix
+    round: int
+    separate: bool
+    cores: Sequence[Tensor]
+    state: list[dict[str, Any]] | None = None
+    residual: Tensor | None = None
+
+
+@dataclass(eq=False)
+class Piece:
+    """A contiguous range of the buffer that the optimizer steps as one Parameter."""
+
+    start: int
+    shape: tuple[int, ...]
+    members: range
+    parameter: nn.Parameter
+    state: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+def matrix_view_shape(core_shape: Sequence[int]) -> tuple[int, int]:
+    """The unfolding of a core into a matrix that is nearest to square."""
+    splits = [(math.prod(core_shape[:k]), math.prod(core_shape[k:])) for k in range(1, max(len(core_shape), 2))]
+    return min(splits, key=lambda split: abs(math.log(split[0] / split[1])))
+
+
+class Cohort:
+    """The cores of matrices that share structure, dtype, device and optimizer group, and the work on all of them."""
+
+    def __init__(
+        self,
+        factorization: Factorization,
+        structure: Structure,
+        dtype: torch.dtype,
+        device: torch.device,
+        elementwise: bool,
+        members: Sequence[Member],
+    ) -> None:
+        self.factorization = factorization
+        self.structure = structure
+        self.dtype = dtype
+        self.device = device
+        self.elementwise = elementwise
+        # members of one round stay together, so that their ranges are contiguous
+        ordered = sorted(members, key=lambda member: member.round)
+        #: which matrices, without tensors
+        self.members = [replace(member, cores=(), state=None, residual=None) for member in ordered]
+        self.buffer = torch.empty(len(ordered) * structure.num_parameters, dtype=dtype, device=device)
+        for k, site in enumerate(self.stacked(self.buffer)):
+            for row, member in zip(site, ordered, strict=True):
+                row.copy_(member.cores[k])
+        residuals = [member.residual for member in ordered if member.residual is not None]
+        #: what the cores of each member miss, [n, rows, cols]; None where the structure is exact
+        self.residual = torch.stack(residuals).to(device) if residuals else None
+        self.pieces = self._make_pieces(ordered)
+        self.grad: Tensor | None = None
+        #: what the cores folded to last, [n, rows, cols]
+        self.written: Tensor | None = None
+        self._context: Any = None
+
+    # -- layout -------------------------------------------------------------------------------------------------------
+
+    def stacked(self, buffer: Tensor) -> list[Tensor]:
+        """Views of `buffer` per site: [n, *core_k]."""
+        n, offset, views = len(self.members), 0, []
+        for shape in self.structure.core_shapes:
+            size = n * math.prod(shape)
+            views.append(buffer[offset : offset + size].view(n, *shape))
+            offset += size
+        return views
+
+    def _make_pieces(self, members: Sequence[Member]) -> list[Piece]:
+        n, rounds = len(members), self._rounds()
+        if self.elementwise and len(rounds) == 1 and not any(m.separate for m in members):
+            states = [s for k in range(len(self.structure.core_shapes)) for m in members for s in _state_of(m, k)]
+            return [self._piece(0, (self.buffer.numel(),), range(n), states)]
+        pieces: list[Piece] = []
+        offset = 0
+        for k, shape in enumerate(self.structure.core_shapes):
+            size = math.prod(shape)
+            for span in rounds:
+                if self.elementwise and not any(members[m].separate for m in span):
+                    states = [s for m in span for s in _state_of(members[m], k)]
+                    pieces.append(self._piece(offset + span.start * size, (len(span) * size,), span, states))
+                    continue
+                view = (size,) if self.elementwise else matrix_view_shape(shape)
+                for m in span:
+                    pieces.append(self._piece(offset + m * size, view, range(m, m + 1), _state_of(members[m], k)))
+            offset += n * size
+        return pieces
+
+    def extract(self) -> list[Member]:
+        """The members with their cores and state as views into the storage; a new cohort made of them copies."""
+        sites = self.stacked(self.buffer)
+        return [
+            replace(
+                member,
+                cores=[site[m] for site in sites],
+                state=self.core_states(m),
+                residual=None if self.residual is None else self.residual[m],
+            )
+            for m, member in enumerate(self.members)
+        ]
+
+    def core_states(self, m: int) -> list[dict[str, Any]]:
+        """Optimizer state of each core of member `m`; entries of the cores' size are views into the stacked state."""
+        states: list[dict[str, Any]] = []
+        offset = 0
+        for shape in self.structure.core_shapes:
+            size = math.prod(shape)
+            start = offset + m * size
+            piece = next(p for p in self.pieces if p.start <= start < p.start + p.numel)
+            states.append({key: _part(value, piece, start, shape) for key, value in piece.state.items()})
+            offset += len(self.members) * size
+        return states
+
+    def with_members(self, members: Sequence[Member], device: torch.device | None = None) -> Cohort:
+        """A cohort like this one with other members (or elsewhere); this one stays as it is."""
+        device = self.device if device is None else device
+        return Cohort(self.factorization, self.structure, self.dtype, device, self.elementwise, members)
+
+    def with_separate(self, names: Iterable[str]) -> Cohort:
+        """A cohort that steps the cores of the rounds of these members apart (a member without gradient must not move)."""
+        chosen = set(names)
+        rounds = {m.round for m in self.members if m.matrix.name in chosen}
+        return self.with_members([replace(m, separate=m.separate or m.round in rounds) for m in self.extract()])
+
+    def _rounds(self) -> list[range]:
+        spans: list[range] = []
+        for m, member in enumerate(self.members):
+            if spans and self.members[spans[-1].start].round == member.round:
+                spans[-1] = range(spans[-1].start, m + 1)
+            else:
+                spans.append(range(m, m + 1))
+        return spans
+
+    def _piece(self, start: int, shape: tuple[int, ...], members: range, states: list[dict[str, Any]]) -> Piece:
+        parameter = nn.Parameter(self.buffer[start : start + math.prod(shape)].view(shape))
+        return Piece(start, shape, members, parameter, _join(states, parameter))
+
+    # -- the work of a step -------------------------------------------------------------------------------------------
+
+    def fold(self) -> Tensor:
+        """All members folded, residuals added: [n, rows, cols]. Keeps what the next pull-back reuses."""
+        matrix, self._context = self.factorization.fold_keeping(self.stacked(self.buffer))
+        self.written = matrix if self.residual is None else matrix + self.residual
+        return self.written
+
+    def pull_back(self, grads: Tensor) -> None:
+        """Compute core gradients from matrix gradients [n, rows, cols] into a buffer laid out like the cores."""
+        if self._context is None:
+            self.fold()
+        context, self._context = self._context, None
+        grad = torch.empty_like(self.buffer)
+        self.factorization.pull_back_keeping(self.stacked(self.buffer), grads, context, self.stacked(grad))
+        self.grad = grad
+
+    def lend(self, active: Callable[[Member], bool]) -> list[Piece]:
+        """Give pieces whose members are `active` their gradients; the others are not stepped."""
+        assert self.grad is not None
+        lent = [piece for piece in self.pieces if all(active(self.members[m]) for m in piece.members)]
+        for piece in lent:
+            piece.parameter.grad = self.grad[piece.start : piece.start + piece.numel].view(piece.shape)
+        return lent
+
+    def clear_grad(self) -> None:
+        """Free the core gradients."""
+        self.grad = None
+        for piece in self.pieces:
+            piece.parameter.grad = None
+
+
+def _state_of(member: Member, k: int) -> list[dict[str, Any]]:
+    return [] if member.state is None else [member.state[k]]
+
+
+def _part(value: Any, piece: Piece, start: int, shape: tuple[int, ...]) -> Any:
+    """The share of one core in an entry of its piece's state."""
+    if not isinstance(value, Tensor):
+        return value
+    size = math.prod(shape)
+    if value.numel() == piece.numel != size:
+        return value.view(-1)[start - piece.start : start - piece.start + size]
+    return value if value.dim() > 0 else value.clone()
+
+
+def _join(states: list[dict[str, Any]], parameter: nn.Parameter) -> dict[str, Any]:
+    """State of a piece from those of the cores in it, in order. Scalars (step counts) of one round are equal."""
+    if not states:
+        return {}
+    joined: dict[str, Any] = {}
+    for key, first in states[0].items():
+        if not isinstance(first, Tensor):
+            joined[key] = first
+        elif first.dim() == 0:
+            joined[key] = first.clone()
+        elif len(states) == 1 and first.numel() != parameter.numel():
+            joined[key] = first.to(parameter.device, copy=True)
+        else:
+            value = torch.cat([state[key].reshape(-1) for state in states]).to(parameter.device)
+            joined[key] = value.view(parameter.shape)
+    return joined

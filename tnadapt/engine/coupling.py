@@ -1,0 +1,315 @@
+"""The coupling to the optimizer: before it steps, gradients are pulled back and cores are lent to it; after, the cores and
+their state are taken back and the matrices are refolded.
+
+Cores are in `optimizer.param_groups` only while the optimizer steps, so learning-rate schedulers, named parameters,
+checkpoints and whoever else counts groups see the user's own. Being stepped by the user's optimizer itself, in the same
+step, cores get its algorithm exactly: shared counters, norms over all groups, a GradScaler's scale.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tnadapt.engine.cohort import Piece
+from tnadapt.engine.engine import Engine
+from tnadapt.lora_matrices import LoraMatrix
+
+__all__ = ["Coupling"]
+
+#: group entries that an optimizer may rewrite without keeping state in them
+_MAY_CHANGE = frozenset({"params", "lr", "capturable", "foreach", "fused"})
+
+
+class Coupling:
+    """Hooks on one optimizer.
+
+    Args:
+        optimizer: a torch optimizer that holds the LoRA parameters.
+        engine: the cores.
+        before_step: called with gradients present and before any pull-back; decides and expands. Not called for a step
+            that will not move anything (a gradient overflow, or the empty step by which distributed checkpoints
+            initialise an optimizer). What it changed is undone by `undo` where a later part of the preparation fails.
+        core_lr: rate of the cores at the optimizer's default rate; None for the rate of the matrices.
+        core_weight_decay: weight decay of the cores; None for that of the matrices.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        engine: Engine,
+        before_step: Callable[[], Callable[[], None]],
+        core_lr: float | None,
+        core_weight_decay: float | None,
+    ) -> None:
+        self.optimizer = optimizer
+        self.engine = engine
+        self._before_step = before_step
+        self._ratio = 1.0 if core_lr is None else core_lr / float(optimizer.defaults["lr"])
+        self._core_weight_decay = core_weight_decay
+        #: rate of the first cores in the last step; None before it, or where the optimizer sets its own
+        self.core_rate: float | None = None
+        self._frame: FrameType | None = None
+        self._loans: list[tuple[dict[str, Any], dict[str, Any], list[Piece]]] = []
+        self._hidden: list[tuple[nn.Parameter, Tensor]] = []
+        self._nonfinite: list[tuple[Tensor, torch.cuda.Event | None]] = []
+        self._verified: set[int] = set()
+        self._verify: list[tuple[Tensor, Tensor]] = []
+        self._handles = [
+            optimizer.register_step_pre_hook(self._pre_hook),
+            optimizer.register_step_post_hook(self._post_hook),
+            optimizer.register_state_dict_pre_hook(lambda _: self.recover()),
+        ]
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        self.recover()
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def group_of(self, matrix: LoraMatrix) -> int:
+        """Index of the optimizer group that holds the matrix now, looked up anew where a wrapper replaced the parameter.
+
+        Raises:
+            RuntimeError: the optimizer does not hold it any more.
+        """
+        index = self._owners().get(id(matrix.parameter))
+        if index is None:
+            raise RuntimeError(_lost(matrix))
+        return index
+
+    def recover(self) -> None:
+        """Clean up after a step that died inside the optimizer: take loans back and refold from the cores as they are."""
+        if self._frame is None or _on_stack(self._frame):
+            return
+        self._frame = None
+        if self._loans or self._hidden:
+            self._finish()
+
+    # -- hooks --------------------------------------------------------------------------------------------------------
+
+    def _pre_hook(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        frame = sys._getframe(1)
+        if self._frame is not None and self._frame is not frame and _on_stack(self._frame):
+            return None  # step() of a base class, called by the step that is already prepared
+        self.recover()
+        args, kwargs = _evaluate_closure(args, kwargs)
+        self._prepare()
+        self._frame = frame
+        return args, kwargs
+
+    def _post_hook(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._frame is None or sys._getframe(1) is not self._frame:
+            return
+        self._frame = None
+        self._finish()
+
+    # -- before -------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _prepare(self) -> None:
+        """Everything that can fail, then the assignments that cannot."""
+        self._resolve()
+        if self._moves_nothing():
+            return
+        self._raise_earlier_nonfinite()
+        scale = getattr(self.optimizer, "grad_scale", None)
+        for matrix in self.engine.matrices.values():
+            matrix.grad_scale = scale
+        undo = self._before_step()
+        try:
+            flags = self.engine.pull_back()
+            loans = [
+                (self.optimizer.param_groups[index], self._core_group(index, pieces), pieces)
+                for index, pieces in self.engine.lend()
+            ]
+        except BaseException:
+            undo()
+            raise
+        finally:
+            for matrix in self.engine.matrices.values():
+                matrix.grad_scale = None
+        self._loans = loans
+        if loans:
+            rate = loans[0][1].get("lr")
+            self.core_rate = None if rate is None else float(rate)
+        self._remember_flags(flags)
+        self._watch_first_steps(loans)
+        for matrix in self.engine.matrices.values():
+            if matrix.expanded and matrix.parameter.grad is not None:
+                grad = matrix.parameter.grad
+                self._hidden.append((matrix.parameter, grad if scale is None else grad / scale.to(grad.device)))
+                matrix.parameter.grad = None
+        for _, group, pieces in loans:
+            for piece in pieces:
+                if piece.state:
+                    self.optimizer.state[piece.parameter] = piece.state
+            self.optimizer.param_groups.append(group)
+
+    def _core_group(self, index: int, pieces: list[Piece]) -> dict[str, Any]:
+        """A group for cores: the matrices' group as it is now, with the cores' rate and decay."""
+        owner = self.optimizer.param_groups[index]
+        group = {key: value for key, value in owner.items() if key not in ("params", "param_names")}
+        group["params"] = [piece.parameter for piece in pieces]
+        if group.get("lr") is not None:
+            group["lr"] = group["lr"] * self._ratio
+        if self._core_weight_decay is not None:
+            group["weight_decay"] = self._core_weight_decay
+        return group
+
+    def _owners(self) -> dict[int, int]:
+        return {id(p): k for k, group in enumerate(self.optimizer.param_groups) for p in group["params"]}
+
+    def _resolve(self) -> None:
+        """Follow parameters that wrappers replaced (FSDP2, `assign=True` loading) and moves between devices."""
+        owners = self._owners()
+        moved = False
+        for matrix in self.engine.matrices.values():
+            current = matrix.linear.weight
+            if current is not matrix.parameter:
+                if id(current) not in owners:
+                    raise RuntimeError(_lost(matrix))
+                matrix.parameter = current  # type: ignore[assignment]
+                moved = True
+            elif id(current) not in owners:
+                raise RuntimeError(_lost(matrix))
+            moved = moved or matrix.expanded
+        if moved:
+            self.engine.follow_devices()
+
+    def _moves_nothing(self) -> bool:
+        """Whether this step is a GradScaler's overflow, or an initialising step: all rates zero and all gradients too."""
+        found_inf = getattr(self.optimizer, "found_inf", None)
+        if found_inf is not None and bool(found_inf.item()):
+            return True
+        if any(group.get("lr") is None or float(group["lr"]) != 0.0 for group in self.optimizer.param_groups):
+            return False
+        grads = [m.parameter.grad for m in self.engine.matrices.values() if m.parameter.grad is not None]
+        return not any(bool(g.any()) for g in grads)
+
+    # -- after --------------------------------------------------------------------------------------------------------
+
+    def _finish(self) -> None:
+        """Take the loans back, refold, give the matrices' gradients back."""
+        for owner, group, pieces in self._loans:
+            groups = self.optimizer.param_groups
+            for k in range(len(groups) - 1, -1, -1):
+                if groups[k] is group:
+                    del groups[k]
+            for piece in pieces:
+                piece.state = self.optimizer.state.pop(piece.parameter, piece.state)
+            self._check_group_untouched(owner, group)
+        self._loans = []
+        self.engine.refold()
+        for parameter, grad in self._hidden:
+            if parameter.grad is None:
+                parameter.grad = grad
+        self._hidden = []
+        self._check_moved()
+
+    # -- what cannot be known beforehand ------------------------------------------------------------------------------
+
+    def _remember_flags(self, flags: list[Tensor]) -> None:
+        """Off the CPU, gradients are checked without waiting for the device: the flag is read before the next step."""
+        if not flags:
+            return
+        finite = torch.stack([flag.to(flags[0].device) for flag in flags]).all()
+        if finite.device.type == "cuda":
+            host = torch.empty((), dtype=torch.bool, pin_memory=True)
+            host.copy_(finite, non_blocking=True)
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record()
+            self._nonfinite.append((host, event))
+        else:
+            self._nonfinite.append((finite, None))
+
+    def _raise_earlier_nonfinite(self) -> None:
+        pending, self._nonfinite = self._nonfinite, []
+        for flag, event in pending:
+            if event is not None:
+                event.synchronize()
+            if not bool(flag):
+                raise FloatingPointError(
+                    "a gradient of the step before held NaN or infinity; the cores were given zeros instead. Lower the "
+                    "learning rate, clip gradients, or use a GradScaler for float16; go on from the last checkpoint"
+                )
+
+    def _watch_first_steps(self, loans: list[tuple[dict[str, Any], dict[str, Any], list[Piece]]]) -> None:
+        """Remember cores that must move in this step, the first that their buffer takes."""
+        self._verify = []
+        fresh = {id(piece.parameter) for _, _, pieces in loans for piece in pieces} - self._verified
+        if not fresh:
+            return
+        for _, group, pieces in loans:
+            rate = group.get("lr")
+            if rate is not None and float(rate) == 0.0:
+                continue
+            for piece in pieces:
+                grad = piece.parameter.grad
+                if id(piece.parameter) in fresh and grad is not None and bool(grad.any()):
+                    self._verify.append((piece.parameter, piece.parameter.detach().clone()))
+                    break
+        self._verified |= fresh
+
+    def _check_moved(self) -> None:
+        watched, self._verify = self._verify, []
+        if watched and all(torch.equal(parameter, before) for parameter, before in watched):
+            raise RuntimeError(
+                f"{type(self.optimizer).__name__} did not step the cores that were lent to it (it keeps its own list of "
+                "parameters); such an optimizer cannot train tensor-network cores: use a torch.optim optimizer"
+            )
+
+    def _check_group_untouched(self, owner: dict[str, Any], group: dict[str, Any]) -> None:
+        if not self._verify:
+            return
+        for key, value in group.items():
+            if key in _MAY_CHANGE or (key == "weight_decay" and self._core_weight_decay is not None):
+                continue
+            if key not in owner or isinstance(value, Tensor) or isinstance(owner[key], Tensor):
+                continue
+            if value != owner[key]:
+                self._verify = []
+                raise RuntimeError(
+                    f"{type(self.optimizer).__name__} keeps state in its parameter groups ({key!r}), which cores enter for "
+                    "the step only; such an optimizer cannot train tensor-network cores: use a torch.optim optimizer"
+                )
+
+
+def _evaluate_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Evaluate a closure once, so that gradients are there, and let the optimizer see its result."""
+    closure = kwargs.get("closure") if "closure" in kwargs else (args[1] if len(args) > 1 else None)
+    if closure is None:
+        return args, kwargs
+    with torch.enable_grad():
+        loss = closure()
+
+    def evaluated() -> Any:
+        return loss
+
+    if "closure" in kwargs:
+        return args, {**kwargs, "closure": evaluated}
+    return (args[0], evaluated, *args[2:]), kwargs
+
+
+def _on_stack(frame: FrameType) -> bool:
+    """Whether `frame` is still being executed by this thread."""
+    current: FrameType | None = sys._getframe(1)
+    while current is not None:
+        if current is frame:
+            return True
+        current = current.f_back
+    return False
+
+
+def _lost(matrix: LoraMatrix) -> str:
+    return (
+        f"the optimizer does not hold the parameter of {matrix.name} any more: it was replaced after LoraOver was attached "
+        "(load_adapter with low_cpu_mem_usage=True does that). Make a new optimizer of the model's present parameters and "
+        "attach LoraOver to it"
+    )

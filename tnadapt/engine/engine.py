@@ -1,0 +1,280 @@
+"""The expanded matrices of a model: their cohorts, and what happens to all of them.
+
+Changing which matrices are expanded makes new cohorts and leaves the old ones as they are, so that a step that fails half
+way is undone by putting the old ones back (`snapshot`, `restore`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tnadapt.engine.cohort import Cohort, Member, Piece
+from tnadapt.engine.tensors import broadcast_from_first, whole, write_whole
+from tnadapt.factorizations import Factorization, Structure, core_dtype
+from tnadapt.lora_matrices import LoraMatrix
+
+__all__ = ["Engine"]
+
+_Key = tuple[Structure, torch.dtype, torch.device, int]
+
+
+class Engine:
+    """Cores of the expanded matrices.
+
+    Args:
+        factorization: how matrices become cores.
+        matrices: all LoRA matrices of the model, by name.
+        elementwise: whether the optimizer's update works element by element.
+        process_group: ranks that train the same matrices; None for all.
+    """
+
+    def __init__(
+        self,
+        factorization: Factorization,
+        matrices: Mapping[str, LoraMatrix],
+        elementwise: bool,
+        process_group: Any = None,
+    ) -> None:
+        self.factorization = factorization
+        self.matrices = matrices
+        self.elementwise = elementwise
+        self.process_group = process_group
+        self.cohorts: dict[_Key, Cohort] = {}
+        self._rounds = 0
+        self.update_norms: dict[str, Tensor] = {}
+
+    # -- which matrices are expanded ----------------------------------------------------------------------------------
+
+    def expand(self, names: Iterable[str], group_of: Callable[[LoraMatrix], int]) -> None:
+        """Unfold the matrices called `names` and train them through cores from now on.
+
+        Args:
+            group_of: index of the optimizer group that holds a matrix; only matrices of one group share a cohort.
+
+        Raises:
+            ValueError: a matrix holds NaN or infinity; nothing has changed then.
+        """
+        new: dict[_Key, list[LoraMatrix]] = {}
+        for name in names:
+            matrix = self.matrices[name]
+            structure = self.factorization.structure(matrix.shape)
+            key = (structure, core_dtype(matrix.parameter.dtype), matrix.parameter.device, group_of(matrix))
+            new.setdefault(key, []).append(matrix)
+        members = {key: self._unfold(matrices, self._rounds) for key, matrices in new.items()}
+        for key, added in members.items():
+            self._place(key, added)
+        self._rounds += 1
+        for added in members.values():
+            for member in added:
+                member.matrix.expanded = True
+
+    def _unfold(self, matrices: Sequence[LoraMatrix], round_number: int) -> list[Member]:
+        values = torch.stack([whole(m.parameter.detach()) for m in matrices])
+        finite = torch.isfinite(values).flatten(1).all(1).tolist()
+        broken = [m.name for m, ok in zip(matrices, finite, strict=True) if not ok]
+        if broken:
+            raise ValueError(
+                f"cannot expand {', '.join(broken[:5])}: the matrix holds NaN or infinity; restore it from the last good "
+                "checkpoint, or lower the learning rate that broke it"
+            )
+        cores = self.factorization.unfold(values)
+        broadcast_from_first(cores, self.process_group)
+        residual = None
+        if not self.factorization.structure(matrices[0].shape).exact:
+            residual = values.to(cores[0].dtype) - self.factorization.fold(cores)
+        return [
+            Member(
+                m, round_number, False, [core[k] for core in cores], residual=None if residual is None else residual[k]
+            )
+            for k, m in enumerate(matrices)
+        ]
+
+    def _place(self, key: _Key, members: Sequence[Member]) -> None:
+        present = self.cohorts.get(key)
+        if present is not None:
+            self.cohorts[key] = present.with_members([*present.extract(), *members])
+        else:
+            structure, dtype, device, _ = key
+            self.cohorts[key] = Cohort(self.factorization, structure, dtype, device, self.elementwise, members)
+
+    def drop(self, names: Iterable[str]) -> None:
+        """Forget the cores of these matrices; the matrices keep their values."""
+        chosen = set(names)
+        for key, cohort in list(self.cohorts.items()):
+            kept = [m for m in cohort.extract() if m.matrix.name not in chosen]
+            if not kept:
+                del self.cohorts[key]
+            elif len(kept) < len(cohort.members):
+                self.cohorts[key] = cohort.with_members(kept)
+        for name in chosen:
+            self.matrices[name].expanded = False
+            self.update_norms.pop(name, None)
+
+    def follow_devices(self) -> None:
+        """Move cores to where their matrices are now."""
+        for key, cohort in list(self.cohorts.items()):
+            devices = {m.matrix.parameter.device for m in cohort.members}
+            if devices == {cohort.device}:
+                continue
+            structure, dtype, _, group = key
+            del self.cohorts[key]
+            for device in devices:
+                members = [m for m in cohort.extract() if m.matrix.parameter.device == device]
+                moved = cohort.with_members(members, device)
+                self.cohorts[(structure, dtype, device, group)] = moved
+
+    def snapshot(self) -> Any:
+        """What `restore` needs to undo every change to which matrices are expanded."""
+        return dict(self.cohorts), {name for name, m in self.matrices.items() if m.expanded}, self._rounds
+
+    def restore(self, snapshot: Any) -> None:
+        """Put back what `snapshot` gave."""
+        cohorts, expanded, rounds = snapshot
+        self.cohorts = dict(cohorts)
+        self._rounds = rounds
+        for cohort in self.cohorts.values():
+            cohort.clear_grad()
+        for name, matrix in self.matrices.items():
+            matrix.expanded = name in expanded
+
+    # -- the work of a step -------------------------------------------------------------------------------------------
+
+    def pull_back(self) -> list[Tensor]:
+        """Pull the gradients of all expanded matrices back to their cores.
+
+        A matrix without gradient is not stepped; its cores are stepped apart from those of its round from then on.
+        Returns a boolean per cohort off the CPU, true where its gradients were finite: where they were not, zeros were
+        pulled back, and the caller reads the flag when that does not stall the device.
+
+        Raises:
+            FloatingPointError: gradients that are not finite, on the CPU.
+        """
+        flags: list[Tensor] = []
+        for key in list(self.cohorts):
+            cohort = self.cohorts[key]
+            idle = [m.matrix.name for m in cohort.members if m.matrix.parameter.grad is None]
+            if len(idle) == len(cohort.members):
+                continue
+            if idle and not all(m.separate for m in cohort.members if m.matrix.name in set(idle)):
+                cohort = self.cohorts[key] = cohort.with_separate(idle)
+            grads = self._stack_gradients(cohort)
+            if cohort.device.type == "cpu":
+                self._require_finite(cohort, grads)
+            else:
+                finite = torch.isfinite(grads).all()
+                flags.append(finite)
+                grads = torch.where(finite, grads, torch.zeros((), dtype=grads.dtype, device=grads.device))
+            cohort.pull_back(grads)
+        return flags
+
+    def _stack_gradients(self, cohort: Cohort) -> Tensor:
+        grads: list[Tensor] = []
+        for member in cohort.members:
+            grad = member.matrix.parameter.grad
+            if grad is None:
+                grads.append(torch.zeros(cohort.structure.shape, dtype=cohort.dtype, device=cohort.device))
+            else:
+                grads.append(whole(grad.detach()).to(cohort.dtype))
+        return torch.stack(grads)
+
+    def _require_finite(self, cohort: Cohort, grads: Tensor) -> None:
+        if bool(torch.isfinite(grads).all()):
+            return
+        finite = torch.isfinite(grads).flatten(1).all(1).tolist()
+        broken = [m.matrix.name for m, ok in zip(cohort.members, finite, strict=True) if not ok]
+        raise FloatingPointError(
+            f"the gradient of {', '.join(broken[:5])} holds NaN or infinity; nothing was changed. Lower the learning rate, "
+            "clip gradients, skip this batch (zero_grad and go on), or use a GradScaler for float16"
+        )
+
+    def lend(self) -> list[tuple[int, list[Piece]]]:
+        """Pieces to step now, with their gradients in place, and the index of the optimizer group they belong to."""
+        return [
+            (key[3], cohort.lend(lambda member: member.matrix.parameter.grad is not None))
+            for key, cohort in self.cohorts.items()
+            if cohort.grad is not None
+        ]
+
+    @torch.no_grad()
+    def refold(self) -> None:
+        """Write `fold(cores)` into the matrices of the cohorts that were stepped, in place, and free core gradients."""
+        for cohort in self.cohorts.values():
+            if cohort.grad is None:
+                continue
+            cohort.clear_grad()
+            before = cohort.written
+            values = cohort.fold()
+            if before is not None:
+                norms = torch.linalg.vector_norm(values - before, dim=(1, 2)).unbind(0)
+                self.update_norms.update(zip((m.matrix.name for m in cohort.members), norms, strict=True))
+            write_whole([m.matrix.parameter for m in cohort.members], values)
+
+    @torch.no_grad()
+    def changed_outside(self, cohort: Cohort) -> Tensor:
+        """Per member, whether the matrix differs from what its cores fold to by more than rounding: [n] booleans."""
+        if cohort.written is None:
+            cohort.fold()
+        folded = cohort.written
+        assert folded is not None
+        values = torch.stack([whole(m.matrix.parameter.detach()) for m in cohort.members])
+        eps = torch.finfo(values.dtype).eps * len(cohort.structure.core_shapes) * 4
+        largest = torch.maximum(folded.abs().amax((1, 2)), values.abs().amax((1, 2)).to(folded.dtype))
+        difference = (values.to(folded.dtype) - folded).abs().amax((1, 2))
+        return ~(difference <= eps * largest)
+
+    # -- state --------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Cores and their optimizer state by matrix name: tensors and plain containers. Tensors are references."""
+        members: dict[str, Any] = {}
+        for cohort in self.cohorts.values():
+            for member in cohort.extract():
+                members[member.matrix.name] = {
+                    "round": member.round,
+                    "separate": member.separate,
+                    "cores": [core.detach() for core in member.cores],
+                    "state": member.state,
+                    "residual": member.residual,
+                }
+        return {"members": members, "rounds": self._rounds}
+
+    def validate_state(self, state: Mapping[str, Any]) -> None:
+        """Raise ValueError where `state` does not fit the matrices and the factorization; change nothing."""
+        for name, entry in state["members"].items():
+            if name not in self.matrices:
+                raise ValueError(
+                    f"the state has cores of {name}, which is not among the {len(self.matrices)} LoRA matrices of this "
+                    "model; load it into the model that it was saved from"
+                )
+            shape = self.matrices[name].shape
+            wanted = self.factorization.structure(shape).core_shapes
+            got = tuple(tuple(core.shape) for core in entry["cores"])
+            if got != wanted:
+                raise ValueError(
+                    f"the state has cores {got} of {name} ({shape[0]}x{shape[1]}), but {self.factorization.label} makes "
+                    f"{wanted}; resume with the factorization of the run that was saved"
+                )
+            if not all(bool(torch.isfinite(core).all()) for core in entry["cores"]):
+                raise ValueError(f"the saved cores of {name} hold NaN or infinity; resume from an earlier checkpoint")
+
+    def load_state(self, state: Mapping[str, Any], group_of: Callable[[LoraMatrix], int]) -> None:
+        """Replace all cores by those of a validated `state`; tensors are copied."""
+        grouped: dict[_Key, list[Member]] = {}
+        for name, entry in state["members"].items():
+            matrix = self.matrices[name]
+            structure = self.factorization.structure(matrix.shape)
+            key = (structure, core_dtype(matrix.parameter.dtype), matrix.parameter.device, group_of(matrix))
+            grouped.setdefault(key, []).append(
+                Member(matrix, entry["round"], entry["separate"], entry["cores"], entry["state"], entry["residual"])
+            )
+        self.cohorts = {}
+        for key, members in grouped.items():
+            self._place(key, members)
+        self._rounds = int(state["rounds"])
+        self.update_norms.clear()
+        for name, matrix in self.matrices.items():
+            matrix.expanded = name in state["members"]

@@ -1,0 +1,360 @@
+"""The contract that every decomposition keeps.
+
+Shapes: `*` = any leading batch dimensions, n = those flattened into one, `core_k` = `structure(shape).core_shapes[k]`.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache, wraps
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor
+
+from tnadapt.backends import TorchBackend, get_backend
+from tnadapt.factorizations.structure import (
+    Shape,
+    Sites,
+    SitesArgument,
+    Structure,
+    checked_sites,
+    nearest_sites,
+    resolve_sites,
+)
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+__all__ = ["Factorization", "core_dtype", "full_precision"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def core_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of the cores of a matrix: float32, or the matrix's own where that is wider."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def full_precision(method: F) -> F:
+    """Run a method of cores or matrices outside autocast, which would contract float32 cores in half precision and so
+    change what they mean. The device is that of the first tensor among the arguments."""
+
+    @wraps(method)
+    def wrapped(self: Any, tensors: Any, *args: Any, **kwargs: Any) -> Any:
+        first = tensors if isinstance(tensors, Tensor) else next(iter(tensors), None)
+        device = "cpu" if first is None else first.device.type
+        if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+            return method(self, tensors, *args, **kwargs)
+        with torch.autocast(device, enabled=False):
+            return method(self, tensors, *args, **kwargs)
+
+    return wrapped  # type: ignore[return-value]
+
+
+def _sweep_device(device: torch.device) -> torch.device:
+    """Where to decompose in float64: on the matrix's device, or on the CPU where that device has no float64 (MPS)."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+@dataclass(frozen=True, kw_only=True)
+class Factorization(ABC):
+    """How a matrix becomes cores and back. Immutable; holds no tensors; equal descriptions are equal objects.
+
+    Laws (the property tests quote them):
+
+    1. `fold(unfold(W)) == W` to rounding wherever `structure(shape).exact`, for any shape, dtype and batch, zero and
+       rank-deficient matrices included.
+    2. The cores have exactly the shapes of `core_shapes(shape)` and are contiguous, and so are the gradients: fused
+       optimizers index flat memory.
+    3. `pull_back(cores, G)` is the gradient of `sum(G * fold(cores))` with respect to the cores.
+    4. From `W = 0` the gradient reaches at least one core.
+    5. A batch is folded, unfolded and pulled back as its members are, one by one.
+
+    Attributes:
+        order: number of sites, at least 2. It does not count where `sites` or `expansion` are given.
+        sites: explicit `(i_k, j_k)` of every site for one shape, or a mapping from shape to sites; shapes that a mapping
+            does not list get the paper's split: near-square factors at the ends, 1x1 sites between.
+        expansion: instead of `order` or `sites`, the wanted number of parameters over the matrix's own. The exact
+            structure nearest to it is taken; `structure(shape).expansion` says how near that is.
+        backend: who contracts and decomposes, see `tnadapt.backends`.
+    """
+
+    order: int = 2
+    # a dict of sites has no hash; equal descriptions still have equal hashes without it
+    sites: SitesArgument | None = field(default=None, hash=False)
+    expansion: float | None = None
+    backend: str = "torch"
+
+    #: Orders that a plan from `expansion` may take.
+    _EXPANSION_ORDERS: ClassVar[range] = range(2, 33)
+    #: Gauges that the factorization knows, its default first.
+    _GAUGES: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        get_backend(self.backend)
+        if isinstance(self.order, bool) or not isinstance(self.order, int) or self.order < 2:
+            raise ValueError(
+                f"order={self.order!r}: {type(self).__name__} needs an integer order of at least 2 "
+                "(an MPO of order 2 is the SVD; the paper uses 8-16)"
+            )
+        if self.sites is not None:
+            object.__setattr__(self, "sites", checked_sites(self.sites))
+        if self.expansion is not None:
+            self._check_expansion(self.expansion)
+
+    def _check_expansion(self, expansion: object) -> None:
+        number = isinstance(expansion, (int, float)) and not isinstance(expansion, bool)
+        if not number or not 1 <= expansion < math.inf:  # type: ignore[operator]
+            raise ValueError(
+                f"expansion={expansion!r}: an exact factorization has at least the matrix's own parameters; give a finite "
+                "number of at least 1, such as 3.0"
+            )
+        if self.sites is not None or self.order != 2:
+            raise ValueError(
+                f"expansion={expansion!r} chooses the sites itself; drop "
+                f"{'sites' if self.sites is not None else f'order={self.order}'}, or drop expansion"
+            )
+
+    def _check_gauge(self, gauge: str) -> None:
+        if gauge not in self._GAUGES:
+            raise ValueError(f"gauge={gauge!r} is unknown to {type(self).__name__}; choose one of {', '.join(self._GAUGES)}")
+
+    @property
+    def operations(self) -> TorchBackend:
+        """The backend that contracts and decomposes."""
+        return get_backend(self.backend)
+
+    @property
+    def label(self) -> str:
+        """Short name for tables, such as `MPO(order=16)`."""
+        if self.expansion is not None:
+            parts = [f"expansion={self.expansion:g}"]
+        else:
+            parts = ["sites=…" if self.sites is not None else f"order={self.order}"]
+        return f"{type(self).__name__}({', '.join([*parts, *self._label_parts()])})"
+
+    # -- what a decomposition defines ---------------------------------------------------------------------------------
+
+    @abstractmethod
+    def structure(self, shape: Shape) -> Structure:
+        """The plan for a matrix of `shape = (rows, cols)`; integers only.
+
+        Raises:
+            ValueError: the description does not fit the shape.
+        """
+
+    @abstractmethod
+    def _full_parameters(self, sites: Sites) -> int:
+        """Numbers in the cores of these sites at full rank."""
+
+    @abstractmethod
+    def _unfold(self, matrices: Float[Tensor, "n rows cols"], structure: Structure) -> Sequence[Tensor]:
+        """Cores of finite matrices in the sweep's dtype, each [n, *core_k]."""
+
+    @abstractmethod
+    def _fold(self, cores: Sequence[Tensor]) -> Float[Tensor, "n rows cols"]:
+        """Contract cores [n, *core_k]; differentiable."""
+
+    @abstractmethod
+    def _check_cores(self, shapes: Sequence[tuple[int, ...]]) -> None:
+        """Raise ValueError where core shapes (without batch) cannot belong together."""
+
+    def _core_dims(self, count: int) -> Sequence[int]:
+        """Number of dimensions of each of `count` cores, without batch."""
+        return [4] * count
+
+    def _label_parts(self) -> list[str]:
+        """What the label says beside the order."""
+        return []
+
+    # -- integers -----------------------------------------------------------------------------------------------------
+
+    def _resolve_sites(self, shape: Shape) -> Sites:
+        """The sites that this description has for `shape`."""
+        if self.expansion is None or min(shape) < 1:
+            return resolve_sites(shape, self.order, self.sites)
+        return _expanded_sites(type(self), shape, self.expansion)
+
+    def core_shapes(self, shape: Shape) -> tuple[tuple[int, ...], ...]:
+        """Shape of each core of a matrix of `shape`."""
+        return self.structure(_checked_shape(shape)).core_shapes
+
+    def num_parameters(self, shape: Shape) -> int:
+        """Numbers in the cores of a matrix of `shape`."""
+        return self.structure(_checked_shape(shape)).num_parameters
+
+    def added_parameters(self, shape: Shape) -> int:
+        """Parameters above the matrix's own (LoRA-Over, Eq. 6)."""
+        return self.structure(_checked_shape(shape)).added_parameters
+
+    # -- tensors ------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    @full_precision
+    def unfold(self, matrix: Float[Tensor, "*batch rows cols"]) -> tuple[Tensor, ...]:
+        """Decompose `matrix` (or a batch of them) into cores.
+
+        The sweep runs in float64; the cores are float32, or the matrix's dtype where that is wider, on its device. They
+        share memory neither with the matrix nor with each other.
+
+        Raises:
+            TypeError: the matrix is not real floating point.
+            ValueError: fewer than two dimensions, an empty dimension, NaN or infinity, or entries so large that the
+                cores overflow their dtype.
+        """
+        if not matrix.is_floating_point():
+            raise TypeError(
+                f"cannot unfold a matrix of dtype {matrix.dtype}; only real floating-point matrices have cores: "
+                "convert it first, for example with .float()"
+            )
+        if matrix.dim() < 2:
+            raise ValueError(f"unfold needs (*batch, rows, cols), got the shape {tuple(matrix.shape)}")
+        if matrix.numel() == 0:
+            raise ValueError(f"cannot unfold the empty shape {tuple(matrix.shape)}; every dimension must be at least 1")
+        if not bool(torch.isfinite(matrix).all()):
+            raise ValueError(
+                f"the {matrix.shape[-2]}x{matrix.shape[-1]} matrix holds NaN or infinity, which no cores can represent; "
+                "restore it from the last good checkpoint, or lower the learning rate that broke it"
+            )
+        batch = matrix.shape[:-2]
+        structure = self.structure((matrix.shape[-2], matrix.shape[-1]))
+        # copied even where nothing is converted: a core may be a view of what it was made from
+        flat = matrix.reshape(-1, *matrix.shape[-2:]).to(_sweep_device(matrix.device), torch.float64, copy=True)
+        dtype = core_dtype(matrix.dtype)
+        cores = tuple(
+            _own_memory(core.reshape(*batch, *shape).to(matrix.device, dtype))
+            for core, shape in zip(self._unfold(flat, structure), structure.core_shapes, strict=True)
+        )
+        if not all(bool(torch.isfinite(core).all()) for core in cores):
+            raise ValueError(
+                f"entries up to {float(matrix.abs().max()):.3g} of the {matrix.shape[-2]}x{matrix.shape[-1]} matrix overflow "
+                f"its {dtype} cores in {self.label}; take gauge='identity', whose largest entry is the matrix's, or scale "
+                "the matrix down"
+            )
+        return cores
+
+    @full_precision
+    def fold(self, cores: Sequence[Tensor]) -> Float[Tensor, "*batch rows cols"]:
+        """Contract `cores` to the matrix; differentiable, any leading batch dimensions, never in autocast.
+
+        Raises:
+            ValueError: the cores do not belong together.
+        """
+        flat, batch = self._flatten(cores)
+        matrix = self._fold(flat)
+        return matrix.reshape(*batch, *matrix.shape[-2:])
+
+    @torch.no_grad()
+    @full_precision
+    def pull_back(self, cores: Sequence[Tensor], grad: Float[Tensor, "*batch rows cols"]) -> tuple[Tensor, ...]:
+        """Gradient of `sum(grad * fold(cores))` with respect to each core: fold's vector-Jacobian product.
+
+        `grad` is taken in the dtype of the cores, so that the low-precision gradient of a low-precision matrix serves.
+
+        Raises:
+            ValueError: the cores do not belong together, or `grad` has not the shape of the matrix.
+        """
+        flat, batch = self._flatten(cores)
+        matrix, context = self.fold_keeping(flat)
+        if grad.shape != (*batch, *matrix.shape[-2:]):
+            raise ValueError(
+                f"the gradient has shape {tuple(grad.shape)}, but the cores fold to "
+                f"{(*batch, *matrix.shape[-2:])}; pass the gradient of the folded matrix"
+            )
+        grads = self.pull_back_keeping(flat, grad.reshape(matrix.shape).to(matrix.dtype), context)
+        return tuple(_own_memory(g.reshape(core.shape)) for g, core in zip(grads, cores, strict=True))
+
+    # -- for the engine: stacked cores [n, *core_k], work shared between a fold and the pull-back that follows --------
+
+    @torch.no_grad()
+    @full_precision
+    def fold_keeping(self, cores: Sequence[Tensor]) -> tuple[Float[Tensor, "n rows cols"], Any]:
+        """Fold stacked cores and keep what `pull_back_keeping` can reuse (here: the autograd graph)."""
+        with torch.enable_grad():
+            leaves = [core.detach().requires_grad_() for core in cores]
+            matrix = self._fold(leaves)
+        return matrix.detach(), (leaves, matrix)
+
+    @torch.no_grad()
+    @full_precision
+    def pull_back_keeping(
+        self,
+        cores: Sequence[Tensor],
+        grad: Float[Tensor, "n rows cols"],
+        context: Any,
+        out: Sequence[Tensor] | None = None,
+    ) -> Sequence[Tensor]:
+        """Pull `grad` back using the context of the fold before it, into `out` where given. Uses the context up."""
+        leaves, matrix = context
+        grads = torch.autograd.grad(matrix, leaves, grad)
+        if out is None:
+            return [g.contiguous() for g in grads]
+        for target, g in zip(out, grads, strict=True):
+            target.copy_(g)
+        return out
+
+    def _flatten(self, cores: Sequence[Tensor]) -> tuple[list[Tensor], torch.Size]:
+        """Cores with their batch dimensions flattened into one, and those dimensions."""
+        if len(cores) == 0:
+            raise ValueError("fold needs the cores of one matrix, got none")
+        dims = self._core_dims(len(cores))
+        batch = cores[0].shape[: max(0, cores[0].dim() - dims[0])]
+        shapes = []
+        for k, (core, dim) in enumerate(zip(cores, dims, strict=True)):
+            if core.dim() - dim != len(batch) or core.shape[: len(batch)] != batch:
+                raise ValueError(
+                    f"core {k} has shape {tuple(core.shape)}; {self.label} expects {dim} dimensions after the batch "
+                    f"dimensions {tuple(batch)} of core 0"
+                )
+            if core.dtype != cores[0].dtype or core.device != cores[0].device:
+                raise ValueError(
+                    f"core {k} is {core.dtype} on {core.device}, core 0 is {cores[0].dtype} on {cores[0].device}; cores "
+                    "of one matrix have one dtype and one device"
+                )
+            shapes.append(tuple(core.shape[len(batch) :]))
+        self._check_cores(shapes)
+        n = math.prod(batch)
+        return [core.reshape(n, *shape) for core, shape in zip(cores, shapes, strict=True)], batch
+
+
+@lru_cache(maxsize=1024)
+def _expanded_sites(cls: type[Factorization], shape: Shape, expansion: float) -> Sites:
+    """`nearest_sites` of a factorization, which is a search and asked for again and again."""
+    return nearest_sites(shape, expansion, cls._EXPANSION_ORDERS, cls()._full_parameters)
+
+
+def _own_memory(tensor: Tensor) -> Tensor:
+    """`tensor`, contiguous and in memory that holds nothing else."""
+    alone = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    return tensor if alone and tensor.is_contiguous() else tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _checked_shape(shape: Shape) -> Shape:
+    rows, cols = shape
+    return int(rows), int(cols)
+
+
+def explicit_for(
+    shape: Shape, value: Sequence[int] | Mapping[Shape, Sequence[int]] | None
+) -> tuple[int, ...] | None:
+    """The entry of a per-shape argument that holds for `shape`; None where there is none."""
+    chosen = value.get(shape) if isinstance(value, Mapping) else value
+    return None if chosen is None else tuple(chosen)
+
+
+def spread_exponents(logs: Float[Tensor, "k n"]) -> Float[Tensor, "k n"]:
+    """Integer exponents of two that bring norms of log2 `logs` nearest to equal, their sum 0 over the cores.
+
+    Powers of two, because any other factor would round once in every core of a chain. A zero norm (log2 = -inf) leaves
+    all cores of that matrix alone: sharing it out would leave no core a gradient.
+    """
+    finite = logs.isfinite().all(dim=0)
+    logs = torch.where(finite, logs, torch.zeros_like(logs))
+    # rounding the running sums, not the shifts, keeps the total at exactly zero
+    running = (logs.mean(dim=0) - logs).cumsum(dim=0).round()
+    running[-1] = 0
+    return torch.diff(running, dim=0, prepend=torch.zeros_like(running[:1]))

@@ -1,0 +1,220 @@
+"""Matrix product operators: the tensor train of a matrix (LoRA-Over, Eq. 3-4, Algorithm 1). SVD is the one of order 2.
+
+Letters: n = batch, m = sites, i/j = rows/columns of a site, p = i*j, d = bond.
+Core k is [d_{k-1}, i_k, j_k, d_k] with d_0 = d_m = 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from tnadapt.factorizations.base import Factorization, full_precision, spread_exponents
+from tnadapt.factorizations.structure import Shape, Sites, SitesArgument, Structure, full_bonds
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+__all__ = ["GAUGES", "MPO", "SVD"]
+
+#: How the freedom that contraction leaves is used; all gauges fold to the same matrix.
+GAUGES = ("svd", "right", "identity", "spread")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MPO(Factorization):
+    """Matrix product operator of `order` sites; `order`, `sites`, `expansion` and `backend` as in `Factorization`.
+
+    Attributes:
+        max_bond: cap on the bond dimensions. Below full rank the factorization truncates; training keeps what is
+            missing as a frozen residual.
+        gauge: `"svd"` is Algorithm 1, which is left-canonical: all cores orthonormal but the last, which holds the
+            singular values. `"right"` is its mirror image: all orthonormal but the first. `"identity"` makes all cores
+            identities but one, which is the matrix itself, so that fold(unfold(W)) is bitwise W. `"spread"` is `"svd"`
+            with the norm spread over the cores, evenly up to powers of two (skipped for a zero matrix, where no core
+            would get a gradient). The paper's "Normalization" is undefined; `"spread"` is one reading of it.
+
+    Raises:
+        ValueError: an argument that means nothing, with its value and what to give instead.
+    """
+
+    max_bond: int | None = None
+    gauge: str = "svd"
+
+    _GAUGES: ClassVar[tuple[str, ...]] = GAUGES
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_bond is not None and (isinstance(self.max_bond, bool) or not isinstance(self.max_bond, int) or self.max_bond < 1):
+            raise ValueError(f"max_bond={self.max_bond!r}: a bond dimension is an integer of at least 1, or None for no cap")
+        self._check_gauge(self.gauge)
+        if self.gauge == "identity" and self.max_bond is not None:
+            raise ValueError(
+                "gauge='identity' keeps the whole matrix in one core and cannot be truncated; drop max_bond, or take gauge='svd'"
+            )
+        if self.expansion is not None and self.max_bond is not None:
+            raise ValueError(f"expansion={self.expansion!r} plans an exact chain, max_bond={self.max_bond} cuts it; drop one")
+
+    def _label_parts(self) -> list[str]:
+        parts = [] if self.max_bond is None else [f"max_bond={self.max_bond}"]
+        return parts if self.gauge == "svd" else [*parts, f"gauge={self.gauge}"]
+
+    def structure(self, shape: Shape) -> Structure:
+        sites = self._resolve_sites(shape)
+        full = full_bonds(sites)
+        inner = tuple(d if self.max_bond is None else min(d, self.max_bond) for d in full)
+        return Structure(
+            shape=shape,
+            sites=sites,
+            core_shapes=_core_shapes(sites, inner),
+            exact=inner == full,
+            # each step of the sweep holds U and S Vh of a matrix with no more entries than the matrix itself
+            scratch=2 * math.prod(shape),
+        )
+
+    def _full_parameters(self, sites: Sites) -> int:
+        return sum(math.prod(shape) for shape in _core_shapes(sites, full_bonds(sites)))
+
+    # -- tensors ------------------------------------------------------------------------------------------------------
+
+    def _unfold(self, matrices: Float[Tensor, "n rows cols"], structure: Structure) -> Sequence[Tensor]:
+        tensor = _to_sites(matrices, structure.sites)
+        bonds = [shape[-1] for shape in structure.core_shapes[:-1]]
+        if self.gauge == "identity":
+            return _identity_chain(tensor, bonds)
+        if self.gauge == "right":
+            mirrored = tensor.permute(0, *range(tensor.dim() - 1, 0, -1))
+            return [core.transpose(1, 3) for core in reversed(self._sweep(mirrored, bonds[::-1]))]
+        cores = self._sweep(tensor, bonds)
+        return _spread_norm(cores) if self.gauge == "spread" else cores
+
+    def _sweep(self, tensor: Tensor, bonds: Sequence[int]) -> list[Tensor]:
+        """Algorithm 1, without the SVDs whose result is known: sweeping on over a 1x1 site finds `Lambda V^T`, whose
+        left singular vectors are unit vectors, so the exact core there is the identity."""
+        modes = tensor.shape[1:]
+        kept = [k for k, p in enumerate(modes) if p > 1 or k == 0]
+        if len(kept) == 1:
+            kept.append(len(modes) - 1)
+        if kept[-1] != len(modes) - 1:
+            # 1x1 sites after the last proper one: all bonds there are 1 at full rank, and so are the cores
+            kept.append(len(modes) - 1)
+        inner = [min(bonds[a:b]) for a, b in zip(kept[:-1], kept[1:], strict=True)]
+        swept = self.operations.chain_decompose(tensor.reshape(tensor.shape[0], *[modes[k] for k in kept]), inner)
+        cores: list[Tensor] = []
+        for k in range(len(modes)):
+            if k in kept:
+                cores.append(swept[kept.index(k)])
+            else:
+                eye = torch.eye(bonds[k - 1], dtype=tensor.dtype, device=tensor.device)
+                cores.append(eye[:, None, :].expand(tensor.shape[0], -1, 1, -1))
+        return cores
+
+    def _fold(self, cores: Sequence[Tensor]) -> Float[Tensor, "n rows cols"]:
+        return _from_sites(self.operations.chain_contract(_fused(cores)), _sites_of(cores))
+
+    @torch.no_grad()
+    @full_precision
+    def fold_keeping(self, cores: Sequence[Tensor]) -> tuple[Float[Tensor, "n rows cols"], Any]:
+        flat, context = self.operations.chain_contract_keeping(_fused(cores))
+        return _from_sites(flat, _sites_of(cores)), context
+
+    @torch.no_grad()
+    @full_precision
+    def pull_back_keeping(
+        self,
+        cores: Sequence[Tensor],
+        grad: Float[Tensor, "n rows cols"],
+        context: Any,
+        out: Sequence[Tensor] | None = None,
+    ) -> Sequence[Tensor]:
+        sites = _sites_of(cores)
+        grads = self.operations.chain_pull_back(
+            _fused(cores),
+            _to_sites(grad, sites).reshape(grad.shape[0], -1),
+            context,
+            None if out is None else [target.view(g.shape) for target, g in zip(out, _fused(cores), strict=True)],
+        )
+        return [g.view(core.shape) for g, core in zip(grads, cores, strict=True)] if out is None else out
+
+    def _check_cores(self, shapes: Sequence[tuple[int, ...]]) -> None:
+        if len(shapes) < 2:
+            raise ValueError(f"an MPO has at least two cores, got one of shape {shapes[0]}")
+        bonds = [(shape[0], shape[-1]) for shape in shapes]
+        if bonds[0][0] != 1 or bonds[-1][1] != 1:
+            raise ValueError(f"the outer bonds of an MPO are 1, got {bonds[0][0]} and {bonds[-1][1]} in cores {list(shapes)}")
+        for k, ((_, right), (left, _)) in enumerate(zip(bonds[:-1], bonds[1:], strict=True)):
+            if right != left:
+                raise ValueError(
+                    f"cores {k} and {k + 1} do not belong together: bond dimensions {right} and {left} differ in {list(shapes)}"
+                )
+
+
+def SVD(
+    *,
+    sites: SitesArgument | None = None,
+    max_bond: int | None = None,
+    gauge: str = "svd",
+    backend: str = "torch",
+) -> MPO:
+    """The paper's SVD factorization: the MPO of order 2. Arguments as for `MPO`."""
+    return MPO(order=2, sites=sites, max_bond=max_bond, gauge=gauge, backend=backend)
+
+
+def _core_shapes(sites: Sites, inner: Sequence[int]) -> tuple[tuple[int, int, int, int], ...]:
+    bonds = (1, *inner, 1)
+    return tuple((bonds[k], i, j, bonds[k + 1]) for k, (i, j) in enumerate(sites))
+
+
+def _fused(cores: Sequence[Tensor]) -> list[Tensor]:
+    """[n, d, i, j, d'] -> [n, d, i*j, d']."""
+    return [core.reshape(core.shape[0], core.shape[1], -1, core.shape[-1]) for core in cores]
+
+
+def _sites_of(cores: Sequence[Tensor]) -> Sites:
+    return tuple((core.shape[2], core.shape[3]) for core in cores)
+
+
+def _to_sites(matrices: Tensor, sites: Sites) -> Tensor:
+    """[n, rows, cols] -> [n, i_1 j_1, ..., i_m j_m]: the order in which the chain has its modes."""
+    n, m = matrices.shape[0], len(sites)
+    split = matrices.reshape(n, *[i for i, _ in sites], *[j for _, j in sites])
+    order = [axis for k in range(m) for axis in (1 + k, 1 + m + k)]
+    return split.permute(0, *order).reshape(n, *[i * j for i, j in sites])
+
+
+def _from_sites(flat: Tensor, sites: Sites) -> Tensor:
+    """The inverse of `_to_sites`, from [n, i_1 j_1 * ... * i_m j_m]."""
+    n, m = flat.shape[0], len(sites)
+    split = flat.reshape(n, *[size for site in sites for size in site])
+    order = [1 + 2 * k for k in range(m)] + [2 + 2 * k for k in range(m)]
+    return split.permute(0, *order).reshape(n, math.prod(i for i, _ in sites), math.prod(j for _, j in sites))
+
+
+def _identity_chain(tensor: Tensor, bonds: Sequence[int]) -> list[Tensor]:
+    """All cores identities (reshaped) but one, which holds the tensor. The one is where the full-rank bonds stop
+    growing, so that every identity is square."""
+    n, modes = tensor.shape[0], tensor.shape[1:]
+    m = len(modes)
+    lefts = [math.prod(modes[:k]) for k in range(m + 1)]
+    centre = max(k for k in range(m) if all(lefts[q] == ([1, *bonds])[q] for q in range(k + 1)))
+    cores: list[Tensor] = []
+    for k in range(m):
+        left, right = (1 if k == 0 else bonds[k - 1]), (1 if k == m - 1 else bonds[k])
+        if k == centre:
+            cores.append(tensor.reshape(n, left, modes[k], right))
+        else:
+            eye = torch.eye(max(left, right), dtype=tensor.dtype, device=tensor.device)
+            cores.append(eye.reshape(1, left, modes[k], right).expand(n, -1, -1, -1))
+    return cores
+
+
+def _spread_norm(cores: Sequence[Tensor]) -> list[Tensor]:
+    """Cores of nearly one Frobenius norm, their product unchanged bit by bit; a zero matrix is left alone."""
+    logs = torch.stack([core.flatten(1).norm(dim=1) for core in cores]).log2()
+    factors = torch.exp2(spread_exponents(logs))
+    return [core * factor[:, None, None, None] for core, factor in zip(cores, factors, strict=True)]

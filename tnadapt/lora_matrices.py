@@ -1,0 +1,195 @@
+"""Finds and groups the LoRA matrices of any model. The one file that knows how PEFT names things.
+
+A pair is any module with `lora_A` and `lora_B` that are `nn.Linear` (our `OverParamAdapter`, or a layer of one's own), or
+`nn.ModuleDict` of them by adapter name (PEFT). What is LoRA but cannot be expanded is listed with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["LoraMatrix", "Skipped", "canonical_name", "default_group", "find_lora_matrices"]
+
+#: Wrappers that put a component into parameter names without being part of the model.
+_WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
+_SIDES = ("A", "B")
+
+
+class _Weight(NamedTuple):
+    path: str  # canonical module path
+    adapter: str  # "" for the default adapter
+    active: bool
+    side: str
+    linear: nn.Module
+    weight: nn.Parameter
+    obstacle: str | None  # why it is not a matrix of a linear layer
+
+
+@dataclass(eq=False)
+class LoraMatrix:
+    """One LoRA matrix: an `A` [r, d_in] or a `B` [d_out, r] that stays an ordinary parameter of the model.
+
+    Attributes:
+        name: canonical module path and side, such as `model.layers.0.self_attn.q_proj.A`; for PEFT adapters that are not
+            called `default`, the adapter's name stands before the side.
+        kind: `"A"` or `"B"`.
+        group: matrices that are ranked against each other; by default those whose paths differ in numbers only.
+        module: canonical path of the module that owns the pair.
+        layer: first number in the path, None where there is none.
+        linear: the layer whose `weight` it is.
+        parameter: that weight, looked up anew where a wrapper has replaced it.
+        expanded: whether tensor-network cores train it now.
+    """
+
+    name: str
+    kind: str
+    group: str
+    module: str
+    layer: int | None
+    linear: nn.Module = field(repr=False)
+    parameter: nn.Parameter = field(repr=False)
+    expanded: bool = False
+    grad_scale: Tensor | None = field(default=None, repr=False)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(rows, cols)`."""
+        rows, cols = self.parameter.shape
+        return rows, cols
+
+    @property
+    def gradient(self) -> Tensor | None:
+        """Gradient of the loss, None where there is none; with the scale of a GradScaler taken out."""
+        grad = self.parameter.grad
+        if grad is None or self.grad_scale is None:
+            return grad
+        return grad / self.grad_scale.to(grad.device)
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A LoRA weight that is not a candidate for expansion, and why."""
+
+    name: str
+    reason: str
+
+
+def canonical_name(name: str) -> str:
+    """`name` without what DDP, FSDP, `torch.compile`, checkpoint wrappers and PEFT's outer models put into it."""
+    parts = [part for part in name.split(".") if part not in _WRAPPERS]
+    while parts[:1] == ["module"]:
+        parts = parts[1:]
+    if parts[:2] == ["base_model", "model"]:
+        parts = parts[2:]
+    return ".".join(parts)
+
+
+def default_group(matrix: LoraMatrix) -> str:
+    """Module type, side and stack: the path with its numbers replaced by `*`. T5's encoder, decoder self-attention and
+    cross-attention are different groups, as the paper has them."""
+    return ".".join("*" if part.isdigit() else part for part in matrix.name.split("."))
+
+
+def find_lora_matrices(
+    model: nn.Module, groups: Callable[[LoraMatrix], str] | None = None
+) -> tuple[dict[str, LoraMatrix], list[Skipped]]:
+    """All LoRA matrices of `model` that can be expanded, by name and in the order of the model, and those that cannot.
+
+    Args:
+        model: any module; PEFT models and `torch.compile`d or DDP-wrapped ones included; the meta device is fine.
+        groups: gives each matrix its group, instead of `default_group`.
+    """
+    found: dict[str, LoraMatrix] = {}
+    skipped: list[Skipped] = []
+    owners: dict[int, str] = {}
+    shared = _shared_storage(model)
+    for path, adapter, active, side, linear, weight, obstacle in _lora_weights(model):
+        name = ".".join(part for part in (path, adapter, side) if part)
+        reason = None
+        if not active:
+            reason = f"adapter {adapter or 'default'!r} is not active"
+        elif obstacle is not None:
+            reason = obstacle
+        elif not weight.requires_grad:
+            reason = "it is frozen (requires_grad is False)"
+        elif weight.dim() != 2:
+            reason = f"its parameter has shape {tuple(weight.shape)}, not rows x cols"
+        elif id(weight) in owners:
+            reason = f"it is the same parameter as {owners[id(weight)]}"
+        elif id(weight) in shared:
+            reason = f"it shares storage with {shared[id(weight)]} (tied adapters)"
+        if reason is not None:
+            skipped.append(Skipped(name, reason))
+            continue
+        owners[id(weight)] = name
+        layer = next((int(part) for part in path.split(".") if part.isdigit()), None)
+        matrix = LoraMatrix(name, side, "", path, layer, linear, weight)
+        matrix.group = (groups or default_group)(matrix)
+        found[name] = matrix
+    return found, skipped
+
+
+def _lora_weights(model: nn.Module) -> Iterator[_Weight]:
+    """Every LoRA weight of the model, expandable or not."""
+    for raw_path, module in model.named_modules(remove_duplicate=False):
+        path = canonical_name(raw_path)
+        pair: tuple[Any, Any] = (getattr(module, "lora_A", None), getattr(module, "lora_B", None))
+        if all(isinstance(half, nn.Module) and not isinstance(half, nn.ModuleDict) for half in pair):
+            for side, half in zip(_SIDES, pair, strict=True):
+                yield from _weight_of(path, "", True, side, half)
+        elif all(isinstance(half, nn.ModuleDict) for half in pair):
+            active = getattr(module, "active_adapters", None)
+            for adapter in pair[0]:
+                shown = "" if adapter == "default" else adapter
+                for side, half in zip(_SIDES, pair, strict=True):
+                    if adapter in half:
+                        yield from _weight_of(path, shown, active is None or adapter in active, side, half[adapter])
+            for side in _SIDES:
+                for adapter, weight in (getattr(module, f"lora_embedding_{side}", None) or {}).items():
+                    shown = "" if adapter == "default" else adapter
+                    reason = "it belongs to an embedding; only linear layers are expanded"
+                    yield _Weight(path, shown, active is None or adapter in active, side, module, weight, reason)
+
+
+def _weight_of(path: str, adapter: str, active: bool, side: str, layer: nn.Module) -> Iterator[_Weight]:
+    weight = getattr(layer, "weight", None)
+    if isinstance(weight, nn.Parameter):
+        reason = None if isinstance(layer, nn.Linear) else f"it belongs to a {type(layer).__name__}, not a linear layer"
+        yield _Weight(path, adapter, active, side, layer, weight, reason)
+
+
+def _shared_storage(model: nn.Module) -> dict[int, str]:
+    """id of every parameter whose memory another parameter object uses too -> name of that other one."""
+    by_storage: dict[tuple[torch.device, int], list[tuple[str, nn.Parameter]]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta or type(parameter) is not nn.Parameter or parameter.numel() == 0:
+            continue
+        by_storage.setdefault((parameter.device, parameter.untyped_storage().data_ptr()), []).append((name, parameter))
+    shared: dict[int, str] = {}
+    for members in by_storage.values():
+        if len(members) > 1:
+            for k, (_, parameter) in enumerate(members):
+                others = [
+                    (name, other) for m, (name, other) in enumerate(members) if m != k and _overlap(parameter, other)
+                ]
+                if others:
+                    shared[id(parameter)] = canonical_name(others[0][0])
+    return shared
+
+
+def _overlap(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one storage touch the same memory (parameters flattened into one buffer do not)."""
+
+    def span(t: Tensor) -> tuple[int, int]:
+        start = int(t.storage_offset())
+        return start, start + sum(
+            (int(size) - 1) * int(stride) for size, stride in zip(t.shape, t.stride(), strict=True)
+        )
+
+    (a, b), (c, d) = span(one), span(other)
+    return a <= d and c <= b

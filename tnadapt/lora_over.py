@@ -1,0 +1,474 @@
+"""`LoraOver`: the matrices of a model, a factorization, a scheduler and an optimizer, put together."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from tnadapt.engine import Coupling, Engine, broadcast_object, is_distributed, is_elementwise, unwrap
+from tnadapt.factorizations import Factorization
+from tnadapt.lora_matrices import LoraMatrix, Skipped, find_lora_matrices
+from tnadapt.schedulers import Scheduler, Static
+
+__all__ = ["Event", "FoldReport", "LoraOver"]
+
+_STATE_KEY = "tnadapt"
+_STATE_VERSION = 1
+#: optimizer steps between two comparisons of matrices with their cores, off the CPU
+_COMPARE_EVERY = 50
+
+_attached: weakref.WeakSet[LoraOver] = weakref.WeakSet()
+
+
+@dataclass(frozen=True)
+class Event:
+    """Matrices that were expanded or folded back at an optimizer step (0: at the attachment)."""
+
+    step: int
+    action: Literal["expand", "fold"]
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class FoldReport:
+    """What `LoraOver.fold()` ended.
+
+    Attributes:
+        steps: optimizer steps that were taken.
+        folded: matrices that were expanded until now.
+        lora_parameters: numbers in all LoRA matrices, which is what the model has.
+        trained_parameters: numbers that were trained until now, cores in place of expanded matrices.
+        history: every expansion and folding.
+    """
+
+    steps: int
+    folded: tuple[str, ...]
+    lora_parameters: int
+    trained_parameters: int
+    history: tuple[Event, ...]
+
+    def __str__(self) -> str:
+        ratio = self.trained_parameters / max(self.lora_parameters, 1)
+        return (
+            f"folded {len(self.folded)} matrices after {self.steps} steps: the model is plain LoRA with "
+            f"{self.lora_parameters:,} parameters; {self.trained_parameters:,} were trained ({ratio:.2f}x)"
+        )
+
+
+class LoraOver:
+    """Trains LoRA matrices through tensor-network cores, inside the optimizer that the user already has.
+
+    The model stays plain LoRA: its parameters are the same objects before, during and after. When the optimizer steps,
+    gradients of expanded matrices are pulled back to their cores, the cores are stepped by the same optimizer, and the
+    matrices are refolded in place.
+
+    Args:
+        model: any model with LoRA pairs on linear layers (PEFT, `OverParamAdapter`, or one's own `lora_A`/`lora_B`).
+        optimizer: the torch optimizer that holds the LoRA parameters; accelerate's wrapper is unwrapped.
+        factorization: `MPO(...)`, `SVD()`, …
+        scheduler: what to expand and when; every matrix from step 0 by default.
+        core_lr: learning rate of the cores where the optimizer's default rate is `optimizer.defaults["lr"]`: a core's
+            rate is its matrix's current rate times `core_lr / optimizer.defaults["lr"]`, so schedules and layer-wise
+            rates carry over. None: the matrix's rate.
+        core_weight_decay: weight decay of the cores, None for the matrix's. Decay compounds over the cores of a matrix:
+            a deep factorization shrinks the matrix as often as it has cores.
+        groups: gives a matrix the group it is ranked in, see `default_group`.
+        process_group: ranks that train the same matrices; None for all.
+
+    Raises:
+        TypeError: an optimizer that cannot train cores.
+        ValueError: no LoRA matrices, an optimizer that does not hold them, a factorization that does not fit a shape, a
+            scheduler that names what is not there, or something is attached already. Nothing has changed then.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Any,
+        factorization: Factorization,
+        scheduler: Scheduler | None = None,
+        *,
+        core_lr: float | None = None,
+        core_weight_decay: float | None = None,
+        groups: Callable[[LoraMatrix], str] | None = None,
+        process_group: Any = None,
+    ) -> None:
+        scheduler = Static() if scheduler is None else scheduler
+        inner = unwrap(optimizer)
+        matrices, skipped = find_lora_matrices(model, groups)
+        _check_matrices(matrices, skipped, inner)
+        _check_rates(inner, core_lr, core_weight_decay)
+        for shape in {matrix.shape for matrix in matrices.values()}:
+            factorization.structure(shape)
+        scheduler.attach(matrices)
+        pending = _checked_names(scheduler.select(0, matrices), matrices, scheduler)
+
+        self.factorization = factorization
+        self.scheduler = scheduler
+        self.matrices = matrices
+        #: LoRA weights that are not candidates, with the reason
+        self.skipped = skipped
+        #: every expansion and folding so far
+        self.history: list[Event] = []
+        #: optimizer steps taken since the attachment
+        self.step = 0
+        self.process_group = process_group
+        self._engine = Engine(factorization, matrices, is_elementwise(inner), process_group)
+        # Matrices chosen at step 0 get their cores at the first step: by then the model is where it will be trained,
+        # wrapped, loaded and the same on all ranks.
+        self._pending: list[str] = []
+        self._mark_pending(pending)
+        self._coupling: Coupling | None = Coupling(inner, self._engine, self._before_step, core_lr, core_weight_decay)
+        self._staged: dict[str, Any] | None = None
+        self._changed: list[tuple[torch.Tensor, tuple[str, ...]]] = []
+        self._handles = [
+            inner.register_state_dict_post_hook(self._save_hook),
+            inner.register_load_state_dict_pre_hook(self._stage_hook),
+            inner.register_load_state_dict_post_hook(self._commit_hook),
+        ]
+        _attached.add(self)
+
+    # -- what is going on ---------------------------------------------------------------------------------------------
+
+    @property
+    def expanded(self) -> tuple[str, ...]:
+        """Names of the matrices that cores train now, in the order of the model."""
+        return tuple(name for name, matrix in self.matrices.items() if matrix.expanded)
+
+    @property
+    def lora_parameters(self) -> int:
+        """Numbers in all LoRA matrices that can be expanded."""
+        return sum(matrix.parameter.numel() for matrix in self.matrices.values())
+
+    @property
+    def trained_parameters(self) -> int:
+        """Numbers that are trained now: cores in place of expanded matrices."""
+        return sum(
+            self.factorization.num_parameters(matrix.shape) if matrix.expanded else matrix.parameter.numel()
+            for matrix in self.matrices.values()
+        )
+
+    @property
+    def attached(self) -> bool:
+        """Whether the optimizer still trains through this object."""
+        return self._coupling is not None
+
+    def core_rate(self) -> float | None:
+        """Learning rate of the cores (those of the first optimizer group) in the last step; None before any."""
+        return None if self._coupling is None else self._coupling.core_rate
+
+    def update_norms(self) -> dict[str, float]:
+        """Frobenius norm of the last update of every expanded matrix (one host synchronisation)."""
+        norms = self._engine.update_norms
+        if not norms:
+            return {}
+        device = next(iter(norms.values())).device
+        values = torch.stack([norm.to(device) for norm in norms.values()]).tolist()
+        return dict(zip(norms, values, strict=True))
+
+    # -- ending it ----------------------------------------------------------------------------------------------------
+
+    def fold(self, names: Iterable[str] | None = None) -> FoldReport:
+        """Drop the cores. The matrices, which hold what the cores fold to already, are never written.
+
+        Args:
+            names: only these matrices, and go on; None for all, which ends the training through cores.
+
+        Raises:
+            ValueError: a name that is not expanded.
+            RuntimeError: everything has been folded before.
+        """
+        if self._coupling is None:
+            raise RuntimeError(
+                "this LoraOver is folded or detached already; the model is plain LoRA: save it, or attach anew"
+            )
+        self._coupling.recover()
+        chosen = list(self.expanded if names is None else names)
+        unknown = [name for name in chosen if name not in self.matrices or not self.matrices[name].expanded]
+        if unknown:
+            raise ValueError(
+                f"cannot fold {', '.join(unknown[:5])}: not expanded; expanded are {_shown(self.expanded)}"
+            )
+        self._warn_changed(check_now=True)
+        trained = self.trained_parameters
+        self._fold_now(chosen)
+        report = FoldReport(self.step, tuple(chosen), self.lora_parameters, trained, tuple(self.history))
+        if names is None:
+            self.detach()
+        return report
+
+    def detach(self) -> None:
+        """Take the hooks off: the optimizer trains plain LoRA matrices from now on. The cores stay readable through
+        `state_dict()`; the matrices keep their values. Detaching twice does nothing."""
+        if self._coupling is None:
+            return
+        self._coupling.remove()
+        self._coupling = None
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        _attached.discard(self)
+
+    # -- state --------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a resumed run needs: tensors and plain containers, so `torch.load(weights_only=True)` reads it.
+
+        It rides in `optimizer.state_dict()` too, under the key "tnadapt". Tensors are references, as in torch's own.
+        """
+        if self._coupling is not None:
+            self._coupling.recover()
+        return {
+            "version": _STATE_VERSION,
+            "factorization": self.factorization.label,
+            "step": self.step,
+            "pending": list(self._pending),
+            "engine": self._engine.state_dict(),
+            "scheduler": {"label": type(self.scheduler).__name__, "state": self.scheduler.state_dict()},
+            "history": [{"step": e.step, "action": e.action, "names": list(e.names)} for e in self.history],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` gave. Load the adapter before or after: agreement is checked at the next step.
+
+        Raises:
+            ValueError: the state is damaged, or of another model, factorization or scheduler; nothing has changed then.
+        """
+        if self._coupling is None:
+            raise RuntimeError("this LoraOver is folded or detached; attach a new one and load the state into that")
+        self._validate(state)
+        before = self.scheduler.state_dict()
+        self.scheduler.load_state_dict(state["scheduler"]["state"])
+        try:
+            self._engine.load_state(state["engine"], self._coupling.group_of)
+        except BaseException:
+            self.scheduler.load_state_dict(before)
+            raise
+        self.step = int(state["step"])
+        self._pending = list(state["pending"])
+        for name in self._pending:
+            self.matrices[name].expanded = True
+        self.history = [Event(e["step"], e["action"], tuple(e["names"])) for e in state["history"]]
+
+    def _validate(self, state: Mapping[str, Any]) -> None:
+        wanted = {"version", "factorization", "step", "pending", "engine", "scheduler", "history"}
+        if not isinstance(state, Mapping) or wanted - set(state):
+            missing = sorted(wanted - set(state)) if isinstance(state, Mapping) else ["everything"]
+            raise ValueError(
+                f"the state lacks {', '.join(missing)}; it is damaged, or was not made by LoraOver.state_dict()"
+            )
+        if state["version"] != _STATE_VERSION:
+            raise ValueError(
+                f"the state has format version {state['version']}, this tnadapt reads {_STATE_VERSION}; "
+                "resume with the version that saved it"
+            )
+        kind = type(self.scheduler).__name__
+        if state["scheduler"]["label"] != kind:
+            raise ValueError(
+                f"the state was saved with the scheduler {state['scheduler']['label']}, this run has {kind}; use the same"
+            )
+        strangers = [name for name in state["pending"] if name not in self.matrices]
+        if strangers:
+            raise ValueError(
+                f"the state names {_shown(strangers)}, which this model has not; load it into its own model"
+            )
+        self._engine.validate_state(state["engine"])
+
+    def _save_hook(self, _: Any, optimizer_state: dict[str, Any]) -> dict[str, Any]:
+        return {**optimizer_state, _STATE_KEY: self.state_dict()}
+
+    def _stage_hook(self, _: Any, optimizer_state: dict[str, Any]) -> dict[str, Any]:
+        """Validate ours before torch replaces anything; ours is replaced after torch has validated its own."""
+        rest = dict(optimizer_state)
+        self._staged = rest.pop(_STATE_KEY, None)
+        if self._staged is not None:
+            self._validate(self._staged)
+        elif self.step > 0 and self._engine.cohorts:
+            warnings.warn(
+                "the optimizer state that is being loaded has no tnadapt part (it was saved without LoraOver): the cores "
+                "stay as they are, and are unfolded anew where the matrices have changed",
+                stacklevel=3,
+            )
+        return rest
+
+    def _commit_hook(self, _: Any) -> None:
+        staged, self._staged = self._staged, None
+        if staged is not None:
+            self.load_state_dict(staged)
+
+    # -- the decisions of a step --------------------------------------------------------------------------------------
+
+    def _before_step(self) -> Callable[[], None]:
+        """Observe, release, select and unfold for the coming step; returns how to undo all of it."""
+        assert self._coupling is not None
+        step = self.step + 1
+        engine_before, scheduler_before = self._engine.snapshot(), self.scheduler.state_dict()
+        pending, history, count = list(self._pending), list(self.history), self.step
+
+        def undo() -> None:
+            self._engine.restore(engine_before)
+            self.scheduler.load_state_dict(scheduler_before)
+            self._mark_pending(pending)
+            self.history, self.step = history, count
+
+        try:
+            self._follow_outside_changes(step)
+            if self._pending:
+                names, self._pending = self._pending, []
+                self._engine.expand(names, self._coupling.group_of)
+            self.scheduler.observe(step, self.matrices)
+            if self.scheduler.due(step):
+                self._decide(step)
+            self.step = step
+        except BaseException:
+            undo()
+            raise
+        return undo
+
+    def _decide(self, step: int) -> None:
+        assert self._coupling is not None
+        released = list(self.scheduler.release(step, self.matrices))
+        chosen = list(self.scheduler.select(step, self.matrices))
+        if is_distributed(self.process_group):
+            released, chosen = broadcast_object((released, chosen), self.process_group)
+        strangers = [name for name in released if name not in self.matrices or not self.matrices[name].expanded]
+        if strangers:
+            raise ValueError(f"{self.scheduler.label} released {_shown(strangers)}, which is not expanded")
+        if released:
+            self._fold_now(released, step)
+        names = _checked_names(chosen, self.matrices, self.scheduler)
+        if names:
+            if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError("cannot expand while a CUDA graph is captured; capture after the last expansion")
+            self._engine.expand(names, self._coupling.group_of)
+            self.history = [*self.history, Event(step, "expand", tuple(names))]
+
+    def _fold_now(self, names: list[str], step: int | None = None) -> None:
+        self._engine.drop(names)
+        self._pending = [name for name in self._pending if name not in set(names)]
+        if names:
+            self.history = [*self.history, Event(self.step if step is None else step, "fold", tuple(names))]
+
+    def _mark_pending(self, names: list[str]) -> None:
+        self._pending = list(names)
+        for name in names:
+            self.matrices[name].expanded = True
+        if names and not self.history:
+            self.history = [Event(0, "expand", tuple(names))]
+
+    # -- matrices changed by others -----------------------------------------------------------------------------------
+
+    def _follow_outside_changes(self, step: int) -> None:
+        """Unfold anew what somebody else wrote (a loaded adapter, a hand edit). Compared at every step on the CPU; off
+        it every few steps, and read one step later so that the device is not waited for."""
+        assert self._coupling is not None
+        names: list[str] = []
+        earlier, self._changed = self._changed, []
+        for flags, members in earlier:
+            names += [name for name, changed in zip(members, flags.tolist(), strict=True) if changed]
+        for cohort in self._engine.cohorts.values():
+            if cohort.device.type != "cpu" and step % _COMPARE_EVERY != 1:
+                continue
+            members = tuple(m.matrix.name for m in cohort.members)
+            flags = self._engine.changed_outside(cohort)
+            if cohort.device.type == "cpu":
+                if bool(flags.any()):
+                    names += [name for name, changed in zip(members, flags.tolist(), strict=True) if changed]
+            else:
+                self._changed.append((flags, members))
+        names = [name for name in names if self.matrices[name].expanded]
+        if names:
+            warnings.warn(
+                f"{_shown(names)} changed outside the optimizer (a loaded adapter, a hand edit); unfolding anew, with "
+                "fresh optimizer state for the cores",
+                stacklevel=2,
+            )
+            self._engine.drop(names)
+            self._engine.expand(names, self._coupling.group_of)
+
+    def _warn_changed(self, check_now: bool) -> None:
+        changed = [
+            m.matrix.name
+            for cohort in self._engine.cohorts.values()
+            for m, flag in zip(cohort.members, self._engine.changed_outside(cohort).tolist(), strict=True)
+            if flag
+        ]
+        if changed and check_now:
+            warnings.warn(
+                f"{_shown(changed)} changed outside the optimizer since the last step (load_best_model_at_end does that); "
+                "the model keeps these values, not those of the cores",
+                stacklevel=3,
+            )
+
+
+def _check_matrices(
+    matrices: Mapping[str, LoraMatrix], skipped: list[Skipped], optimizer: torch.optim.Optimizer
+) -> None:
+    if not matrices:
+        reasons = "; ".join(f"{s.name}: {s.reason}" for s in skipped[:3])
+        raise ValueError(
+            "the model has no LoRA matrices that can be expanded"
+            + (f" ({reasons})" if reasons else "")
+            + ": add adapters first, with peft.get_peft_model or OverParamAdapter.from_linear"
+        )
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    missing = [name for name, matrix in matrices.items() if id(matrix.parameter) not in held]
+    if missing:
+        raise ValueError(
+            f"the optimizer does not hold {len(missing)} of {len(matrices)} LoRA matrices, such as {_shown(missing)}; make it "
+            "from [p for p in model.parameters() if p.requires_grad] after the adapters are in place"
+        )
+    in_backward = [n for n, m in matrices.items() if getattr(m.parameter, "_in_backward_optimizers", None)]
+    if in_backward:
+        raise TypeError(
+            f"{_shown(in_backward)} is stepped by an optimizer in backward, before gradients could be pulled back; "
+            "step the optimizer in the loop instead"
+        )
+    mine = {id(matrix.parameter) for matrix in matrices.values()}
+    for other in _attached:
+        if mine & {id(matrix.parameter) for matrix in other.matrices.values()}:
+            raise ValueError(
+                "a LoraOver is attached to these LoRA matrices already; call its fold() or detach() before attaching another"
+            )
+    broken = [n for n, m in matrices.items() if not m.parameter.is_meta and not bool(torch.isfinite(m.parameter).all())]
+    if broken:
+        raise ValueError(f"{_shown(broken)} holds NaN or infinity; load a good adapter before attaching")
+
+
+def _check_rates(optimizer: torch.optim.Optimizer, core_lr: float | None, core_weight_decay: float | None) -> None:
+    base = optimizer.defaults.get("lr")
+    if core_lr is not None:
+        if not core_lr > 0:
+            raise ValueError(f"core_lr={core_lr!r} must be positive; leave it out to train cores at the matrices' rate")
+        if base is None or not float(base) > 0:
+            raise ValueError(
+                f"core_lr is relative to optimizer.defaults['lr'], which is {base!r}; make the optimizer with a positive lr"
+            )
+    if core_weight_decay is not None:
+        if not core_weight_decay >= 0:
+            raise ValueError(f"core_weight_decay={core_weight_decay!r} must not be negative")
+        if "weight_decay" not in optimizer.defaults:
+            raise ValueError(f"core_weight_decay is set, but {type(optimizer).__name__} has no weight_decay")
+
+
+def _checked_names(chosen: Iterable[str], matrices: Mapping[str, LoraMatrix], scheduler: Scheduler) -> list[str]:
+    names = list(dict.fromkeys(chosen))
+    strangers = [name for name in names if name not in matrices]
+    if strangers:
+        raise ValueError(f"{scheduler.label} selected {_shown(strangers)}, which is not among {_shown(list(matrices))}")
+    again = [name for name in names if matrices[name].expanded]
+    if again:
+        raise ValueError(f"{scheduler.label} selected {_shown(again)}, which is expanded already")
+    return names
+
+
+def _shown(names: Iterable[str], limit: int = 3) -> str:
+    listed = list(names)
+    more = f" and {len(listed) - limit} more" if len(listed) > limit else ""
+    return (", ".join(listed[:limit]) or "nothing") + more

@@ -1,0 +1,114 @@
+"""The folder of a run. A run works in ``unfinished/`` and moves up when it is done, so that whole and broken never mix.
+
+::
+
+    runs/<name>/                    finished: what result.json says is final
+    runs/unfinished/<name>/         running, cancelled, failed or killed; ``--resume`` continues it
+    runs/unfinished/<name>--2/      an older unfinished one, kept when the run was started from the beginning again
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tnadapt.report.provenance import read_json, write_json
+
+UNFINISHED = "unfinished"
+RESULT = "result.json"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where the run ``name`` works and where it ends up, below ``root``."""
+
+    root: Path
+    name: str
+
+    @property
+    def final(self) -> Path:
+        """The folder of the finished run."""
+        return self.root / self.name
+
+    @property
+    def work(self) -> Path:
+        """The folder while the run is not finished."""
+        return self.root / UNFINISHED / self.name
+
+    def finished(self, config: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The result of the finished run, if there is one.
+
+        Raises:
+            ValueError: if the finished run of this name had another configuration.
+        """
+        path = self.final / RESULT
+        if not path.exists():
+            return None
+        result: dict[str, Any] = read_json(path)
+        other = result["config"]
+        differing = sorted(key for key in {*config, *other} if config.get(key) != other.get(key))
+        if differing:
+            shown = ", ".join(f"{key} {other.get(key)!r} there, {config.get(key)!r} here" for key in differing[:4])
+            raise ValueError(
+                f"{self.final} holds a run with another configuration ({shown}); choose another --name, or delete it"
+            )
+        return result
+
+    @contextmanager
+    def working(self, result: dict[str, Any], keep: bool) -> Iterator[Path]:
+        """Run the body with the work folder; afterwards ``result`` has a status and the folder is where it belongs.
+
+        Args:
+            result: written to ``result.json`` at the start and at the end; the body fills it in.
+            keep: go on in a work folder that exists, instead of moving it aside.
+        """
+        if self.work.exists() and not keep:
+            self._move_aside()
+        self.work.mkdir(parents=True, exist_ok=True)
+        result.update(status="running", started=_now())
+        write_json(self.work / RESULT, result)
+        try:
+            yield self.work
+        except BaseException as error:
+            stopped = isinstance(error, KeyboardInterrupt | SystemExit)
+            result.update(status="cancelled" if stopped else "failed", ended=_now())
+            result["error"] = "".join(traceback.format_exception_only(error)).strip()
+            write_json(self.work / RESULT, result)
+            raise
+        result.update(status="finished", ended=_now())
+        write_json(self.work / RESULT, result)
+        if self.final.exists():
+            shutil.rmtree(self.final)
+        os.replace(self.work, self.final)
+
+    def _move_aside(self) -> None:
+        number = 2
+        while (aside := self.work.with_name(f"{self.name}--{number}")).exists():
+            number += 1
+        os.replace(self.work, aside)
+
+
+def newest_checkpoint(folder: Path) -> str | None:
+    """The newest whole checkpoint of a Hugging Face Trainer in ``folder``; None if there is none.
+
+    The Trainer writes its state last, so a checkpoint without a readable state was cut off.
+    """
+    numbered = {int(path.name.rpartition("-")[2]): path for path in folder.glob("checkpoint-*")}
+    for _, path in sorted(numbered.items(), reverse=True):
+        try:
+            read_json(path / "trainer_state.json")
+        except (OSError, ValueError):
+            continue
+        return str(path)
+    return None
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")

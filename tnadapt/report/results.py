@@ -1,0 +1,124 @@
+"""Tables, pictures and the report of runs that train an adapter and score it on problems.
+
+A result is a dictionary with ``label``, ``config``, ``metrics``, ``curve`` and ``matrices``, as the recipes make it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tnadapt.report import pictures
+from tnadapt.report.advice import advise
+from tnadapt.report.provenance import config_hash, write_text
+from tnadapt.report.tables import Table, percent, percent_over_seeds, rate
+
+Result = Mapping[str, Any]
+
+
+def expansions(over: Any) -> list[dict[str, Any]]:
+    """Every LoRA matrix of a ``LoraOver``, and the step at which it was expanded, if it was."""
+    expanded_at = {name: event.step for event in over.history if event.action == "expand" for name in event.names}
+    return [
+        {
+            "name": matrix.name,
+            "kind": matrix.kind,
+            "layer": matrix.layer,
+            "module": matrix.module,
+            "expanded_at": expanded_at.get(matrix.name),
+        }
+        for matrix in over.matrices.values()
+    ]
+
+
+def result_table(
+    results: Sequence[Result], committed: Mapping[str, Any] | None = None, paper: Mapping[str, str] | None = None
+) -> Table:
+    """One row for the base model and one per result.
+
+    Args:
+        results: of runs on the same problems.
+        committed: the table over several seeds that the repository keeps; it gets a column of its own.
+        paper: the paper's own figures by label, which are nobody's measurement here; a column of their own, too.
+    """
+    first = results[0]["metrics"]
+    columns = ["method", "accuracy", "format", "loss", "lr", "core lr", "trained", "train s"]
+    rows = [["base model", percent(first["base_accuracy"]), percent(first["base_format_rate"]), *"–––––"]]
+    for result in results:
+        config, metrics = result["config"], result["metrics"]
+        rows.append(
+            [
+                result["label"],
+                percent(metrics["accuracy"]),
+                percent(metrics["format_rate"]),
+                f"{metrics['loss']:.4f}",
+                rate(config["lr"]),
+                rate(config["core_lr"]),
+                f"{metrics['trained_parameters']:,}",
+                f"{metrics['training_seconds']:.0f}",
+            ]
+        )
+    caption = (
+        f"{first['problems']} problems, {first['steps']} steps. Plain LoRA trains {first['lora_parameters']:,} numbers."
+    )
+    if committed:
+        columns.append(f"{len(committed['seeds'])} seeds")
+        rows[0].append(percent(committed["base_accuracy"]))
+        for row, result in zip(rows[1:], results, strict=True):
+            method = committed["methods"].get(result["config"]["method"])
+            row.append(percent_over_seeds(method["accuracy"]) if method else "–")
+        caption += (
+            f" Last column: committed mean ± std over seeds {', '.join(map(str, committed['seeds']))} with "
+            f"{committed['steps']} steps, not this run."
+        )
+    if paper:
+        columns.append("paper's %")
+        rows[0].append("–")
+        for row, result in zip(rows[1:], results, strict=True):
+            row.append(paper.get(result["label"], "–"))
+        caption += " Last column: printed in the paper, not measured here."
+    return Table("Exact match of the final number", columns, rows, caption)
+
+
+def write_report(result: Result, folder: Path) -> None:
+    """The pictures of a run, and a text about it that says what to do next."""
+    config, metrics, label = result["config"], result["metrics"], result["label"]
+    pictures.loss_curves(folder / "loss.png", {label: result["curve"]})
+    shown = ["![loss](loss.png)\n"]
+    if result["matrices"]:
+        title = f"{label}: when each LoRA matrix was expanded"
+        pictures.expansion_map(folder / "expansions.png", result["matrices"], metrics["steps"], title)
+        shown.append("![expansions](expansions.png)\n")
+    settings = Table("configuration", ("option", "value"), [(key, str(value)) for key, value in config.items()])
+    lines = [
+        f"# {label}, seed {config['seed']}\n",
+        f"{config['model']} trained on {metrics['training_examples']} problems of {config['data']}: {metrics['steps']} "
+        f"steps of {config['batch']}, {metrics['tokens']:,} tokens. Evaluated on {metrics['problems']} problems of the "
+        f"{config['eval_split']} split. {metrics['seconds']:.0f} s in all, {metrics['training_seconds']:.0f} s training.\n",
+        result_table([result]).markdown(),
+        *shown,
+        "## What next\n",
+        *(f"- {sentence}" for sentence in advise(result)),
+        "\nThe adapter is a plain PEFT adapter: `PeftModel.from_pretrained(base, 'adapter')`. All answers are in "
+        "`predictions.jsonl`, all figures in `result.json`.\n",
+        *([f"## Plan\n\n```\n{result['plan']}\n```\n"] if result["plan"] else []),
+        "## Configuration\n",
+        settings.markdown(),
+    ]
+    write_text(folder / "report.md", "\n".join(lines))
+
+
+def compare(
+    results: Sequence[Result],
+    root: Path,
+    committed: Mapping[str, Any] | None = None,
+    paper: Mapping[str, str] | None = None,
+) -> Path:
+    """Print the results in one table and draw them in one picture below ``root``, whose path is returned."""
+    result_table(results, committed, paper).show()
+    scores = {"base model": [results[0]["metrics"]["base_accuracy"]]}
+    scores |= {result["label"]: [result["metrics"]["accuracy"]] for result in results}
+    curves = {result["label"]: result["curve"] for result in results}
+    path = root / f"comparison-{config_hash({result['name']: '' for result in results})}.png"
+    return pictures.comparison(path, scores, curves)

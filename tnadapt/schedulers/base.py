@@ -1,0 +1,58 @@
+"""What to expand and when. A scheduler decides; it moves nothing and changes no matrix."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from tnadapt.lora_matrices import LoraMatrix
+
+__all__ = ["Scheduler", "by_group"]
+
+
+class Scheduler(ABC):
+    """Decides which LoRA matrices are expanded at which optimizer step.
+
+    Steps count optimizer steps from 1; step 0 is the attachment, before any training. At each step `observe` comes
+    first, with gradients present, then `release`, then `select`. Matrices selected at a step are trained through their
+    cores from that very step on.
+    """
+
+    def attach(self, matrices: Mapping[str, LoraMatrix]) -> None:
+        """Check the settings against the matrices of a model; raise ValueError before anything changed."""
+
+    def observe(self, step: int, matrices: Mapping[str, LoraMatrix]) -> None:
+        """Look at the gradients of `step`; do not write to them."""
+
+    @abstractmethod
+    def select(self, step: int, matrices: Mapping[str, LoraMatrix]) -> Iterable[str]:
+        """Names of matrices, not yet expanded, to expand now."""
+
+    def release(self, step: int, matrices: Mapping[str, LoraMatrix]) -> Iterable[str]:
+        """Names of expanded matrices to fold back now."""
+        return ()
+
+    def due(self, step: int) -> bool:
+        """Whether `select` or `release` may name anything at `step`; must be the same on every rank."""
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs: numbers, strings, tensors and plain containers only."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` gave. Must raise before changing anything where the state does not fit."""
+
+    @property
+    def label(self) -> str:
+        """Short name for tables."""
+        return type(self).__name__
+
+
+def by_group(matrices: Mapping[str, LoraMatrix]) -> dict[str, list[LoraMatrix]]:
+    """Matrices of each group, in the order of the model."""
+    groups: dict[str, list[LoraMatrix]] = {}
+    for matrix in matrices.values():
+        groups.setdefault(matrix.group, []).append(matrix)
+    return groups

@@ -1,0 +1,55 @@
+"""Expand a fixed choice from step 0 ("LoRA-Over-SVD" and "LoRA-Over-MPO" in the paper when it is every matrix)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+from tnadapt.lora_matrices import LoraMatrix
+from tnadapt.schedulers.base import Scheduler
+
+__all__ = ["Static"]
+
+
+class Static(Scheduler):
+    """Every matrix, or those named, from step 0.
+
+    Args:
+        which: None for every matrix; a regular expression that is searched for in names (`r"q_proj\\.A$"`); or names.
+    """
+
+    def __init__(self, which: str | Iterable[str] | None = None) -> None:
+        self._pattern = re.compile(which) if isinstance(which, str) else None
+        self._names = None if which is None or isinstance(which, str) else tuple(which)
+
+    def attach(self, matrices: Mapping[str, LoraMatrix]) -> None:
+        chosen = self._choose(matrices)
+        if not chosen:
+            wanted = "an empty list of names" if self._pattern is None else f"the pattern {self._pattern.pattern!r}"
+            raise ValueError(
+                f"Static: {wanted} matches none of the {len(matrices)} LoRA matrices, whose names look like "
+                f"{', '.join(list(matrices)[:3])}"
+            )
+
+    def select(self, step: int, matrices: Mapping[str, LoraMatrix]) -> Iterable[str]:
+        return self._choose(matrices) if step == 0 else ()
+
+    def due(self, step: int) -> bool:
+        return step == 0
+
+    def _choose(self, matrices: Mapping[str, LoraMatrix]) -> list[str]:
+        if self._names is not None:
+            missing = [name for name in self._names if name not in matrices]
+            if missing:
+                raise ValueError(
+                    f"Static: {', '.join(missing[:5])} is not among the {len(matrices)} LoRA matrices that can be "
+                    f"expanded, whose names look like {', '.join(list(matrices)[:3])}"
+                )
+            return list(self._names)
+        return [name for name in matrices if self._pattern is None or self._pattern.search(name)]
+
+    @property
+    def label(self) -> str:
+        if self._pattern is not None:
+            return f"Static({self._pattern.pattern!r})"
+        return "Static()" if self._names is None else f"Static({len(self._names)} names)"

@@ -1,0 +1,171 @@
+"""Expand in rounds while training, by a first-order Taylor estimate of importance (LoRA-Over, Eq. 8; MPO_R)."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tnadapt.lora_matrices import LoraMatrix
+from tnadapt.schedulers.base import Scheduler, by_group
+
+__all__ = ["TaylorRuntime", "round_sizes"]
+
+REDUCTIONS = ("inner", "elementwise")
+
+
+def round_sizes(top_n: int, split: int, group_size: int) -> list[int]:
+    """How many matrices of a group each of the `split` rounds expands.
+
+    After round k, `ceil(k * N / split)` are expanded, with N = min(top_n, group_size): rounds differ by at most one, the
+    larger ones are spread, and N is reached exactly with the last round whether or not `split` divides it.
+    """
+    n = min(top_n, group_size)
+    reached = [-(-k * n // split) for k in range(split + 1)]
+    return [b - a for a, b in pairwise(reached)]
+
+
+class TaylorRuntime(Scheduler):
+    """Every `every` steps expand the matrices of each group with the highest scores that are not expanded yet, until
+    `top_n` of each group are, after `split` rounds.
+
+    The score of a matrix is the sum over steps of the first-order change of the loss when the matrix is set to zero,
+    `|<dL/dW, W>|` (Eq. 8). The paper leaves open whether products are summed before or after taking absolute values:
+    `"inner"` (the default) is the Taylor term of Eq. 7; `"elementwise"`, `sum |g * w|`, is an upper bound of it that
+    depends on the basis.
+
+    Args:
+        top_n: N, matrices to expand in each group in the end. A smaller group is expanded whole, with a warning.
+        split: number of rounds.
+        every: optimizer steps between rounds.
+        reduction: `"inner"` or `"elementwise"`.
+        average: whether a score is divided by the number of steps in which the matrix had a gradient. Matters only
+            where matrices are idle in some steps (experts).
+        reset: whether scores start from zero after each round. Off by default: the estimate from all steps so far has
+            less noise than that from the last few.
+    """
+
+    def __init__(
+        self,
+        top_n: int,
+        split: int,
+        every: int,
+        reduction: str = "inner",
+        average: bool = False,
+        reset: bool = False,
+    ) -> None:
+        for name, value in (("top_n", top_n), ("split", split), ("every", every)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"TaylorRuntime: {name}={value!r} must be an integer of at least 1")
+        if reduction not in REDUCTIONS:
+            raise ValueError(
+                f"TaylorRuntime: reduction={reduction!r} is unknown; choose one of {', '.join(REDUCTIONS)}"
+            )
+        self.top_n, self.split, self.every = top_n, split, every
+        self.reduction, self.average, self.reset = reduction, average, reset
+        self.rounds_done = 0
+        self._scores: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+        #: for the report: what each round knew, as {"step": int, "scores": {name: float}, "selected": [names]}
+        self.rounds: list[dict[str, Any]] = []
+
+    def attach(self, matrices: Mapping[str, LoraMatrix]) -> None:
+        small = {g: len(m) for g, m in by_group(matrices).items() if len(m) < self.top_n}
+        if small:
+            shown = ", ".join(f"{group} ({size})" for group, size in list(small.items())[:3])
+            warnings.warn(
+                f"TaylorRuntime: top_n={self.top_n} exceeds the size of {len(small)} of {len(by_group(matrices))} groups, "
+                f"such as {shown}; these are expanded whole",
+                stacklevel=4,
+            )
+
+    def due(self, step: int) -> bool:
+        return step > 0 and step % self.every == 0 and self.rounds_done < self.split
+
+    def observe(self, step: int, matrices: Mapping[str, LoraMatrix]) -> None:
+        if self.rounds_done == self.split:
+            return
+        shapes: dict[tuple[torch.Size, torch.device], list[LoraMatrix]] = {}
+        for matrix in matrices.values():
+            if not matrix.expanded and matrix.parameter.grad is not None:
+                shapes.setdefault((matrix.parameter.shape, matrix.parameter.device), []).append(matrix)
+        for members in shapes.values():
+            for matrix, score in zip(members, self._products(members), strict=True):
+                known = self._scores.get(matrix.name)
+                self._scores[matrix.name] = score if known is None else known.to(score.device) + score
+                self._counts[matrix.name] = self._counts.get(matrix.name, 0) + 1
+
+    def _products(self, members: list[LoraMatrix]) -> tuple[Tensor, ...]:
+        """Scores of this step for matrices of one shape and device: one batched product, no host synchronisation."""
+        weights = torch.stack([m.parameter.detach() for m in members])
+        gradients = torch.stack([g for m in members if (g := m.gradient) is not None])
+        wide = torch.promote_types(weights.dtype, torch.float32)
+        products = weights.to(wide) * gradients.to(wide)
+        sums = products.abs().sum((1, 2)) if self.reduction == "elementwise" else products.sum((1, 2)).abs()
+        return sums.unbind(0)
+
+    def select(self, step: int, matrices: Mapping[str, LoraMatrix]) -> Iterable[str]:
+        if not self.due(step):
+            return ()
+        scores = self.scores()
+        broken = [name for name, score in scores.items() if score != score or score == float("inf")]
+        if broken:
+            raise ValueError(
+                f"TaylorRuntime: the score of {', '.join(broken[:3])} is not finite at step {step}; a gradient held NaN or "
+                "infinity: lower the learning rate or clip gradients, and resume from the last checkpoint"
+            )
+        chosen: list[str] = []
+        for members in by_group(matrices).values():
+            count = round_sizes(self.top_n, self.split, len(members))[self.rounds_done]
+            waiting = [m.name for m in members if not m.expanded]
+            # sorted() is stable: equal scores (all zero, say) go by the order of the model on every rank
+            chosen += sorted(waiting, key=lambda name: -scores.get(name, 0.0))[:count]
+        self.rounds_done += 1
+        self.rounds.append({"step": step, "scores": scores, "selected": list(chosen)})
+        if self.reset:
+            self._scores.clear()
+            self._counts.clear()
+        return chosen
+
+    def scores(self) -> dict[str, float]:
+        """Score of every matrix observed so far (one host synchronisation)."""
+        if not self._scores:
+            return {}
+        device = next(iter(self._scores.values())).device
+        values = torch.stack([score.to(device) for score in self._scores.values()]).tolist()
+        return {
+            name: value / self._counts[name] if self.average else value
+            for name, value in zip(self._scores, values, strict=True)
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "rounds_done": self.rounds_done,
+            "scores": dict(self._scores),
+            "counts": dict(self._counts),
+            "rounds": [dict(r) for r in self.rounds],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        missing = {"rounds_done", "scores", "counts", "rounds"} - set(state)
+        if missing:
+            raise ValueError(
+                f"TaylorRuntime: the state lacks {', '.join(sorted(missing))}; it is not one of TaylorRuntime"
+            )
+        if state["rounds_done"] > self.split:
+            raise ValueError(
+                f"TaylorRuntime: the state has {state['rounds_done']} rounds behind it, but split={self.split}; "
+                "resume with the split of the run that was saved"
+            )
+        self.rounds_done = int(state["rounds_done"])
+        self._scores = {name: score.detach().clone() for name, score in state["scores"].items()}
+        self._counts = dict(state["counts"])
+        self.rounds = [dict(r) for r in state["rounds"]]
+
+    @property
+    def label(self) -> str:
+        return f"TaylorRuntime(top_n={self.top_n}, split={self.split}, every={self.every})"
