@@ -5,23 +5,27 @@ from tnadapt.factorizations import MPO, SVD, Factorization
 from tnadapt.lora_matrices import LoraMatrix, find_lora_matrices
 from tnadapt.lora_over import Event, FoldReport, LoraOver
 from tnadapt.planning import Plan, plan
-from tnadapt.schedulers import Scheduler, Static, TaylorRuntime
+from tnadapt.schedulers import Budget, LossAblation, Scheduler, Static, TaylorRuntime, ablation_scores, predefined
 
 __all__ = [
     "MPO",
     "SVD",
+    "Budget",
     "Event",
     "Factorization",
     "FoldReport",
     "LoraMatrix",
     "LoraOver",
+    "LossAblation",
     "OverParamAdapter",
     "Plan",
     "Scheduler",
     "Static",
     "TaylorRuntime",
+    "ablation_scores",
     "find_lora_matrices",
     "plan",
+    "predefined",
 ]
 
 __version__ = "0.1.0"

@@ -44,6 +44,7 @@ class LoraMatrix:
         linear: the layer whose `weight` it is.
         parameter: that weight, looked up anew where a wrapper has replaced it.
         expanded: whether tensor-network cores train it now.
+        added_parameters: numbers that expanding it adds (LoRA-Over, Eq. 6); set by `LoraOver`.
     """
 
     name: str
@@ -54,6 +55,7 @@ class LoraMatrix:
     linear: nn.Module = field(repr=False)
     parameter: nn.Parameter = field(repr=False)
     expanded: bool = False
+    added_parameters: int = 0
     grad_scale: Tensor | None = field(default=None, repr=False)
 
     @property
@@ -61,6 +63,11 @@ class LoraMatrix:
         """`(rows, cols)`."""
         rows, cols = self.parameter.shape
         return rows, cols
+
+    @property
+    def value(self) -> Tensor:
+        """The matrix, detached."""
+        return self.parameter.detach()
 
     @property
     def gradient(self) -> Tensor | None:

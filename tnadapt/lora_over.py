@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -11,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from tnadapt.engine import Coupling, Engine, broadcast_object, is_distributed, is_elementwise, unwrap
+from tnadapt.engine import HANDOVERS, Coupling, Engine, broadcast_object, is_distributed, is_elementwise, unwrap
 from tnadapt.factorizations import Factorization
 from tnadapt.lora_matrices import LoraMatrix, Skipped, find_lora_matrices
 from tnadapt.schedulers import Scheduler, Static
@@ -78,6 +79,8 @@ class LoraOver:
             rates carry over. None: the matrix's rate.
         core_weight_decay: weight decay of the cores, None for the matrix's. Decay compounds over the cores of a matrix:
             a deep factorization shrinks the matrix as often as it has cores.
+        handover: what the cores of a matrix that is expanded in mid-run know of its optimizer state: `"warm"` pulls its
+            moments back to them, which keeps the trajectory smooth; `"restart"` starts them fresh.
         groups: gives a matrix the group it is ranked in, see `default_group`.
         process_group: ranks that train the same matrices; None for all.
 
@@ -96,16 +99,19 @@ class LoraOver:
         *,
         core_lr: float | None = None,
         core_weight_decay: float | None = None,
+        handover: str = "warm",
         groups: Callable[[LoraMatrix], str] | None = None,
         process_group: Any = None,
     ) -> None:
         scheduler = Static() if scheduler is None else scheduler
         inner = unwrap(optimizer)
+        if handover not in HANDOVERS:
+            raise ValueError(f"handover={handover!r} is unknown; choose one of {', '.join(HANDOVERS)}")
         matrices, skipped = find_lora_matrices(model, groups)
         _check_matrices(matrices, skipped, inner)
         _check_rates(inner, core_lr, core_weight_decay)
-        for shape in {matrix.shape for matrix in matrices.values()}:
-            factorization.structure(shape)
+        for matrix in matrices.values():
+            matrix.added_parameters = factorization.added_parameters(matrix.shape)
         scheduler.attach(matrices)
         pending = _checked_names(scheduler.select(0, matrices), matrices, scheduler)
 
@@ -119,7 +125,13 @@ class LoraOver:
         #: optimizer steps taken since the attachment
         self.step = 0
         self.process_group = process_group
-        self._engine = Engine(factorization, matrices, is_elementwise(inner), process_group)
+        self._engine = Engine(
+            factorization,
+            matrices,
+            is_elementwise(inner),
+            (lambda matrix: inner.state.get(matrix.parameter, {})) if handover == "warm" else None,
+            process_group,
+        )
         # Matrices chosen at step 0 get their cores at the first step: by then the model is where it will be trained,
         # wrapped, loaded and the same on all ranks.
         self._pending: list[str] = []
@@ -127,11 +139,12 @@ class LoraOver:
         self._coupling: Coupling | None = Coupling(inner, self._engine, self._before_step, core_lr, core_weight_decay)
         self._staged: dict[str, Any] | None = None
         self._changed: list[tuple[torch.Tensor, tuple[str, ...]]] = []
-        self._handles = [
-            inner.register_state_dict_post_hook(self._save_hook),
-            inner.register_load_state_dict_pre_hook(self._stage_hook),
-            inner.register_load_state_dict_post_hook(self._commit_hook),
-        ]
+        self._handles: list[Any] = [inner.register_state_dict_post_hook(self._save_hook)]
+        if type(inner).load_state_dict is torch.optim.Optimizer.load_state_dict:
+            self._handles.append(inner.register_load_state_dict_pre_hook(self._stage_hook))
+            self._handles.append(inner.register_load_state_dict_post_hook(self._commit_hook))
+        else:
+            self._handles.append(_WrappedLoading(inner, self._stage_hook, self._commit_hook))
         _attached.add(self)
 
     # -- what is going on ---------------------------------------------------------------------------------------------
@@ -195,7 +208,7 @@ class LoraOver:
             raise ValueError(
                 f"cannot fold {', '.join(unknown[:5])}: not expanded; expanded are {_shown(self.expanded)}"
             )
-        self._warn_changed(check_now=True)
+        self._warn_changed()
         trained = self.trained_parameters
         self._fold_now(chosen)
         report = FoldReport(self.step, tuple(chosen), self.lora_parameters, trained, tuple(self.history))
@@ -268,17 +281,40 @@ class LoraOver:
                 f"the state has format version {state['version']}, this tnadapt reads {_STATE_VERSION}; "
                 "resume with the version that saved it"
             )
+        try:
+            self._validate_parts(state)
+        except (KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
+            raise ValueError(
+                f"the state is damaged ({type(error).__name__}: {error}); resume from an earlier checkpoint"
+            ) from error
+
+    def _validate_parts(self, state: Mapping[str, Any]) -> None:
         kind = type(self.scheduler).__name__
         if state["scheduler"]["label"] != kind:
             raise ValueError(
                 f"the state was saved with the scheduler {state['scheduler']['label']}, this run has {kind}; use the same"
             )
+        if state["factorization"] != self.factorization.label:
+            raise ValueError(
+                f"the state was saved with {state['factorization']}, this run has {self.factorization.label}; resume with "
+                "the factorization of the run that was saved"
+            )
+        if isinstance(state["step"], bool) or not isinstance(state["step"], int):
+            raise TypeError(f"step is {state['step']!r}")
+        for event in state["history"]:
+            Event(event["step"], event["action"], tuple(event["names"]))
         strangers = [name for name in state["pending"] if name not in self.matrices]
         if strangers:
             raise ValueError(
                 f"the state names {_shown(strangers)}, which this model has not; load it into its own model"
             )
         self._engine.validate_state(state["engine"])
+        # only the scheduler knows what it takes: let it load, and put back what it had
+        before = self.scheduler.state_dict()
+        try:
+            self.scheduler.load_state_dict(state["scheduler"]["state"])
+        finally:
+            self.scheduler.load_state_dict(before)
 
     def _save_hook(self, _: Any, optimizer_state: dict[str, Any]) -> dict[str, Any]:
         return {**optimizer_state, _STATE_KEY: self.state_dict()}
@@ -310,8 +346,11 @@ class LoraOver:
         step = self.step + 1
         engine_before, scheduler_before = self._engine.snapshot(), self.scheduler.state_dict()
         pending, history, count = list(self._pending), list(self.history), self.step
+        coupling = self._coupling
+        known = coupling.known(self.matrices.values())
 
         def undo() -> None:
+            coupling.restore_known(known)
             self._engine.restore(engine_before)
             self.scheduler.load_state_dict(scheduler_before)
             self._mark_pending(pending)
@@ -350,6 +389,9 @@ class LoraOver:
             self.history = [*self.history, Event(step, "expand", tuple(names))]
 
     def _fold_now(self, names: list[str], step: int | None = None) -> None:
+        """Drop cores. What the optimizer knew of the matrices is from before their expansion: they start fresh."""
+        if self._coupling is not None:
+            self._coupling.forget([self.matrices[name] for name in names])
         self._engine.drop(names)
         self._pending = [name for name in self._pending if name not in set(names)]
         if names:
@@ -392,19 +434,47 @@ class LoraOver:
             self._engine.drop(names)
             self._engine.expand(names, self._coupling.group_of)
 
-    def _warn_changed(self, check_now: bool) -> None:
-        changed = [
+    def changed_outside(self) -> tuple[str, ...]:
+        """Names of expanded matrices that hold something else than what their cores fold to, because somebody wrote them
+        (`load_best_model_at_end`, a hand edit). Waits for the device."""
+        return tuple(
             m.matrix.name
             for cohort in self._engine.cohorts.values()
             for m, flag in zip(cohort.members, self._engine.changed_outside(cohort).tolist(), strict=True)
             if flag
-        ]
-        if changed and check_now:
+        )
+
+    def _warn_changed(self) -> None:
+        changed = self.changed_outside()
+        if changed:
             warnings.warn(
                 f"{_shown(changed)} changed outside the optimizer since the last step (load_best_model_at_end does that); "
                 "the model keeps these values, not those of the cores",
                 stacklevel=3,
             )
+
+
+class _WrappedLoading:
+    """The loading hooks of an optimizer whose class loads in its own way and may not call torch's hooks (bitsandbytes)."""
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        before: Callable[[Any, dict[str, Any]], dict[str, Any]],
+        after: Callable[[Any], None],
+    ) -> None:
+        self._optimizer = optimizer
+        original = optimizer.load_state_dict
+
+        def load_state_dict(state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+            original(before(optimizer, state_dict), *args, **kwargs)
+            after(optimizer)
+
+        optimizer.load_state_dict = load_state_dict  # type: ignore[method-assign]
+
+    def remove(self) -> None:
+        """Give the optimizer its own method back."""
+        vars(self._optimizer).pop("load_state_dict", None)
 
 
 def _check_matrices(
@@ -430,15 +500,20 @@ def _check_matrices(
             f"{_shown(in_backward)} is stepped by an optimizer in backward, before gradients could be pulled back; "
             "step the optimizer in the loop instead"
         )
-    mine = {id(matrix.parameter) for matrix in matrices.values()}
-    for other in _attached:
-        if mine & {id(matrix.parameter) for matrix in other.matrices.values()}:
+    if _find_attached(matrices):
+        gc.collect()  # hooks make a cycle: one whose optimizer is gone may still be waiting for the collector
+        if _find_attached(matrices):
             raise ValueError(
                 "a LoraOver is attached to these LoRA matrices already; call its fold() or detach() before attaching another"
             )
     broken = [n for n, m in matrices.items() if not m.parameter.is_meta and not bool(torch.isfinite(m.parameter).all())]
     if broken:
         raise ValueError(f"{_shown(broken)} holds NaN or infinity; load a good adapter before attaching")
+
+
+def _find_attached(matrices: Mapping[str, LoraMatrix]) -> bool:
+    mine = {id(matrix.parameter) for matrix in matrices.values()}
+    return any(mine & {id(matrix.parameter) for matrix in other.matrices.values()} for other in _attached)
 
 
 def _check_rates(optimizer: torch.optim.Optimizer, core_lr: float | None, core_weight_decay: float | None) -> None:

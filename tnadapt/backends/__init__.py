@@ -6,7 +6,7 @@ A backend is chosen by name (`MPO(order=9, backend="opt_einsum")`) and imports i
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from importlib import import_module
 
 from tnadapt.backends.torch_backend import ChainContext, TorchBackend
@@ -22,7 +22,7 @@ BACKENDS: dict[str, tuple[str, str]] = {
 }
 
 
-@lru_cache(maxsize=None)
+@cache
 def get_backend(name: str) -> TorchBackend:
     """The backend called `name`.
 

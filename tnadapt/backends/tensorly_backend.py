@@ -14,6 +14,7 @@ import tensorly.decomposition
 import torch
 from tensorly.backend import BackendManager
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from tnadapt.backends.autograd_backend import AutogradBackend
 
@@ -81,7 +82,7 @@ def _parafac(tensor: Tensor, rank: int) -> list[Tensor] | None:
         with _on_torch():
             # components beyond what a singular value decomposition starts are drawn at random: from a fixed seed
             weights, factors = tensorly.decomposition.parafac(tensor, rank=rank, init="svd", tol=1e-9, random_state=0)
-    except torch.linalg.LinAlgError:
+    except LinAlgError:
         return None
     factors = [factors[0] * weights, *factors[1:]]
     return factors if all(bool(torch.isfinite(factor).all()) for factor in factors) else None

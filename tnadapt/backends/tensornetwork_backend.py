@@ -6,6 +6,7 @@ itself; the library's default backend is not touched.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 import tensornetwork
@@ -38,7 +39,7 @@ class TensorNetworkBackend(AutogradBackend):
         results = []
         for one in _members(cores):
             nodes = [_node(core) for core in one]
-            for before, after in zip(nodes[:-1], nodes[1:], strict=True):
+            for before, after in itertools.pairwise(nodes):
                 before[2] ^ after[0]
             # the outer bonds have size 1 and stay open, so that no edge is left without an end
             results.append(_contract(nodes, [nodes[0][0], *(node[1] for node in nodes), nodes[-1][2]]))

@@ -23,6 +23,8 @@ __all__ = ["ChainContext", "TorchBackend"]
 
 #: ALS stops after this many sweeps over all factors, or when a sweep gains less than this share of the norm.
 ALS_SWEEPS, ALS_GAIN = 100, 1e-9
+#: Added to the diagonal of its Gram matrices, whose own diagonal is 1: all columns but those solved for are unit vectors.
+RIDGE = 1e-12
 
 
 class ChainContext(NamedTuple):
@@ -151,20 +153,24 @@ class TorchBackend:
         unfoldings = [tensor.movedim(k + 1, 1).reshape(n, modes[k], -1) for k in range(len(modes))]
         factors = [self._als_start(unfolding, rank, k) for k, unfolding in enumerate(unfoldings)]
         norm = torch.linalg.vector_norm(tensor.reshape(n, -1), dim=1)
-        error = norm
+        error, running = norm, torch.ones_like(norm, dtype=torch.bool)
         for _ in range(ALS_SWEEPS):
+            swept = list(factors)
             for k in order:
-                others = [factor for q, factor in enumerate(factors) if q != k]
-                products = khatri_rao(others)
+                others = [factor for q, factor in enumerate(swept) if q != k]
                 gram = torch.stack([factor.transpose(1, 2) @ factor for factor in others]).prod(dim=0)
                 # components that coincide make the Gram matrix singular; the ridge picks one of their mixtures
-                ridge = 1e-12 * torch.eye(rank, dtype=gram.dtype, device=gram.device) * (1 + gram.diagonal(0, 1, 2).amax())
-                solved = torch.linalg.solve(gram + ridge, (unfoldings[k] @ products).transpose(1, 2)).transpose(1, 2)
-                factors[k] = solved if k == largest else _unit_columns(solved, factors[k])
-            others = [factors[k] for k in order[:-1]]
+                gram = gram + RIDGE * torch.eye(rank, dtype=gram.dtype, device=gram.device)
+                right = unfoldings[k] @ khatri_rao(others)
+                solved = torch.linalg.solve(gram, right.transpose(1, 2)).transpose(1, 2)
+                swept[k] = solved if k == largest else _unit_columns(solved, swept[k])
+            # a member that has converged stays as it is, so that it does not depend on its neighbours in the batch
+            factors = [torch.where(running[:, None, None], new, old) for new, old in zip(swept, factors, strict=True)]
+            others = [factor for k, factor in enumerate(factors) if k != largest]
             missing = unfoldings[largest] - factors[largest] @ khatri_rao(others).transpose(1, 2)
             previous, error = error, torch.linalg.vector_norm(missing.reshape(n, -1), dim=1)
-            if bool((previous - error <= ALS_GAIN * norm).all()):
+            running = running & (previous - error > ALS_GAIN * norm)
+            if not bool(running.any()):
                 break
         return factors
 

@@ -9,7 +9,7 @@ step, cores get its algorithm exactly: shared counters, norms over all groups, a
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import FrameType
 from typing import Any
 
@@ -59,7 +59,7 @@ class Coupling:
         self._hidden: list[tuple[nn.Parameter, Tensor]] = []
         self._nonfinite: list[tuple[Tensor, torch.cuda.Event | None]] = []
         self._verified: set[int] = set()
-        self._verify: list[tuple[Tensor, Tensor]] = []
+        self._verify: list[tuple[Piece, Tensor]] = []
         self._handles = [
             optimizer.register_step_pre_hook(self._pre_hook),
             optimizer.register_step_post_hook(self._post_hook),
@@ -84,11 +84,28 @@ class Coupling:
             raise RuntimeError(_lost(matrix))
         return index
 
+    def known(self, matrices: Iterable[LoraMatrix]) -> dict[Tensor, Any]:
+        """The optimizer's own state entries of the matrices that have one."""
+        state = self.optimizer.state
+        return {m.parameter: state[m.parameter] for m in matrices if m.expanded and m.parameter in state}
+
+    def restore_known(self, known: dict[Tensor, Any]) -> None:
+        """Put back entries that `forget` dropped."""
+        self.optimizer.state.update(known)
+
+    def forget(self, matrices: Iterable[LoraMatrix]) -> None:
+        """Drop the optimizer's own state entries of these matrices."""
+        for matrix in matrices:
+            self.optimizer.state.pop(matrix.parameter, None)
+
     def recover(self) -> None:
         """Clean up after a step that died inside the optimizer: take loans back and refold from the cores as they are."""
         if self._frame is None or _on_stack(self._frame):
             return
         self._frame = None
+        # a step that died has not shown whether the optimizer steps cores: look again at the next one
+        self._verified -= {id(piece.parameter) for piece, _ in self._verify}
+        self._verify = []
         if self._loans or self._hidden:
             self._finish()
 
@@ -196,7 +213,8 @@ class Coupling:
     # -- after --------------------------------------------------------------------------------------------------------
 
     def _finish(self) -> None:
-        """Take the loans back, refold, give the matrices' gradients back."""
+        """Take the loans back, refold, give the matrices' gradients back; then say what the optimizer did wrong."""
+        changed: list[str] = []
         for owner, group, pieces in self._loans:
             groups = self.optimizer.param_groups
             for k in range(len(groups) - 1, -1, -1):
@@ -204,14 +222,20 @@ class Coupling:
                     del groups[k]
             for piece in pieces:
                 piece.state = self.optimizer.state.pop(piece.parameter, piece.state)
-            self._check_group_untouched(owner, group)
+            changed += self._changed_entries(owner, group)
         self._loans = []
         self.engine.refold()
         for parameter, grad in self._hidden:
             if parameter.grad is None:
                 parameter.grad = grad
         self._hidden = []
-        self._check_moved()
+        watched, self._verify = self._verify, []
+        if changed:
+            raise RuntimeError(
+                f"{type(self.optimizer).__name__} keeps state in its parameter groups ({changed[0]!r}), which cores enter for "
+                "the step only; such an optimizer cannot train tensor-network cores: use a torch.optim optimizer"
+            )
+        self._check_moved(watched)
 
     # -- what cannot be known beforehand ------------------------------------------------------------------------------
 
@@ -241,8 +265,11 @@ class Coupling:
                 )
 
     def _watch_first_steps(self, loans: list[tuple[dict[str, Any], dict[str, Any], list[Piece]]]) -> None:
-        """Remember cores that must move in this step, the first that their buffer takes."""
+        """Remember cores that must move in this step, the first that their buffer takes. torch's own optimizers need no
+        watching, and may take steps too small for a float32 core to show."""
         self._verify = []
+        if type(self.optimizer).__module__.startswith("torch.optim"):
+            return
         fresh = {id(piece.parameter) for _, _, pieces in loans for piece in pieces} - self._verified
         if not fresh:
             return
@@ -253,32 +280,28 @@ class Coupling:
             for piece in pieces:
                 grad = piece.parameter.grad
                 if id(piece.parameter) in fresh and grad is not None and bool(grad.any()):
-                    self._verify.append((piece.parameter, piece.parameter.detach().clone()))
+                    self._verify.append((piece, piece.parameter.detach().clone()))
                     break
         self._verified |= fresh
 
-    def _check_moved(self) -> None:
-        watched, self._verify = self._verify, []
-        if watched and all(torch.equal(parameter, before) for parameter, before in watched):
+    def _check_moved(self, watched: list[tuple[Piece, Tensor]]) -> None:
+        if watched and all(not piece.state and torch.equal(piece.parameter, before) for piece, before in watched):
             raise RuntimeError(
                 f"{type(self.optimizer).__name__} did not step the cores that were lent to it (it keeps its own list of "
                 "parameters); such an optimizer cannot train tensor-network cores: use a torch.optim optimizer"
             )
 
-    def _check_group_untouched(self, owner: dict[str, Any], group: dict[str, Any]) -> None:
-        if not self._verify:
-            return
-        for key, value in group.items():
+    def _changed_entries(self, owner: dict[str, Any], group: dict[str, Any]) -> list[str]:
+        """Entries of the cores' group that the optimizer made differ from those of the matrices' group."""
+        changed: list[str] = []
+        for key, value in group.items() if self._verify else ():
             if key in _MAY_CHANGE or (key == "weight_decay" and self._core_weight_decay is not None):
                 continue
             if key not in owner or isinstance(value, Tensor) or isinstance(owner[key], Tensor):
                 continue
             if value != owner[key]:
-                self._verify = []
-                raise RuntimeError(
-                    f"{type(self.optimizer).__name__} keeps state in its parameter groups ({key!r}), which cores enter for "
-                    "the step only; such an optimizer cannot train tensor-network cores: use a torch.optim optimizer"
-                )
+                changed.append(key)
+        return changed
 
 
 def _evaluate_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

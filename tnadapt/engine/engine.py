@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tnadapt.engine.cohort import Cohort, Member, Piece
+from tnadapt.engine.handover import same_scalars, warm_state
 from tnadapt.engine.tensors import broadcast_from_first, whole, write_whole
 from tnadapt.factorizations import Factorization, Structure, core_dtype
 from tnadapt.lora_matrices import LoraMatrix
@@ -29,6 +30,7 @@ class Engine:
         factorization: how matrices become cores.
         matrices: all LoRA matrices of the model, by name.
         elementwise: whether the optimizer's update works element by element.
+        state_of: the optimizer's state of a matrix, to hand over to its cores at expansion; None to start them fresh.
         process_group: ranks that train the same matrices; None for all.
     """
 
@@ -37,11 +39,13 @@ class Engine:
         factorization: Factorization,
         matrices: Mapping[str, LoraMatrix],
         elementwise: bool,
+        state_of: Callable[[LoraMatrix], Mapping[str, Any]] | None = None,
         process_group: Any = None,
     ) -> None:
         self.factorization = factorization
         self.matrices = matrices
         self.elementwise = elementwise
+        self._state_of = state_of
         self.process_group = process_group
         self.cohorts: dict[_Key, Cohort] = {}
         self._rounds = 0
@@ -86,12 +90,26 @@ class Engine:
         residual = None
         if not self.factorization.structure(matrices[0].shape).exact:
             residual = values.to(cores[0].dtype) - self.factorization.fold(cores)
+        states = [self._known_state(m) for m in matrices]
+        warm = warm_state(self.factorization, cores, states)
+        separate = warm is not None and not same_scalars(states)
         return [
             Member(
-                m, round_number, False, [core[k] for core in cores], residual=None if residual is None else residual[k]
+                matrix,
+                round_number,
+                separate,
+                [core[k] for core in cores],
+                state=None if warm is None else warm[k],
+                residual=None if residual is None else residual[k],
             )
-            for k, m in enumerate(matrices)
+            for k, matrix in enumerate(matrices)
         ]
+
+    def _known_state(self, matrix: LoraMatrix) -> dict[str, Any]:
+        """What the optimizer knows of a matrix, where it is to be handed over."""
+        if self._state_of is None or not self.elementwise:
+            return {}
+        return {k: whole(v) if isinstance(v, Tensor) else v for k, v in self._state_of(matrix).items()}
 
     def _place(self, key: _Key, members: Sequence[Member]) -> None:
         present = self.cohorts.get(key)
@@ -243,7 +261,12 @@ class Engine:
         return {"members": members, "rounds": self._rounds}
 
     def validate_state(self, state: Mapping[str, Any]) -> None:
-        """Raise ValueError where `state` does not fit the matrices and the factorization; change nothing."""
+        """Raise ValueError where `state` does not fit the matrices and the factorization; change nothing.
+
+        What lacks a part or has one of a wrong type may raise KeyError, TypeError or AttributeError instead.
+        """
+        if not isinstance(state["rounds"], int):
+            raise TypeError(f"the number of rounds is {state['rounds']!r}")
         for name, entry in state["members"].items():
             if name not in self.matrices:
                 raise ValueError(
@@ -260,6 +283,33 @@ class Engine:
                 )
             if not all(bool(torch.isfinite(core).all()) for core in entry["cores"]):
                 raise ValueError(f"the saved cores of {name} hold NaN or infinity; resume from an earlier checkpoint")
+            if not (isinstance(entry["round"], int) and isinstance(entry["separate"], bool)):
+                raise TypeError(f"round and separate of {name} are {entry['round']!r} and {entry['separate']!r}")
+            residual = entry["residual"]
+            if (residual is None) != self.factorization.structure(shape).exact or (
+                residual is not None and (tuple(residual.shape) != shape or not bool(torch.isfinite(residual).all()))
+            ):
+                raise ValueError(f"the saved residual of {name} is damaged; resume from an earlier checkpoint")
+            if entry["state"] is not None:
+                self._validate_moments(name, entry["cores"], entry["state"])
+
+    def _validate_moments(self, name: str, cores: Sequence[Tensor], states: Sequence[Mapping[str, Any]]) -> None:
+        """Check the saved optimizer state of the cores of one matrix."""
+        if len(states) != len(cores):
+            raise ValueError(f"the optimizer state of {name} is damaged: {len(states)} states of {len(cores)} cores")
+        for core, state in zip(cores, states, strict=True):
+            for key, value in state.items():
+                if not isinstance(value, Tensor) or value.dim() == 0:
+                    continue
+                if self.elementwise and value.numel() != core.numel():
+                    raise ValueError(
+                        f"the optimizer state of {name} is damaged: {key} has {value.numel()} numbers for a core of "
+                        f"{core.numel()}; resume from an earlier checkpoint"
+                    )
+                if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+                    raise ValueError(
+                        f"the saved optimizer state of {name} holds NaN or infinity in {key}; resume from an earlier checkpoint"
+                    )
 
     def load_state(self, state: Mapping[str, Any], group_of: Callable[[LoraMatrix], int]) -> None:
         """Replace all cores by those of a validated `state`; tensors are copied."""
@@ -271,9 +321,11 @@ class Engine:
             grouped.setdefault(key, []).append(
                 Member(matrix, entry["round"], entry["separate"], entry["cores"], entry["state"], entry["residual"])
             )
-        self.cohorts = {}
+        made = {}
         for key, members in grouped.items():
-            self._place(key, members)
+            structure, dtype, device, _ = key
+            made[key] = Cohort(self.factorization, structure, dtype, device, self.elementwise, members)
+        self.cohorts = made
         self._rounds = int(state["rounds"])
         self.update_norms.clear()
         for name, matrix in self.matrices.items():

@@ -1,4 +1,8 @@
-"""Whole matrices from parameters that may be sharded over ranks (FSDP2), and agreement between ranks."""
+"""Whole matrices from parameters that may be sharded over ranks (FSDP2), and agreement between ranks.
+
+A sharded parameter is a DTensor: a local shard, a mesh of ranks and a placement per dimension of the mesh. Matrices of one
+layout are stacked as shards and gathered by one collective, however many they are.
+"""
 
 from __future__ import annotations
 
@@ -9,29 +13,127 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["broadcast_from_first", "broadcast_object", "is_distributed", "whole", "write_whole"]
+__all__ = [
+    "agree_any",
+    "broadcast_from_first",
+    "gather_objects",
+    "is_distributed",
+    "is_sharded",
+    "local",
+    "local_parts",
+    "obstacle_to_gathering",
+    "stack_whole",
+    "write_whole",
+]
+
+_Layout = tuple[Any, tuple[Any, ...]]  # mesh and placements
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """The tensor itself, or all of it gathered where it is a DTensor."""
-    gather = getattr(tensor, "full_tensor", None)
-    return tensor if gather is None else gather()
+# -- sharded parameters -----------------------------------------------------------------------------------------------
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor (one that is replicated on all ranks included)."""
+    return hasattr(tensor, "full_tensor")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor: all of it, or its shard, in the same memory."""
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[operator, no-any-return]
+
+
+def obstacle_to_gathering(tensor: Tensor) -> str | None:
+    """Why a parameter cannot be gathered and written back, None where it can."""
+    if not is_sharded(tensor):
+        return None
+    mesh, placements = _layout(tensor)
+    unknown = [p for p in placements if not (p.is_replicate() or type(p).__name__ == "Shard")]
+    if unknown:
+        return (
+            f"its DTensor placement {unknown[0]} is neither Shard nor Replicate (tensor parallelism and FSDP2 over the "
+            "same dimension, say); shard LoRA weights with fully_shard alone, or keep them replicated"
+        )
+    if mesh.get_coordinate() is None:
+        return f"it is sharded over {mesh}, which this rank is not part of; make the optimizer of this rank's parameters"
+    return None
+
+
+def stack_whole(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors of one shape stacked to [n, *shape], gathered where they are DTensors: one collective per layout."""
+    if not any(is_sharded(t) for t in tensors):
+        return torch.stack(list(tensors))
+    rows: dict[int, Tensor] = {}
+    for layout, indices in _by_layout(tensors):
+        if layout is None:
+            stacked = torch.stack([tensors[k] for k in indices])
+        else:
+            stacked = _gather([tensors[k] for k in indices], layout)
+        if len(indices) == len(tensors):
+            return stacked
+        rows.update(zip(indices, stacked.unbind(0), strict=True))
+    return torch.stack([rows[k] for k in range(len(tensors))])
+
+
+def local_parts(parameters: Sequence[Tensor], values: Tensor) -> list[Tensor]:
+    """The rows of `values` [n, rows, cols], each cut to what this rank holds of the parameter it belongs to."""
+    if not any(is_sharded(p) for p in parameters):
+        return list(values.unbind(0))
+    parts: dict[int, Tensor] = {}
+    for layout, indices in _by_layout(parameters):
+        chosen = values if len(indices) == len(parameters) else values[indices]
+        if layout is not None:
+            chosen = _shard(chosen, layout)
+        parts.update(zip(indices, chosen.unbind(0), strict=True))
+    return [parts[k] for k in range(len(parameters))]
 
 
 def write_whole(parameters: Sequence[Tensor], values: Tensor) -> None:
     """Write `values` [n, rows, cols] into the parameters in place, or each rank's shard of them where they are sharded."""
-    sharded = [hasattr(p, "full_tensor") for p in parameters]
-    if not any(sharded):
-        torch._foreach_copy_(list(parameters), list(values.unbind(0)))
-        return
-    from torch.distributed.tensor import distribute_tensor
+    torch._foreach_copy_([local(p) for p in parameters], local_parts(parameters, values))
 
-    for parameter, value in zip(parameters, values.unbind(0), strict=True):
-        if not hasattr(parameter, "full_tensor"):
-            parameter.copy_(value)
-            continue
-        shard = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)  # type: ignore[attr-defined]
-        parameter.to_local().copy_(shard.to_local())  # type: ignore[attr-defined]
+
+def _layout(tensor: Tensor) -> _Layout:
+    return tensor.device_mesh, tuple(tensor.placements)  # type: ignore[attr-defined]
+
+
+def _by_layout(tensors: Sequence[Tensor]) -> list[tuple[_Layout | None, list[int]]]:
+    """Indices of the tensors that are sharded alike (None: not at all)."""
+    found: dict[_Layout | None, list[int]] = {}
+    for k, tensor in enumerate(tensors):
+        found.setdefault(_layout(tensor) if is_sharded(tensor) else None, []).append(k)
+    return list(found.items())
+
+
+def _stacked_placements(placements: Sequence[Any]) -> list[Any]:
+    """Placements of matrices stacked along a new first dimension."""
+    from torch.distributed.tensor import Shard
+
+    return [Shard(p.dim + 1) if p.is_shard() else p for p in placements]
+
+
+def _gather(tensors: Sequence[Tensor], layout: _Layout) -> Tensor:
+    from torch.distributed.tensor import DTensor
+
+    mesh, placements = layout
+    # shards of uneven size: the shape of the whole must be told
+    whole = torch.empty((len(tensors), *tensors[0].shape), device="meta")
+    shards = torch.stack([local(t) for t in tensors])
+    stacked = DTensor.from_local(
+        shards, mesh, _stacked_placements(placements), run_check=False, shape=whole.shape, stride=whole.stride()
+    )
+    return stacked.full_tensor()
+
+
+def _shard(values: Tensor, layout: _Layout) -> Tensor:
+    """This rank's shard of values that every rank has: cut out, nothing is sent."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh, placements = layout
+    everywhere = DTensor.from_local(values, mesh, [Replicate()] * len(placements), run_check=False)
+    return everywhere.redistribute(mesh, _stacked_placements(placements)).to_local()
+
+
+# -- agreement --------------------------------------------------------------------------------------------------------
 
 
 def is_distributed(group: Any = None) -> bool:
@@ -40,18 +142,28 @@ def is_distributed(group: Any = None) -> bool:
 
 
 def broadcast_from_first(tensors: Sequence[Tensor], group: Any = None) -> None:
-    """Give every rank of `group` the tensors of its first rank."""
-    if is_distributed(group):
-        source = dist.get_global_rank(group, 0) if group is not None else 0
-        for tensor in tensors:
-            dist.broadcast(tensor, source, group=group)
-
-
-def broadcast_object(value: Any, group: Any = None) -> Any:
-    """The first rank's `value` on every rank of `group`."""
+    """Give every rank of `group` the tensors of its first rank, in place and in one piece."""
     if not is_distributed(group):
-        return value
-    box = [value]
-    source = dist.get_global_rank(group, 0) if group is not None else 0
-    dist.broadcast_object_list(box, source, group=group)
-    return box[0]
+        return
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    dist.broadcast(flat, dist.get_global_rank(group, 0) if group is not None else 0, group=group)
+    for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(part.view(tensor.shape))
+
+
+def agree_any(flags: Tensor, group: Any = None) -> Tensor:
+    """Booleans that are true where they are on any rank of `group`."""
+    if not is_distributed(group):
+        return flags
+    counts = flags.to(torch.int32)
+    dist.all_reduce(counts, dist.ReduceOp.MAX, group=group)
+    return counts.bool()
+
+
+def gather_objects(value: Any, group: Any = None) -> list[Any]:
+    """The `value` of every rank of `group`, in the order of its ranks."""
+    if not is_distributed(group):
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values

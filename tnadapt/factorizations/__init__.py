@@ -1,16 +1,22 @@
 """Decompositions behind one interface: the structure plan (integers), `Factorization`, and its implementations."""
 
 from tnadapt.factorizations.base import Factorization, core_dtype
+from tnadapt.factorizations.cp import CP, CP_GAUGES
 from tnadapt.factorizations.mpo import GAUGES, MPO, SVD
 from tnadapt.factorizations.structure import Shape, Structure, full_bonds, near_square, paper_sites
+from tnadapt.factorizations.tucker import TUCKER_GAUGES, Tucker
 
 __all__ = [
+    "CP",
+    "CP_GAUGES",
     "GAUGES",
     "MPO",
     "SVD",
+    "TUCKER_GAUGES",
     "Factorization",
     "Shape",
     "Structure",
+    "Tucker",
     "core_dtype",
     "full_bonds",
     "near_square",

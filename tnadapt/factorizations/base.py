@@ -22,6 +22,7 @@ from tnadapt.factorizations.structure import (
     SitesArgument,
     Structure,
     checked_sites,
+    is_count,
     nearest_sites,
     resolve_sites,
 )
@@ -344,6 +345,20 @@ def explicit_for(
     """The entry of a per-shape argument that holds for `shape`; None where there is none."""
     chosen = value.get(shape) if isinstance(value, Mapping) else value
     return None if chosen is None else tuple(chosen)
+
+
+def check_cap(name: str, value: object) -> None:
+    """Raise ValueError where the argument `name` is neither None nor an integer of at least 1."""
+    if value is not None and not is_count(value):
+        raise ValueError(f"{name}={value!r}: give an integer of at least 1, or None")
+
+
+def power_of_two_scale(matrices: Float[Tensor, "n rows cols"]) -> Float[Tensor, "n 1 1"]:
+    """The power of two just above each matrix's largest entry (1 for a zero matrix): dividing by it is exact."""
+    largest = matrices.abs().amax(dim=(1, 2), keepdim=True)
+    exponent = torch.frexp(largest).exponent.to(matrices.dtype)
+    # twice the smallest normal exponent away from overflow: a subnormal scale could not be divided by
+    return torch.exp2(exponent.clamp(-1000, 1000))
 
 
 def spread_exponents(logs: Float[Tensor, "k n"]) -> Float[Tensor, "k n"]:

@@ -6,6 +6,7 @@ Core k is [d_{k-1}, i_k, j_k, d_k] with d_0 = d_m = 1.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from tnadapt.factorizations.base import Factorization, full_precision, spread_exponents
+from tnadapt.factorizations.base import Factorization, check_cap, full_precision, spread_exponents
+from tnadapt.factorizations.sites import from_sites, to_sites
 from tnadapt.factorizations.structure import Shape, Sites, SitesArgument, Structure, full_bonds
 
 if TYPE_CHECKING:
@@ -50,8 +52,7 @@ class MPO(Factorization):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.max_bond is not None and (isinstance(self.max_bond, bool) or not isinstance(self.max_bond, int) or self.max_bond < 1):
-            raise ValueError(f"max_bond={self.max_bond!r}: a bond dimension is an integer of at least 1, or None for no cap")
+        check_cap("max_bond", self.max_bond)
         self._check_gauge(self.gauge)
         if self.gauge == "identity" and self.max_bond is not None:
             raise ValueError(
@@ -83,7 +84,7 @@ class MPO(Factorization):
     # -- tensors ------------------------------------------------------------------------------------------------------
 
     def _unfold(self, matrices: Float[Tensor, "n rows cols"], structure: Structure) -> Sequence[Tensor]:
-        tensor = _to_sites(matrices, structure.sites)
+        tensor = to_sites(matrices, structure.sites)
         bonds = [shape[-1] for shape in structure.core_shapes[:-1]]
         if self.gauge == "identity":
             return _identity_chain(tensor, bonds)
@@ -103,7 +104,7 @@ class MPO(Factorization):
         if kept[-1] != len(modes) - 1:
             # 1x1 sites after the last proper one: all bonds there are 1 at full rank, and so are the cores
             kept.append(len(modes) - 1)
-        inner = [min(bonds[a:b]) for a, b in zip(kept[:-1], kept[1:], strict=True)]
+        inner = [min(bonds[a:b]) for a, b in itertools.pairwise(kept)]
         swept = self.operations.chain_decompose(tensor.reshape(tensor.shape[0], *[modes[k] for k in kept]), inner)
         cores: list[Tensor] = []
         for k in range(len(modes)):
@@ -115,13 +116,13 @@ class MPO(Factorization):
         return cores
 
     def _fold(self, cores: Sequence[Tensor]) -> Float[Tensor, "n rows cols"]:
-        return _from_sites(self.operations.chain_contract(_fused(cores)), _sites_of(cores))
+        return from_sites(self.operations.chain_contract(_fused(cores)), _sites_of(cores))
 
     @torch.no_grad()
     @full_precision
     def fold_keeping(self, cores: Sequence[Tensor]) -> tuple[Float[Tensor, "n rows cols"], Any]:
         flat, context = self.operations.chain_contract_keeping(_fused(cores))
-        return _from_sites(flat, _sites_of(cores)), context
+        return from_sites(flat, _sites_of(cores)), context
 
     @torch.no_grad()
     @full_precision
@@ -135,7 +136,7 @@ class MPO(Factorization):
         sites = _sites_of(cores)
         grads = self.operations.chain_pull_back(
             _fused(cores),
-            _to_sites(grad, sites).reshape(grad.shape[0], -1),
+            to_sites(grad, sites).reshape(grad.shape[0], -1),
             context,
             None if out is None else [target.view(g.shape) for target, g in zip(out, _fused(cores), strict=True)],
         )
@@ -147,7 +148,7 @@ class MPO(Factorization):
         bonds = [(shape[0], shape[-1]) for shape in shapes]
         if bonds[0][0] != 1 or bonds[-1][1] != 1:
             raise ValueError(f"the outer bonds of an MPO are 1, got {bonds[0][0]} and {bonds[-1][1]} in cores {list(shapes)}")
-        for k, ((_, right), (left, _)) in enumerate(zip(bonds[:-1], bonds[1:], strict=True)):
+        for k, ((_, right), (left, _)) in enumerate(itertools.pairwise(bonds)):
             if right != left:
                 raise ValueError(
                     f"cores {k} and {k + 1} do not belong together: bond dimensions {right} and {left} differ in {list(shapes)}"
@@ -177,22 +178,6 @@ def _fused(cores: Sequence[Tensor]) -> list[Tensor]:
 
 def _sites_of(cores: Sequence[Tensor]) -> Sites:
     return tuple((core.shape[2], core.shape[3]) for core in cores)
-
-
-def _to_sites(matrices: Tensor, sites: Sites) -> Tensor:
-    """[n, rows, cols] -> [n, i_1 j_1, ..., i_m j_m]: the order in which the chain has its modes."""
-    n, m = matrices.shape[0], len(sites)
-    split = matrices.reshape(n, *[i for i, _ in sites], *[j for _, j in sites])
-    order = [axis for k in range(m) for axis in (1 + k, 1 + m + k)]
-    return split.permute(0, *order).reshape(n, *[i * j for i, j in sites])
-
-
-def _from_sites(flat: Tensor, sites: Sites) -> Tensor:
-    """The inverse of `_to_sites`, from [n, i_1 j_1 * ... * i_m j_m]."""
-    n, m = flat.shape[0], len(sites)
-    split = flat.reshape(n, *[size for site in sites for size in site])
-    order = [1 + 2 * k for k in range(m)] + [2 + 2 * k for k in range(m)]
-    return split.permute(0, *order).reshape(n, math.prod(i for i, _ in sites), math.prod(j for _, j in sites))
 
 
 def _identity_chain(tensor: Tensor, bonds: Sequence[int]) -> list[Tensor]:

@@ -17,6 +17,7 @@ __all__ = [
     "Structure",
     "checked_sites",
     "full_bonds",
+    "is_count",
     "near_square",
     "nearest_sites",
     "paper_sites",
@@ -96,7 +97,7 @@ def checked_sites(sites: SitesArgument) -> Sites | dict[Shape, Sites]:
 
 def _checked_list(sites: Sequence[tuple[int, int]]) -> Sites:
     pairs = tuple(tuple(site) for site in sites)
-    if len(pairs) < 2 or any(len(pair) != 2 or any(not _is_count(size) for size in pair) for pair in pairs):
+    if len(pairs) < 2 or any(len(pair) != 2 or any(not is_count(size) for size in pair) for pair in pairs):
         raise ValueError(
             f"sites={list(sites)!r}: give at least two (rows, cols) pairs of integers of at least 1, "
             "such as [(24, 2), (32, 4)] for a 768x8 matrix"
@@ -104,7 +105,8 @@ def _checked_list(sites: Sequence[tuple[int, int]]) -> Sites:
     return tuple((pair[0], pair[1]) for pair in pairs)
 
 
-def _is_count(value: object) -> bool:
+def is_count(value: object) -> bool:
+    """Whether `value` is an integer of at least 1."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 

@@ -49,17 +49,7 @@ class RunFolder:
             ValueError: if the finished run of this name had another configuration.
         """
         path = self.final / RESULT
-        if not path.exists():
-            return None
-        result: dict[str, Any] = read_json(path)
-        other = result["config"]
-        differing = sorted(key for key in {*config, *other} if config.get(key) != other.get(key))
-        if differing:
-            shown = ", ".join(f"{key} {other.get(key)!r} there, {config.get(key)!r} here" for key in differing[:4])
-            raise ValueError(
-                f"{self.final} holds a run with another configuration ({shown}); choose another --name, or delete it"
-            )
-        return result
+        return _read(path, config) if path.exists() else None
 
     @contextmanager
     def working(self, result: dict[str, Any], keep: bool) -> Iterator[Path]:
@@ -68,8 +58,13 @@ class RunFolder:
         Args:
             result: written to ``result.json`` at the start and at the end; the body fills it in.
             keep: go on in a work folder that exists, instead of moving it aside.
+
+        Raises:
+            ValueError: if the work folder to go on in belongs to a run with another configuration.
         """
-        if self.work.exists() and not keep:
+        if self.work.exists() and keep:
+            _read(self.work / RESULT, result["config"])
+        elif self.work.exists():
             self._move_aside()
         self.work.mkdir(parents=True, exist_ok=True)
         result.update(status="running", started=_now())
@@ -93,6 +88,19 @@ class RunFolder:
         while (aside := self.work.with_name(f"{self.name}--{number}")).exists():
             number += 1
         os.replace(self.work, aside)
+
+
+def _read(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The result in ``path``, which has to be of the same configuration."""
+    result: dict[str, Any] = read_json(path)
+    other = result["config"]
+    differing = sorted(key for key in {*config, *other} if config.get(key) != other.get(key))
+    if differing:
+        shown = ", ".join(f"{key} {other.get(key)!r} there, {config.get(key)!r} here" for key in differing[:4])
+        raise ValueError(
+            f"{path.parent} holds a run with another configuration ({shown}); choose another --name, or delete it"
+        )
+    return result
 
 
 def newest_checkpoint(folder: Path) -> str | None:

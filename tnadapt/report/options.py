@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 
@@ -31,3 +31,36 @@ def _boolean(text: str) -> bool:
     if text.lower() not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
     return text.lower() == "true"
+
+
+def check_fields(
+    config: Any,
+    choices: Mapping[str, Collection[str]],
+    least: Mapping[str, int] | None = None,
+    may_be_zero: Collection[str] = (),
+) -> None:
+    """Refuse values that cannot work, naming the option and the way out.
+
+    Args:
+        config: a dataclass.
+        choices: the allowed values of text fields.
+        least: the smallest value of whole-number fields where that is not 1.
+        may_be_zero: fields with decimals that may be 0; all others lie above it.
+
+    Raises:
+        ValueError: for the first field that does not fit.
+    """
+    for field in dataclasses.fields(config):
+        value, problem = getattr(config, field.name), ""
+        if field.name in choices and value not in choices[field.name]:
+            problem = f"choose one of {', '.join(choices[field.name])}"
+        elif (
+            isinstance(value, int) and not isinstance(value, bool) and value < (low := (least or {}).get(field.name, 1))
+        ):
+            problem = f"give a whole number of at least {low}"
+        elif isinstance(value, float) and field.name in may_be_zero and not value >= 0:
+            problem = "give a number of at least 0"
+        elif isinstance(value, float) and field.name not in may_be_zero and not value > 0:
+            problem = "give a number above 0"
+        if problem:
+            raise ValueError(f"--{field.name.replace('_', '-')} is {value!r}: {problem}")

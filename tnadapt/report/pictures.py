@@ -53,18 +53,13 @@ def expansion_map(path: Path, matrices: Sequence[Mapping[str, Any]], steps: int,
     return _save(figure, path)
 
 
-def comparison(
-    path: Path, scores: Mapping[str, Sequence[float]], curves: Mapping[str, Curve], score: str = "accuracy"
-) -> Path:
-    """Draw a bar per name, with its spread where it has several scores, and the loss curves beside the bars."""
+def comparison(path: Path, scores: Mapping[str, float], curves: Mapping[str, Curve], score: str = "accuracy") -> Path:
+    """Draw a bar per score, in the colour of the curve of that name, and the loss curves beside the bars."""
     figure, axes = _figure(2, (11, 4.2))
-    for index, (_, values) in enumerate(scores.items()):
-        percents = [100 * value for value in values]
-        middle = sum(percents) / len(percents)
-        axes[0].bar(index, middle, color=f"C{index}", width=0.6, alpha=0.85)
-        if len(percents) > 1:
-            axes[0].plot([index] * len(percents), percents, "k.", markersize=6)
-        axes[0].text(index, middle, f"{middle:.1f}", ha="center", va="bottom")
+    colours = {name: f"C{index}" for index, name in enumerate(curves)}
+    for index, (name, value) in enumerate(scores.items()):
+        axes[0].bar(index, 100 * value, color=colours.get(name, "0.6"), width=0.6)
+        axes[0].text(index, 100 * value, f"{100 * value:.1f}", ha="center", va="bottom")
     axes[0].set_xticks(range(len(scores)), list(scores), rotation=15, ha="right")
     axes[0].set_ylabel(f"{score} in %")
     axes[0].set_ylim(bottom=0)

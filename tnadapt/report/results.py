@@ -117,8 +117,8 @@ def compare(
 ) -> Path:
     """Print the results in one table and draw them in one picture below ``root``, whose path is returned."""
     result_table(results, committed, paper).show()
-    scores = {"base model": [results[0]["metrics"]["base_accuracy"]]}
-    scores |= {result["label"]: [result["metrics"]["accuracy"]] for result in results}
+    scores = {"base model": results[0]["metrics"]["base_accuracy"]}
+    scores |= {result["label"]: result["metrics"]["accuracy"] for result in results}
     curves = {result["label"]: result["curve"] for result in results}
     path = root / f"comparison-{config_hash({result['name']: '' for result in results})}.png"
     return pictures.comparison(path, scores, curves)

@@ -7,15 +7,13 @@ from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tnadapt.lora_matrices import LoraMatrix
 from tnadapt.schedulers.base import Scheduler, by_group
+from tnadapt.schedulers.scores import check_finite, check_reduction, taylor_scores, to_floats
 
 __all__ = ["TaylorRuntime", "round_sizes"]
-
-REDUCTIONS = ("inner", "elementwise")
 
 
 def round_sizes(top_n: int, split: int, group_size: int) -> list[int]:
@@ -61,10 +59,7 @@ class TaylorRuntime(Scheduler):
         for name, value in (("top_n", top_n), ("split", split), ("every", every)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"TaylorRuntime: {name}={value!r} must be an integer of at least 1")
-        if reduction not in REDUCTIONS:
-            raise ValueError(
-                f"TaylorRuntime: reduction={reduction!r} is unknown; choose one of {', '.join(REDUCTIONS)}"
-            )
+        check_reduction("TaylorRuntime", reduction)
         self.top_n, self.split, self.every = top_n, split, every
         self.reduction, self.average, self.reset = reduction, average, reset
         self.rounds_done = 0
@@ -89,35 +84,17 @@ class TaylorRuntime(Scheduler):
     def observe(self, step: int, matrices: Mapping[str, LoraMatrix]) -> None:
         if self.rounds_done == self.split:
             return
-        shapes: dict[tuple[torch.Size, torch.device], list[LoraMatrix]] = {}
-        for matrix in matrices.values():
-            if not matrix.expanded and matrix.parameter.grad is not None:
-                shapes.setdefault((matrix.parameter.shape, matrix.parameter.device), []).append(matrix)
-        for members in shapes.values():
-            for matrix, score in zip(members, self._products(members), strict=True):
-                known = self._scores.get(matrix.name)
-                self._scores[matrix.name] = score if known is None else known.to(score.device) + score
-                self._counts[matrix.name] = self._counts.get(matrix.name, 0) + 1
-
-    def _products(self, members: list[LoraMatrix]) -> tuple[Tensor, ...]:
-        """Scores of this step for matrices of one shape and device: one batched product, no host synchronisation."""
-        weights = torch.stack([m.parameter.detach() for m in members])
-        gradients = torch.stack([g for m in members if (g := m.gradient) is not None])
-        wide = torch.promote_types(weights.dtype, torch.float32)
-        products = weights.to(wide) * gradients.to(wide)
-        sums = products.abs().sum((1, 2)) if self.reduction == "elementwise" else products.sum((1, 2)).abs()
-        return sums.unbind(0)
+        waiting = [matrix for matrix in matrices.values() if not matrix.expanded]
+        for name, score in taylor_scores(waiting, self.reduction).items():
+            known = self._scores.get(name)
+            self._scores[name] = score if known is None else known.to(score.device) + score
+            self._counts[name] = self._counts.get(name, 0) + 1
 
     def select(self, step: int, matrices: Mapping[str, LoraMatrix]) -> Iterable[str]:
         if not self.due(step):
             return ()
         scores = self.scores()
-        broken = [name for name, score in scores.items() if score != score or score == float("inf")]
-        if broken:
-            raise ValueError(
-                f"TaylorRuntime: the score of {', '.join(broken[:3])} is not finite at step {step}; a gradient held NaN or "
-                "infinity: lower the learning rate or clip gradients, and resume from the last checkpoint"
-            )
+        check_finite("TaylorRuntime", scores, step)
         chosen: list[str] = []
         for members in by_group(matrices).values():
             count = round_sizes(self.top_n, self.split, len(members))[self.rounds_done]
@@ -133,14 +110,8 @@ class TaylorRuntime(Scheduler):
 
     def scores(self) -> dict[str, float]:
         """Score of every matrix observed so far (one host synchronisation)."""
-        if not self._scores:
-            return {}
-        device = next(iter(self._scores.values())).device
-        values = torch.stack([score.to(device) for score in self._scores.values()]).tolist()
-        return {
-            name: value / self._counts[name] if self.average else value
-            for name, value in zip(self._scores, values, strict=True)
-        }
+        scores = to_floats(self._scores)
+        return {name: score / self._counts[name] for name, score in scores.items()} if self.average else scores
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -1,0 +1,379 @@
+"""Many runs of a recipe: one factor at a time, learning rates on a grid, and the committed table over seeds.
+
+What does the order of the MPO do, what the number of expanded matrices (everything else as in the preset)::
+
+    python recipes/ablate.py vary --methods lora-over-mpo-r --factor order 2 4 10 16 --factor top_n 1 2 3 4
+
+Which learning rate, for every method on the same grid and on the validation split::
+
+    python recipes/ablate.py tune --methods lora lora-over-mpo --lrs 1e-3 3e-3 1e-2 --eval-split validation
+
+The table over seeds that the recipe prints beside its own result, at the recipe's own rates::
+
+    python recipes/ablate.py seeds --methods lora lora-over-mpo lora-over-mpo-r --seeds 0 1 2
+
+Any option of the recipe can be added (``--max-steps 100``). A run that is finished is not made again, an interrupted one
+goes on from its last checkpoint, so the same command continues after an interruption. ``--workers 2`` makes two runs at
+once with one thread each, which takes less time than one run after the other with two threads each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import multiprocessing
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import lru_cache
+from pathlib import Path
+from statistics import mean, stdev
+from types import ModuleType
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from tnadapt.report.options import add_options, given_options
+from tnadapt.report.pictures import score_against
+from tnadapt.report.provenance import config_hash, environment, write_json, write_text
+from tnadapt.report.tables import Table, percent_over_seeds, rate
+
+HERE = Path(__file__).resolve().parent
+
+# -- running ----------------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=4)
+def load_recipe(path: Path) -> ModuleType:
+    """The recipe in the file ``path``: it has ``Config``, ``METHODS``, ``PRESETS``, ``NOT_OPTIONS``, ``run`` and ``hush``."""
+    if not path.exists():
+        raise ValueError(f"--recipe is {path}, which does not exist; the recipes lie in {HERE}")
+    name = f"ablated_{path.stem}"
+    specification = importlib.util.spec_from_file_location(name, path)
+    if specification is None or specification.loader is None:
+        raise ValueError(f"--recipe is {path}, which is no Python file; the recipes lie in {HERE}")
+    module = importlib.util.module_from_spec(specification)
+    sys.modules[name] = module  # dataclasses look their module up
+    specification.loader.exec_module(module)
+    module.hush()
+    return module
+
+
+def run_one(recipe: Path, settings: dict[str, Any], root: Path, quiet: bool) -> dict[str, Any]:
+    """One run of the recipe; what failed is a result with an ``error``, so that the other runs go on."""
+    module = load_recipe(recipe)
+    try:
+        result: dict[str, Any] = module.run(module.Config(**settings), root, resume=True, quiet=quiet)
+    except Exception as error:
+        return {"config": settings, "error": f"{type(error).__name__}: {error}"}
+    return result
+
+
+def run_all(recipe: Path, configs: Sequence[Any], root: Path, workers: int) -> list[dict[str, Any]]:
+    """The results of all ``configs``, in their order.
+
+    Raises:
+        ValueError: before any run, if one of the configurations cannot work.
+    """
+    settings = [dataclasses.asdict(config) for config in configs]
+    for config in configs:
+        config.resolved()
+    if workers == 1:
+        return [run_one(recipe, each, root, quiet=False) for each in tqdm(settings, desc="runs", unit="run")]
+    results: list[dict[str, Any]] = [{} for _ in settings]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool:
+        futures = {pool.submit(run_one, recipe, each, root, True): index for index, each in enumerate(settings)}
+        try:
+            for future in tqdm(as_completed(futures), total=len(futures), desc="runs", unit="run"):
+                results[futures[future]] = future.result()
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return results
+
+
+# -- what to run, and what came out -----------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One setting, run with several seeds."""
+
+    factor: str
+    value: Any
+    configs: tuple[Any, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """A cell and the results of those of its runs that succeeded."""
+
+    cell: Cell
+    results: tuple[dict[str, Any], ...]
+    errors: tuple[str, ...]
+
+    @property
+    def method(self) -> str:
+        return str(self.cell.configs[0].method)
+
+    @property
+    def accuracies(self) -> list[float]:
+        return [result["metrics"]["accuracy"] for result in self.results]
+
+    @property
+    def rank(self) -> tuple[float, float]:
+        """What the best cell has most of: accuracy, and the lower loss where accuracies tie."""
+        if not self.results:
+            return (-1.0, 0.0)
+        return (mean(self.accuracies), -mean(result["metrics"]["loss"] for result in self.results))
+
+
+def run_cells(cells: Sequence[Cell], options: argparse.Namespace) -> list[Outcome]:
+    """Run all configurations of all cells, those that occur twice once."""
+    distinct = list(dict.fromkeys(config for cell in cells for config in cell.configs))
+    results = dict(zip(distinct, run_all(options.recipe, distinct, options.runs, options.workers), strict=True))
+    outcomes = []
+    for cell in cells:
+        mine = [results[config] for config in cell.configs]
+        errors = tuple(result["error"] for result in mine if "error" in result)
+        outcomes.append(Outcome(cell, tuple(result for result in mine if "error" not in result), errors))
+    for outcome in outcomes:
+        for error in outcome.errors:
+            tqdm.write(f"FAILED: {outcome.method}, {outcome.cell.factor} {outcome.cell.value}: {error}")
+    return outcomes
+
+
+def over_seeds(config: Any, seeds: Sequence[int]) -> tuple[Any, ...]:
+    """``config`` once per seed."""
+    return tuple(dataclasses.replace(config, seed=seed) for seed in seeds)
+
+
+def table_of(title: str, outcomes: Sequence[Outcome], best: Sequence[Outcome] = ()) -> Table:
+    """A row per cell; the ``best`` ones carry a star."""
+    rows = []
+    for outcome in outcomes:
+        cell, results = outcome.cell, outcome.results
+        label = f"{outcome.method}{' *' if outcome in best else ''}"
+        row = [label, cell.factor, rate(cell.value) if isinstance(cell.value, float) else str(cell.value)]
+        if not results:
+            rows.append([*row, "failed", *"––––––"])
+            continue
+        config, metrics = results[0]["config"], [result["metrics"] for result in results]
+        row += [percent_over_seeds(outcome.accuracies), f"{mean(each['loss'] for each in metrics):.4f}"]
+        row += [rate(config["lr"]), rate(config["core_lr"]), f"{metrics[0]['trained_parameters']:,}"]
+        row += [f"{mean(each['training_seconds'] for each in metrics):.0f}", str(len(results))]
+        rows.append(row)
+    columns = ("method", "factor", "value", "accuracy", "loss", "lr", "core lr", "trained", "train s", "runs")
+    return Table(title, columns, rows, "Accuracy: mean ± sample standard deviation over the runs. * is the best.")
+
+
+def write_table(table: Table, outcomes: Sequence[Outcome], folder: Path) -> None:
+    """The table as JSON, CSV and Markdown, and a picture per factor."""
+    table.show()
+    records = [
+        {
+            "method": outcome.method,
+            "factor": outcome.cell.factor,
+            "value": outcome.cell.value,
+            "accuracy": outcome.accuracies,
+            "loss": [result["metrics"]["loss"] for result in outcome.results],
+            "runs": [result["name"] for result in outcome.results],
+            "errors": outcome.errors,
+        }
+        for outcome in outcomes
+    ]
+    write_json(folder / "table.json", {"environment": environment(HERE), "rows": records})
+    write_text(folder / "table.csv", table.csv())
+    write_text(folder / "table.md", f"# {table.title}\n\n{table.markdown()}")
+    for factor in dict.fromkeys(outcome.cell.factor for outcome in outcomes):
+        lines: dict[str, list[tuple[Any, float]]] = {}
+        for outcome in outcomes:
+            if outcome.cell.factor == factor and outcome.results:
+                lines.setdefault(outcome.method, []).append((outcome.cell.value, mean(outcome.accuracies)))
+        score_against(folder / f"{factor}.png", factor, lines, logarithmic=factor in ("lr", "core_lr"))
+    print(f"tables and pictures: {folder}")
+
+
+# -- the three commands -----------------------------------------------------------------------------------------------
+
+
+def vary(options: argparse.Namespace) -> list[Outcome]:
+    """One factor at a time, everything else as the preset and the command line have it."""
+    fields = {
+        field.name: str(field.type).split(" ")[0] for field in dataclasses.fields(load_recipe(options.recipe).Config)
+    }
+    cells = []
+    for name, *texts in options.factor:
+        if name not in fields or not texts:
+            raise ValueError(f"--factor {name} {' '.join(texts)}: give one of {', '.join(fields)}, and its values")
+        for text in texts:
+            value = parse(name, text, fields[name])
+            for config in base_configs(options, texts[:1] if name == "method" else options.methods):
+                changed = dataclasses.replace(config, **{name: value})
+                cells.append(Cell(name, value, (changed,) if name == "seed" else over_seeds(changed, options.seeds)))
+    outcomes = run_cells(cells, options)
+    by_factor = [[o for o in outcomes if o.cell.factor == name] for name, *_ in options.factor]
+    best = [max(group, key=lambda outcome: outcome.rank) for group in by_factor]
+    folder = options.runs / "ablations" / f"vary-{identity(cells)}"
+    write_table(table_of("One factor at a time", outcomes, best), outcomes, folder)
+    return outcomes
+
+
+def parse(name: str, text: str, kind: str) -> Any:
+    """The value of a factor as its field has it."""
+    try:
+        if kind == "bool":
+            return {"true": True, "false": False}[text.lower()]
+        return {"int": int, "float": float, "str": str}[kind](text)
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"--factor {name} {text}: {text!r} is no {kind}") from error
+
+
+def tune(options: argparse.Namespace) -> list[Outcome]:
+    """The grid of learning rates, the same for every method, with the best of each method marked."""
+    methods = load_recipe(options.recipe).METHODS
+    cells = []
+    for config in base_configs(options, options.methods):
+        ratios = options.core_ratios if methods[config.method].two_rates else [1.0]
+        for ratio in ratios:
+            factor = "lr" if ratio == 1.0 else f"lr, cores at {ratio:g} of it"
+            for lr in sorted(options.lrs):
+                changed = dataclasses.replace(config, lr=lr, core_lr=None if ratio == 1.0 else lr * ratio)
+                cells.append(Cell(factor, lr, over_seeds(changed, options.seeds)))
+    outcomes = run_cells(cells, options)
+    best = []
+    for method in options.methods:
+        best.append(max((o for o in outcomes if o.method == method), key=lambda outcome: outcome.rank))
+    folder = options.runs / "ablations" / f"tune-{identity(cells)}"
+    write_table(
+        table_of(f"Learning rates on the {cells[0].configs[0].eval_split} split", outcomes, best), outcomes, folder
+    )
+    for outcome in best:
+        config = outcome.cell.configs[0]
+        print(f'best: "{outcome.method}": ({config.lr:g}, {config.core_lr and f"{config.core_lr:g}"}),')
+        for warning in warnings_about(outcome, options.lrs):
+            print(f"\n!!! {outcome.method}: {warning}\n")
+    if options.eval_split != "validation":
+        print("\n!!! tuned on the test split: add --eval-split validation before anything is reported\n")
+    return outcomes
+
+
+def warnings_about(best: Outcome, lrs: Sequence[float]) -> Iterator[str]:
+    """Why a grid does not settle the rate."""
+    if not best.results:
+        yield "every run failed"
+    elif best.cell.value in (min(lrs), max(lrs)):
+        end = "lowest" if best.cell.value == min(lrs) else "highest"
+        yield f"the best rate, {best.cell.value:g}, is the {end} of the grid; the optimum may lie outside, widen --lrs"
+
+
+def seeds(options: argparse.Namespace) -> list[Outcome]:
+    """The table over seeds, written where the recipe reads it."""
+    cells = [Cell("method", config.method, over_seeds(config, options.seeds)) for config in base_configs(options)]
+    outcomes = run_cells(cells, options)
+    broken = [outcome.method for outcome in outcomes if outcome.errors]
+    if broken:
+        raise ValueError(
+            f"runs of {', '.join(broken)} failed, so no table is written; mend that and repeat the command"
+        )
+    title = f"{options.recipe.stem}, preset {options.preset}, {options.eval_split or 'test'} split"
+    table = table_of(title, outcomes)
+    table.show()
+    first = outcomes[0].results[0]
+    summary = {
+        "recipe": options.recipe.stem,
+        "seeds": options.seeds,
+        "steps": first["metrics"]["steps"],
+        "problems": first["metrics"]["problems"],
+        "base_accuracy": first["metrics"]["base_accuracy"],
+        "base_format_rate": first["metrics"]["base_format_rate"],
+        "config": {
+            key: value for key, value in first["config"].items() if key not in ("method", "seed", "lr", "core_lr")
+        },
+        "environment": first["environment"],
+        "methods": {outcome.method: summary_of(outcome) for outcome in outcomes},
+    }
+    path = options.results / f"{options.recipe.stem}-{options.preset}.json"
+    write_json(path, summary)
+    commit = (first["environment"]["git"] or {}).get("commit") or "no commit"
+    origin = f"Made by `python recipes/ablate.py seeds`, {first['environment']['hardware']['processor']}, {commit}."
+    write_text(path.with_suffix(".md"), f"# {title}\n\n{table.markdown()}\n{origin}\n")
+    print(f"committed table: {path}")
+    return outcomes
+
+
+def summary_of(outcome: Outcome) -> dict[str, Any]:
+    """What the committed table keeps of one method."""
+    config, metrics = outcome.results[0]["config"], [result["metrics"] for result in outcome.results]
+    return {
+        "label": outcome.results[0]["label"],
+        "accuracy": outcome.accuracies,
+        "mean": mean(outcome.accuracies),
+        "std": stdev(outcome.accuracies) if len(outcome.accuracies) > 1 else None,
+        "format_rate": [each["format_rate"] for each in metrics],
+        "loss": [each["loss"] for each in metrics],
+        "tokens": [each["tokens"] for each in metrics],
+        "training_seconds": [each["training_seconds"] for each in metrics],
+        "lora_parameters": metrics[0]["lora_parameters"],
+        "trained_parameters": metrics[0]["trained_parameters"],
+        "lr": config["lr"],
+        "core_lr": config["core_lr"],
+    }
+
+
+def base_configs(options: argparse.Namespace, methods: Sequence[str] | None = None) -> list[Any]:
+    """The preset with what the command line gives, once per method."""
+    recipe = load_recipe(options.recipe)
+    given = given_options(options, recipe.Config, (*recipe.NOT_OPTIONS, "seed"))
+    preset = recipe.PRESETS[options.preset]
+    return [dataclasses.replace(preset, method=method, **given) for method in methods or options.methods]
+
+
+def identity(cells: Sequence[Cell]) -> str:
+    """A name for what a table is about, so that another table does not replace it."""
+    return config_hash({str(index): repr(cell) for index, cell in enumerate(cells)})
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--recipe", type=Path, default=HERE / "llama31_gsm8k.py", help="the file of the recipe")
+    known, _ = first.parse_known_args(arguments)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    try:
+        recipe = load_recipe(known.recipe)
+    except ValueError as error:
+        parser.exit(2, f"error: {error}\n")
+    for name, command in (("vary", vary), ("tune", tune), ("seeds", seeds)):
+        sub = commands.add_parser(name, parents=[first], help=command.__doc__)
+        sub.set_defaults(action=command)
+        sub.add_argument("--methods", nargs="+", choices=recipe.METHODS, default=list(recipe.METHODS), metavar="METHOD")
+        sub.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2] if name == "seeds" else [0])
+        sub.add_argument("--workers", type=int, default=1, help="runs at once, each with one thread if above 1")
+        sub.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders and tables go")
+        sub.add_argument("--preset", choices=recipe.PRESETS, default="laptop")
+        if name == "vary":
+            sub.add_argument("--factor", nargs="+", action="append", required=True, metavar=("NAME", "VALUE"))
+        if name == "tune":
+            sub.add_argument("--lrs", type=float, nargs="+", required=True)
+            sub.add_argument(
+                "--core-ratios", type=float, nargs="+", default=[1.0], help="core rates to try, as shares of lr"
+            )
+        if name == "seeds":
+            sub.add_argument("--results", type=Path, default=HERE / "results", help="where the committed table goes")
+        add_options(sub, recipe.Config, (*recipe.NOT_OPTIONS, "seed"))
+    options = parser.parse_args(arguments)
+    try:
+        options.action(options)
+    except ValueError as error:
+        parser.exit(2, f"error: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "\ncancelled; the same command goes on where it stopped\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,188 @@
+"""Bad input is refused before anything is computed, with the value and a way out in the message."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import pytest
+import torch
+
+from tnadapt.backends import BACKENDS, get_backend
+from tnadapt.factorizations import CP, MPO, SVD, Factorization, Tucker
+
+from .variants import CASES, EVERY
+
+VALUE_ERRORS: list[tuple[type[Any], dict[str, Any], str]] = [
+    (MPO, {"order": 1}, "order=1"),
+    (MPO, {"order": 2.0}, "order=2.0"),
+    (MPO, {"order": True}, "order=True"),
+    (MPO, {"max_bond": 0}, "max_bond=0"),
+    (MPO, {"max_bond": 2.5}, "max_bond=2.5"),
+    (MPO, {"max_bond": True}, "max_bond=True"),
+    (MPO, {"gauge": "left"}, "gauge='left'.*svd"),
+    (MPO, {"gauge": "identity", "max_bond": 3}, "identity.*max_bond"),
+    (MPO, {"sites": [(4, 2)]}, "at least two"),
+    (MPO, {"sites": [(4, 0), (1, 8)]}, "at least two"),
+    (MPO, {"sites": [(4, 2, 1), (1, 8)]}, "at least two"),
+    (MPO, {"sites": [(4, 2.5), (1, 8)]}, "integers"),
+    (MPO, {"expansion": 0.5}, "expansion=0.5.*at least 1"),
+    (MPO, {"expansion": float("inf")}, "expansion=inf"),
+    (MPO, {"expansion": "3"}, "expansion='3'"),
+    (MPO, {"expansion": 3.0, "order": 9}, "drop order=9"),
+    (MPO, {"expansion": 3.0, "sites": [(2, 2), (2, 2)]}, "drop sites"),
+    (MPO, {"expansion": 3.0, "max_bond": 4}, "max_bond=4"),
+    (Tucker, {"order": 1}, "order=1"),
+    (Tucker, {"ranks": [2, 0]}, r"ranks=\[2, 0\]"),
+    (Tucker, {"ranks": 4}, "max_rank"),
+    (Tucker, {"max_rank": 0}, "max_rank=0"),
+    (Tucker, {"max_rank": 2, "ranks": [2, 2]}, "drop one"),
+    (Tucker, {"ranks": [2, 2], "gauge": "identity"}, "identity.*ranks"),
+    (Tucker, {"gauge": "right"}, "gauge='right'.*svd"),
+    (Tucker, {"expansion": 2.0, "max_rank": 2}, "drop one"),
+    (CP, {"rank": 0}, "rank=0"),
+    (CP, {"rank": True}, "rank=True"),
+    (CP, {"rank": 2, "max_rank": 2}, "drop one"),
+    (CP, {"gauge": "svd"}, "gauge='svd'.*unit"),
+    (CP, {"expansion": 2.0, "rank": 2}, "drop one"),
+    (CP, {"max_scratch": 0}, "max_scratch=0"),
+    (MPO, {"backend": "numpy"}, "backend 'numpy' is unknown.*torch"),
+]
+
+
+@pytest.mark.parametrize(("cls", "arguments", "message"), VALUE_ERRORS, ids=lambda value: str(value)[:40])
+def test_bad_descriptions(cls: type[Factorization], arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        cls(**arguments)
+
+
+def test_ranks_above_full_rank() -> None:
+    with pytest.raises(ValueError, match=r"ranks=\(9, 33\).*full ranks are \(16, 16\)"):
+        Tucker(sites=[(8, 2), (4, 8)], ranks=(9, 33)).core_shapes((32, 16))
+    with pytest.raises(ValueError, match="as many ranks as sites"):
+        Tucker(ranks=(2, 2, 2)).core_shapes((32, 16))
+    with pytest.raises(ValueError, match=r"rank=49 is above the exact rank 48.*max_rank"):
+        CP(rank=49).core_shapes((768, 8))
+    # caps are no claims
+    assert Tucker(max_rank=10**6).structure((768, 8)).exact
+    assert CP(max_rank=10**6).structure((768, 8)).exact
+
+
+def test_ranks_by_shape() -> None:
+    tucker = Tucker(ranks={(24, 8): (3, 2)})
+    assert tucker.core_shapes((24, 8)) == ((4, 2, 3), (6, 4, 2), (3, 2))
+    assert tucker.structure((8, 24)).exact
+
+
+def test_a_cp_that_explodes_is_refused_with_its_estimate() -> None:
+    """Exact CP on equal modes: the Khatri-Rao product of half of them is as long as the matrix is large."""
+    cp = CP(sites=[(8, 8)] * 4)
+    with pytest.raises(ValueError, match=r"rank 262144 .* 2\.15e\+09 numbers of scratch \(8 GiB.*smaller rank"):
+        cp.structure((4096, 4096))
+    assert CP(sites=[(8, 8)] * 4, rank=64).structure((4096, 4096)).scratch < 2**28
+    assert CP().structure((4096, 4096)).exact
+    with pytest.raises(ValueError, match="max_scratch=1000"):
+        CP(max_scratch=1000).unfold(torch.ones(768, 8))
+
+
+def test_sites_that_do_not_fit() -> None:
+    mpo = MPO(sites=[(4, 2), (6, 4)])
+    with pytest.raises(ValueError, match=r"multiply to 24x8, but the matrix is 24x9"):
+        mpo.core_shapes((24, 9))
+    with pytest.raises(ValueError, match="multiply to 24x8"):
+        mpo.unfold(torch.ones(8, 24))
+
+
+def test_sites_by_shape_fall_back_to_the_papers() -> None:
+    mpo = MPO(order=3, sites={(24, 8): [(2, 8), (12, 1)]})
+    assert mpo.core_shapes((24, 8)) == ((1, 2, 8, 12), (12, 12, 1, 1))
+    assert mpo.core_shapes((8, 24)) == MPO(order=3).core_shapes((8, 24))
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_bad_matrices(name: str) -> None:
+    factorization = EVERY[name]
+    for dtype in (torch.int64, torch.bool, torch.complex64):
+        with pytest.raises(TypeError, match=str(dtype)):
+            factorization.unfold(torch.ones(4, 6, dtype=dtype))
+    for value in (float("nan"), float("inf"), -float("inf")):
+        matrix = torch.ones(4, 6)
+        matrix[2, 3] = value
+        with pytest.raises(ValueError, match="NaN or infinity"):
+            factorization.unfold(matrix)
+    for shape in ((0, 4), (4, 0), (0, 4, 4)):
+        with pytest.raises(ValueError, match="empty"):
+            factorization.unfold(torch.ones(shape))
+    with pytest.raises(ValueError, match=r"\(\*batch, rows, cols\)"):
+        factorization.unfold(torch.ones(5))
+    with pytest.raises(ValueError, match="at least 1"):
+        factorization.core_shapes((0, 4))
+
+
+def test_cores_beyond_the_range_of_float32() -> None:
+    """Entries that float32 holds can have singular values that it does not."""
+    matrix = torch.full((64, 8), 3e38)
+    with pytest.raises(ValueError, match=r"overflow.*gauge='identity'"):
+        SVD().unfold(matrix)
+    identity = SVD(gauge="identity")
+    assert torch.equal(identity.fold(identity.unfold(matrix)), matrix)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_cores_that_do_not_belong_together(name: str) -> None:
+    factorization, shape = CASES[name]
+    cores = list(factorization.unfold(torch.ones(shape)))
+    with pytest.raises(ValueError, match="got none"):
+        factorization.fold([])
+    with pytest.raises(ValueError, match="dimensions"):
+        factorization.fold([cores[0][0], *cores[1:]])
+    with pytest.raises(ValueError, match="batch"):
+        factorization.fold([cores[0][None], *cores[1:]])
+    with pytest.raises(ValueError, match="dtype"):
+        factorization.fold([cores[0].double(), *cores[1:]])
+    with pytest.raises(ValueError, match=r"belong|bonds"):
+        factorization.fold([torch.cat([cores[0], cores[0]], dim=-1), *cores[1:]])
+    with pytest.raises(ValueError, match="gradient has shape"):
+        factorization.pull_back(cores, torch.ones(shape[0] + 1, shape[1]))
+
+
+def test_outer_bonds() -> None:
+    cores = [torch.ones(2, 3, 3, 4), torch.ones(4, 3, 3, 1)]
+    with pytest.raises(ValueError, match="outer bonds"):
+        MPO(order=2).fold(cores)
+
+
+def test_one_core_is_no_mpo() -> None:
+    with pytest.raises(ValueError, match="at least two"):
+        MPO(order=2).fold([torch.ones(1, 3, 3, 1)])
+    with pytest.raises(ValueError, match="at least two"):
+        CP().fold([torch.ones(3, 3, 1)])
+    with pytest.raises(ValueError, match="at least two"):
+        Tucker().fold([torch.ones(3, 3, 1), torch.ones(1)])
+
+
+def test_a_missing_library_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(BACKENDS, "nowhere", ("nowhere.at_all", "Nothing"))
+    with pytest.raises(ImportError, match=r"pip install 'tnadapt\[nowhere\]'"):
+        get_backend("nowhere")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_descriptions_are_values(name: str) -> None:
+    """Equal, hashable, picklable, and not to be changed behind one's back."""
+    factorization, shape = CASES[name]
+    again = pickle.loads(pickle.dumps(factorization))
+    assert again == factorization
+    assert hash(again) == hash(factorization)
+    assert again.core_shapes(shape) == factorization.core_shapes(shape)
+    with pytest.raises(AttributeError):
+        factorization.backend = "torch"  # type: ignore[misc]
+
+
+def test_sites_are_copied() -> None:
+    sites = [(4, 2), (6, 4)]
+    by_shape = {(24, 8): sites}
+    one, many = MPO(sites=sites), MPO(sites=by_shape)
+    sites[0] = (24, 8)
+    by_shape.clear()
+    assert one.core_shapes((24, 8)) == many.core_shapes((24, 8)) == ((1, 4, 2, 8), (8, 6, 4, 1))

@@ -1,0 +1,100 @@
+"""Law 3: `pull_back(cores, G)` is the gradient of `sum(G * fold(cores))`; oracle: float64 autograd through one einsum."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tnadapt.factorizations import Factorization
+
+from .variants import CASES, EVERY, make_matrix, random_cores, reference_fold, shapes
+
+RTOL = 1e-11
+
+
+def reference_gradients(factorization: Factorization, cores: list[Tensor], grad: Tensor) -> tuple[Tensor, ...]:
+    leaves = [core.detach().clone().requires_grad_() for core in cores]
+    return torch.autograd.grad((reference_fold(factorization, leaves) * grad).sum(), leaves)
+
+
+def assert_close(actual: Tensor, expected: Tensor) -> None:
+    assert actual.shape == expected.shape
+    assert float((actual - expected).norm()) <= RTOL * float(expected.norm()) + 1e-300
+
+
+def check(factorization: Factorization, cores: list[Tensor], batch: tuple[int, ...], shape: tuple[int, int]) -> None:
+    grad = make_matrix((*batch, *shape), seed=1)
+    assert_close(factorization.fold(cores), reference_fold(factorization, cores))
+    expected = reference_gradients(factorization, cores, grad)
+    for actual, want in zip(factorization.pull_back(cores, grad), expected, strict=True):
+        assert_close(actual, want)
+    leaves = [core.clone().requires_grad_() for core in cores]
+    for actual, want in zip(torch.autograd.grad(factorization.fold(leaves), leaves, grad), expected, strict=True):
+        assert_close(actual, want)
+
+
+@pytest.mark.parametrize("batch", [(), (3,), (2, 2)], ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_random_cores(name: str, batch: tuple[int, ...]) -> None:
+    factorization, shape = CASES[name]
+    check(factorization, random_cores(factorization, shape, batch), batch, shape)
+
+
+@pytest.mark.parametrize("name", EVERY)
+@given(shape=shapes(96), seed=st.integers(0, 2**16))
+def test_any_shape(name: str, shape: tuple[int, int], seed: int) -> None:
+    check(EVERY[name], random_cores(EVERY[name], shape, seed=seed), (), shape)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_unfolded_cores(name: str) -> None:
+    factorization, shape = CASES[name]
+    for kind in ("normal", "zero", "deficient"):
+        check(factorization, list(factorization.unfold(make_matrix((2, *shape), kind))), (2,), shape)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_kept_context_and_given_buffers(name: str) -> None:
+    """What the engine calls: the same numbers from a kept context, written into the buffers that it owns."""
+    factorization, shape = CASES[name]
+    cores = random_cores(factorization, shape, (3,))
+    grad = make_matrix((3, *shape), seed=2)
+    expected = factorization.pull_back(cores, grad)
+    matrix, context = factorization.fold_keeping(cores)
+    assert torch.equal(matrix, factorization.fold(cores))
+    assert not matrix.requires_grad
+    buffers = [torch.full_like(core, float("nan")) for core in cores]
+    factorization.pull_back_keeping(cores, grad, context, out=buffers)
+    for buffer, want in zip(buffers, expected, strict=True):
+        assert_close(buffer, want)
+    _, context = factorization.fold_keeping(cores)
+    for actual, want in zip(factorization.pull_back_keeping(cores, grad, context), expected, strict=True):
+        assert actual.is_contiguous()
+        assert_close(actual, want)
+
+
+def test_low_precision_gradient() -> None:
+    """A bfloat16 matrix has a bfloat16 gradient and float32 cores."""
+    factorization = EVERY["mpo-3"]
+    cores = factorization.unfold(make_matrix((24, 8), dtype=torch.bfloat16))
+    grad = make_matrix((24, 8), dtype=torch.bfloat16, seed=1)
+    for got, want in zip(factorization.pull_back(cores, grad), factorization.pull_back(cores, grad.float()), strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_autocast_does_not_lower_the_precision(name: str) -> None:
+    factorization, shape = CASES[name]
+    matrix, grad = make_matrix(shape, dtype=torch.float32), make_matrix(shape, dtype=torch.float32, seed=1)
+    cores = factorization.unfold(matrix)
+    expected, expected_grads = factorization.fold(cores), factorization.pull_back(cores, grad)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        again = factorization.unfold(matrix)
+        folded, grads = factorization.fold(cores), factorization.pull_back(cores, grad)
+    assert torch.equal(folded, expected)
+    assert folded.dtype == torch.float32
+    assert all(map(torch.equal, again, cores))
+    assert all(map(torch.equal, grads, expected_grads))

@@ -1,0 +1,72 @@
+"""A run of HF Trainer in a process of its own, to be killed and resumed: `killed_run.py WAY FOLDER [KILL_AT_STEP]`.
+
+WAY is `passed` (an optimizer with `LoraOver` attached is given to the trainer) or `callback` (the trainer makes it). The run
+resumes from the newest whole checkpoint in FOLDER, if any, and dies without notice at the end of the step KILL_AT_STEP,
+while a checkpoint of that step is being written; it writes `final.pt` where it ends.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from integrations.tiny import arguments, dataset, lora_model, lora_parameters, lora_weights, mpo, rounds  # noqa: E402
+from transformers import Trainer, TrainerCallback  # noqa: E402
+
+from tnadapt import LoraOver  # noqa: E402
+from tnadapt.integrations.transformers import LoraOverCallback, last_complete_checkpoint  # noqa: E402
+
+STEPS = 10
+
+
+class KillWhileWriting(TrainerCallback):
+    """Saves at every step; at `step`, dies with half a checkpoint on disk."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        self.folder, self.step = folder, step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            half = self.folder / f"checkpoint-{self.step}"
+            kwargs["model"].save_pretrained(half)
+            torch.save(kwargs["optimizer"].state_dict(), half / "optimizer.pt")
+            with (half / "optimizer.pt").open("r+b") as stream:
+                stream.truncate(1000)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def run(way: str, folder: Path, kill_at: int = 0) -> dict[str, torch.Tensor]:
+    torch.set_num_threads(1)
+    model = lora_model(lora_dropout=0.1)
+    args = arguments(
+        folder,
+        max_steps=STEPS,
+        save_strategy="steps",
+        save_steps=1,
+        gradient_accumulation_steps=2,
+        max_grad_norm=0.5,
+        lr_scheduler_type="cosine",
+    )
+    callbacks: list[TrainerCallback] = [KillWhileWriting(folder, kill_at)]
+    optimizer = None
+    if way == "passed":
+        optimizer = torch.optim.AdamW(lora_parameters(model), lr=args.learning_rate, foreach=True)
+        LoraOver(model, optimizer, mpo(), rounds(), core_lr=1e-2)
+    else:
+        callbacks.append(LoraOverCallback(mpo(), rounds(), core_lr=1e-2))
+    trainer = Trainer(model, args, train_dataset=dataset(64), optimizers=(optimizer, None), callbacks=callbacks)
+    trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder))
+    assert trainer.state.global_step == STEPS
+    return lora_weights(model)
+
+
+if __name__ == "__main__":
+    kill_at = int(sys.argv[3]) if len(sys.argv) > 3 else 0
+    torch.save(run(sys.argv[1], Path(sys.argv[2]), kill_at), Path(sys.argv[2]) / "final.pt")

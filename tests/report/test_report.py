@@ -1,0 +1,220 @@
+"""Run folders, atomic files, tables, options, pictures and advice."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("rich")
+
+from tnadapt.report import advice, folders, options, pictures, provenance, tables
+
+
+def result_of(**changes: Any) -> dict[str, Any]:
+    metrics = {
+        "accuracy": 0.5,
+        "base_accuracy": 0.1,
+        "format_rate": 1.0,
+        "problems": 100,
+        "steps": 40,
+    }
+    config = {"eval_split": "validation", "every": 10, "split": 2}
+    curve = [(step, 2.0 - 0.04 * step) for step in range(40)]
+    return {"metrics": metrics | changes.pop("metrics", {}), "config": config, "curve": curve, "matrices": []} | changes
+
+
+def stop_in(folder: folders.RunFolder, keep: bool, write: str) -> None:
+    """A run that writes a file and fails."""
+    with contextlib.suppress(RuntimeError), folder.working({"config": {"lr": 1.0}}, keep=keep) as work:
+        (work / write).write_text("text")
+        raise RuntimeError
+
+
+# -- folders ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_finished_run_moves_up_and_is_found_again(tmp_path: Path) -> None:
+    folder = folders.RunFolder(tmp_path, "run")
+    result: dict[str, Any] = {"config": {"lr": 1.0}}
+    with folder.working(result, keep=False) as work:
+        assert provenance.read_json(work / "result.json")["status"] == "running"
+        (work / "file").write_text("kept")
+    assert not folder.work.exists()
+    assert (folder.final / "file").read_text() == "kept"
+    found = folder.finished({"lr": 1.0})
+    assert found is not None
+    assert found["status"] == "finished"
+
+
+@pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt, "cancelled"), (RuntimeError, "failed")])
+def test_a_run_that_does_not_finish_is_marked_and_kept_apart(tmp_path: Path, error: type, status: str) -> None:
+    folder = folders.RunFolder(tmp_path, "run")
+    with pytest.raises(error), folder.working({"config": {}}, keep=False):
+        raise error("halfway")
+    assert not folder.final.exists()
+    assert provenance.read_json(folder.work / "result.json")["status"] == status
+    assert folder.finished({}) is None
+
+
+def test_starting_again_keeps_the_unfinished_run_and_resuming_goes_on_in_it(tmp_path: Path) -> None:
+    folder = folders.RunFolder(tmp_path, "run")
+    stop_in(folder, keep=False, write="checkpoint")
+    with pytest.raises(ValueError, match=r"lr 1\.0 there, 2\.0 here.*another --name"):
+        folder.working({"config": {"lr": 2.0}}, keep=True).__enter__()
+    stop_in(folder, keep=True, write="second")
+    assert (folder.work / "checkpoint").exists()
+    with folder.working({"config": {"lr": 1.0}}, keep=False) as work:
+        assert not (work / "checkpoint").exists()
+    assert (tmp_path / "unfinished" / "run--2" / "checkpoint").exists()
+
+
+def test_a_finished_run_of_another_configuration_is_refused(tmp_path: Path) -> None:
+    folder = folders.RunFolder(tmp_path, "run")
+    with folder.working({"config": {"lr": 1.0}}, keep=False):
+        pass
+    with pytest.raises(ValueError, match=r"lr 1\.0 there, 2\.0 here"):
+        folder.finished({"lr": 2.0})
+
+
+def test_newest_checkpoint_passes_over_one_that_was_cut_off(tmp_path: Path) -> None:
+    assert folders.newest_checkpoint(tmp_path) is None
+    for step, state in ((9, "{}"), (10, '{"step":'), (100, None)):
+        path = tmp_path / f"checkpoint-{step}"
+        path.mkdir()
+        if state is not None:
+            (path / "trainer_state.json").write_text(state)
+    assert folders.newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-9")
+
+
+# -- provenance -------------------------------------------------------------------------------------------------------
+
+
+def test_environment_is_json_and_names_versions_and_hardware(tmp_path: Path) -> None:
+    found = json.loads(json.dumps(provenance.environment(tmp_path)))
+    assert found["packages"]["torch"]
+    assert found["hardware"]["cpus"] >= 1
+    assert found["git"] is None
+
+
+def test_git_state_tells_commit_and_dirt(tmp_path: Path) -> None:
+    assert provenance._git(tmp_path, "init") is not None
+    assert provenance.git_state(tmp_path) == {"commit": None, "dirty": False}
+    (tmp_path / "file").write_text("new")
+    assert provenance.git_state(tmp_path) == {"commit": None, "dirty": True}
+
+
+def test_files_are_replaced_and_leave_no_temporary_ones(tmp_path: Path) -> None:
+    path = tmp_path / "folder" / "data.json"
+    provenance.write_json(path, {"a": 1})
+    provenance.write_json(path, {"a": 2})
+    assert provenance.read_json(path) == {"a": 2}
+    assert [*path.parent.iterdir()] == [path]
+    path.write_text("{")
+    with pytest.raises(ValueError, match=r"data\.json does not hold JSON"):
+        provenance.read_json(path)
+
+
+def test_config_hash_ignores_order_only() -> None:
+    assert provenance.config_hash({"a": 1, "b": 2}) == provenance.config_hash({"b": 2, "a": 1})
+    assert provenance.config_hash({"a": 1}) != provenance.config_hash({"a": 2})
+
+
+# -- tables and options -----------------------------------------------------------------------------------------------
+
+
+def test_table_as_markdown_and_csv() -> None:
+    table = tables.Table("title", ("method", "score"), [("a|b", "1,000")], "caption")
+    assert table.markdown() == "| method | score |\n| :-- | --: |\n| a\\|b | 1,000 |\n\ncaption\n"
+    assert table.csv() == 'method,score\na|b,"1,000"\n'
+    with pytest.raises(ValueError, match="has 1 cells for 2 columns"):
+        tables.Table("title", ("method", "score"), [("a",)])
+
+
+def test_percentages_over_seeds_use_the_sample_deviation() -> None:
+    assert tables.percent_over_seeds([0.5, 0.6, 0.7]) == "60.0 ± 10.0 %"
+    assert tables.percent_over_seeds([0.5]) == "50.0 %"
+    assert tables.percent_over_seeds([]) == "–"
+
+
+@dataclass(frozen=True)
+class Settings:
+    kind: str = "a"
+    count: int = 1
+    share: float = 0.5
+    rate: float | None = None
+    fast: bool = False
+
+
+def test_options_come_from_the_fields() -> None:
+    parser = argparse.ArgumentParser()
+    options.add_options(parser, Settings, leave_out=("kind",))
+    parsed = parser.parse_args(["--rate", "3e-4", "--fast", "true"])
+    assert options.given_options(parsed, Settings, leave_out=("kind",)) == {"rate": 3e-4, "fast": True}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (Settings(kind="c"), "--kind is 'c': choose one of a, b"),
+        (Settings(count=0), "--count is 0: give a whole number of at least 1"),
+        (Settings(rate=0.0), "--rate is 0.0: give a number above 0"),
+        (Settings(rate=float("nan")), "--rate is nan: give a number above 0"),
+        (Settings(share=-0.1), "--share is -0.1: give a number of at least 0"),
+    ],
+)
+def test_values_that_cannot_work_are_refused(settings: Settings, message: str) -> None:
+    options.check_fields(Settings(), {"kind": ("a", "b")})
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        options.check_fields(settings, {"kind": ("a", "b")}, may_be_zero=("share",))
+
+
+# -- pictures and advice ----------------------------------------------------------------------------------------------
+
+
+def test_pictures_are_written(tmp_path: Path) -> None:
+    curve = [(1, 2.0), (2, 1.0)]
+    matrices = [
+        {"kind": kind, "layer": layer, "module": f"model.layers.{layer}.q_proj", "expanded_at": step}
+        for kind in "AB"
+        for layer, step in ((0, 10), (1, None))
+    ]
+    matrices.append({"kind": "A", "layer": None, "module": "head", "expanded_at": 0})
+    paths = [
+        pictures.loss_curves(tmp_path / "loss.png", {"a": curve}),
+        pictures.expansion_map(tmp_path / "map.png", matrices, 20, "title"),
+        pictures.comparison(tmp_path / "bars.png", {"base": 0.1, "a": 0.5}, {"a": curve}),
+        pictures.score_against(tmp_path / "lr.png", "lr", {"a": [(1e-3, 0.1), (1e-2, 0.2)]}, logarithmic=True),
+        pictures.score_against(tmp_path / "gauge.png", "gauge", {"a": [("svd", 0.1), ("spread", 0.2)]}),
+    ]
+    for path in paths:
+        assert path.read_bytes().startswith(b"\x89PNG")
+    assert len([*tmp_path.iterdir()]) == len(paths)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"metrics": {"format_rate": 0.5}}, "Only 50 % of the answers have a number"),
+        ({"metrics": {"accuracy": 0.1}}, "not better than the base model"),
+        ({"metrics": {"accuracy": 0.99}}, "nearly solved"),
+        ({"curve": [(1, 2.0), (2, float("nan"))]}, "stopped being a finite number"),
+        ({"curve": [(step, 2.0) for step in range(20)]}, "hardly fell"),
+        ({"matrices": [{"expanded_at": None}]}, "No matrix was expanded"),
+        ({"matrices": [{"expanded_at": 30}]}, "expanded at step 30 of 40"),
+    ],
+)
+def test_advice_names_what_is_wrong(changes: dict[str, Any], said: str) -> None:
+    assert any(said in sentence for sentence in advice.advise(result_of(**changes)))
+    assert not any(said in sentence for sentence in advice.advise(result_of()))
+
+
+def test_noise_is_the_standard_error() -> None:
+    assert advice.noise(0.5, 100) == pytest.approx(0.05)
+    assert advice.noise(0.0, 100) > 0

@@ -1,0 +1,61 @@
+"""First-order Taylor scores of matrices (LoRA-Over, Eq. 8), shared by the schedulers that use them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from tnadapt.lora_matrices import LoraMatrix
+
+__all__ = ["REDUCTIONS", "check_finite", "check_reduction", "taylor_scores", "to_floats"]
+
+REDUCTIONS = ("inner", "elementwise")
+
+
+def check_reduction(owner: str, reduction: str) -> None:
+    """Raise ValueError for a reduction that does not exist."""
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"{owner}: reduction={reduction!r} is unknown; choose one of {', '.join(REDUCTIONS)}")
+
+
+@torch.no_grad()
+def taylor_scores(matrices: Iterable[LoraMatrix], reduction: str) -> dict[str, Tensor]:
+    """Score of this step of every matrix with a gradient: `|<g, W>|` for `"inner"`, `sum |g * w|` for `"elementwise"`.
+
+    One batched product per shape and device, no host synchronisation.
+    """
+    shapes: dict[tuple[torch.Size, torch.device], list[LoraMatrix]] = {}
+    for matrix in matrices:
+        if matrix.parameter.grad is not None:
+            shapes.setdefault((matrix.parameter.shape, matrix.parameter.device), []).append(matrix)
+    scores: dict[str, Tensor] = {}
+    for members in shapes.values():
+        weights = torch.stack([m.value for m in members])
+        gradients = torch.stack([g for m in members if (g := m.gradient) is not None])
+        wide = torch.promote_types(weights.dtype, torch.float32)
+        products = weights.to(wide) * gradients.to(wide)
+        sums = products.abs().sum((1, 2)) if reduction == "elementwise" else products.sum((1, 2)).abs()
+        scores.update(zip((m.name for m in members), sums.unbind(0), strict=True))
+    return scores
+
+
+def to_floats(scores: Mapping[str, Tensor]) -> dict[str, float]:
+    """Scores as numbers: one host synchronisation."""
+    if not scores:
+        return {}
+    device = next(iter(scores.values())).device
+    values = torch.stack([score.to(device) for score in scores.values()]).tolist()
+    return dict(zip(scores, values, strict=True))
+
+
+def check_finite(owner: str, scores: Mapping[str, float], step: int) -> None:
+    """Raise ValueError where a score is not finite: a gradient was not."""
+    broken = [name for name, score in scores.items() if not math.isfinite(score)]
+    if broken:
+        raise ValueError(
+            f"{owner}: the score of {', '.join(broken[:3])} is not finite at step {step}; a gradient held NaN or infinity: "
+            "lower the learning rate or clip gradients, and resume from the last checkpoint"
+        )
