@@ -50,13 +50,17 @@ def provenance() -> dict[str, Any]:
     """Where and with what the numbers were made."""
 
     def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+        )
         return done.stdout.strip()
 
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": git("rev-parse", "HEAD") or None,
-        "uncommitted_changes": bool(git("status", "--porcelain", "--", "../tnadapt", "../benchmarks/factorizations.py")),
+        "uncommitted_changes": bool(
+            git("status", "--porcelain", "--", "../tnadapt", "../benchmarks/factorizations.py")
+        ),
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         "load_average_1min": round(os.getloadavg()[0], 2),
@@ -117,7 +121,10 @@ def timings(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 def timing_table(rows: list[dict[str, Any]], backends: list[str]) -> str:
     lines = ["Milliseconds for unfold / fold / fold and pull back; the fastest last number is bold.", ""]
-    lines += ["| factorization | shape | batch | " + " | ".join(backends) + " |", "|---|---|---|" + "---|" * len(backends)]
+    lines += [
+        "| factorization | shape | batch | " + " | ".join(backends) + " |",
+        "|---|---|---|" + "---|" * len(backends),
+    ]
     groups: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault((row["factorization"], tuple(row["shape"]), row["batch"]), {})[row["backend"]] = row
@@ -146,13 +153,17 @@ def first_steps() -> list[dict[str, Any]]:
     }
     candidates |= {f"Tucker(gauge={gauge})": Tucker(gauge=gauge) for gauge in ("svd", "identity", "spread")}
     candidates |= {
-        f"CP(order={order}, gauge={gauge})": CP(order=order, gauge=gauge) for order in (2, 16) for gauge in ("unit", "spread")
+        f"CP(order={order}, gauge={gauge})": CP(order=order, gauge=gauge)
+        for order in (2, 16)
+        for gauge in ("unit", "spread")
     }
     for label, begin in (("W = 0", torch.zeros_like(start)), ("W random", start)):
         lora = moved(None, begin, grad)
         for name, factorization in candidates.items():
             steps = moved(factorization, begin, grad)
-            rows.append({"factorization": name, "start": label, **{f"step_{k}": steps[k] / lora[k] for k in (1, 5, 20)}})
+            rows.append(
+                {"factorization": name, "start": label, **{f"step_{k}": steps[k] / lora[k] for k in (1, 5, 20)}}
+            )
     return rows
 
 
@@ -182,7 +193,9 @@ def gauge_table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="two shapes, short measurements, nothing written by default")
+    parser.add_argument(
+        "--quick", action="store_true", help="two shapes, short measurements, nothing written by default"
+    )
     parser.add_argument("--gauges", action="store_true", help="the first steps from each gauge instead of the timings")
     parser.add_argument("--backends", nargs="+", default=list(BACKENDS), choices=list(BACKENDS))
     parser.add_argument("--seconds", type=float, help="time for each number (0.2; with --quick 0.02)")

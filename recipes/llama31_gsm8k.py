@@ -123,8 +123,8 @@ class Config:
     data: str = EMBEDDED
     test_data: str | None = None  # where the problems to evaluate on come from; None: from data
     eval_split: str = "test"
-    train_size: int = 6400
-    eval_size: int = 250
+    train_size: int = 3200
+    eval_size: int = 500
     seed: int = 0
     max_length: int = 512
     batch: int = 32
@@ -142,14 +142,14 @@ class Config:
     gauge: str = "svd"
     top_n: int = 3
     split: int = 3
-    every: int = 20
+    every: int = 10
     dtype: str = "float32"
     activation_checkpointing: bool = False
     max_new_tokens: int = 80
     eval_batch: int = 125
     temperature: float = 0.0  # 0: greedy
     top_p: float = 1.0
-    save_every: int = 50
+    save_every: int = 25
 
     def resolved(self) -> Config:
         """The configuration with its learning rates filled in.
@@ -512,11 +512,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--name", default="", help="of the run folder; the method is added if there are several")
     parser.add_argument("--resume", action="store_true", help="go on with an unfinished run, keep a finished one")
     parser.add_argument("--preset", choices=PRESETS, default="laptop")
-    parser.add_argument("--threads", type=int, help="CPU threads; one is best where several runs share the cores")
+    parser.add_argument("--threads", type=int, help="CPU threads; default: 1 for the embedded model, else all")
     add_options(parser, Config, NOT_OPTIONS)
     options = parser.parse_args(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    model = options.model or PRESETS[options.preset].model
+    small = model == EMBEDDED  # so small that threads only wait for each other
+    torch.set_num_threads(options.threads or (1 if small else torch.get_num_threads()))
     hush()
     try:
         preset = dataclasses.replace(PRESETS[options.preset], **given_options(options, Config, NOT_OPTIONS))

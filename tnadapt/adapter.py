@@ -94,9 +94,10 @@ class OverParamAdapter(nn.Module):
         lora_B = nn.Linear(rank, base.out_features, bias=False, device=base.weight.device, dtype=dtype)
         nn.init.kaiming_uniform_(lora_A.weight, a=math.sqrt(5))
         nn.init.zeros_(lora_B.weight)
-        base.requires_grad_(False)
         scaling = (rank if alpha is None else alpha) / (math.sqrt(rank) if use_rslora else rank)
-        return cls(lora_A, lora_B, base, scaling, dropout)
+        adapter = cls(lora_A, lora_B, base, scaling, dropout)
+        base.requires_grad_(False)
+        return adapter
 
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
         update = self.lora_B(self.lora_A(self.dropout(x.to(self.lora_A.weight.dtype)))) * self.scaling

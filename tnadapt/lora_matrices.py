@@ -110,7 +110,11 @@ def find_lora_matrices(
     Args:
         model: any module; PEFT models and `torch.compile`d or DDP-wrapped ones included; the meta device is fine.
         groups: gives each matrix its group, instead of `default_group`.
+
+    Raises:
+        TypeError: the model is in the hands of an engine that does not keep parameters whole (FSDP1, DeepSpeed).
     """
+    _refuse_engines(model)
     found: dict[str, LoraMatrix] = {}
     skipped: list[Skipped] = []
     owners: dict[int, str] = {}
@@ -139,6 +143,36 @@ def find_lora_matrices(
         matrix.group = (groups or default_group)(matrix)
         found[name] = matrix
     return found, skipped
+
+
+def _refuse_engines(model: nn.Module) -> None:
+    """Raise TypeError where an engine has flattened parameters, or has taken them over."""
+    for module in model.modules():
+        names = {base.__name__ for base in type(module).__mro__}
+        if "DeepSpeedEngine" in names:
+            raise TypeError(
+                "the model is a DeepSpeed engine, which flattens and partitions parameters, so LoRA matrices are not whole; "
+                "use DistributedDataParallel, or fully_shard (FSDP2)"
+            )
+        if "FullyShardedDataParallel" in names:
+            whole = str(getattr(module, "sharding_strategy", "")).endswith("NO_SHARD")
+            if not (whole and getattr(module, "_use_orig_params", False)):
+                raise TypeError(
+                    "the model is wrapped in FullyShardedDataParallel (FSDP1), which flattens parameters, so LoRA matrices "
+                    "are not whole; use torch.distributed.fsdp.fully_shard (FSDP2; fsdp_version 2 in accelerate). With "
+                    "ShardingStrategy.NO_SHARD, use_orig_params=True is enough"
+                )
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "ds_id"):
+            raise TypeError(
+                f"{name} is partitioned by DeepSpeed ZeRO, so LoRA matrices are not whole; use DistributedDataParallel, or "
+                "fully_shard (FSDP2)"
+            )
+        if getattr(parameter, "_is_flat_param", False):
+            raise TypeError(
+                f"{name} is a FlatParameter of FSDP1, into which LoRA matrices were flattened; use "
+                "torch.distributed.fsdp.fully_shard (FSDP2)"
+            )
 
 
 def _lora_weights(model: nn.Module) -> Iterator[_Weight]:

@@ -7,12 +7,24 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from tnadapt.engine import HANDOVERS, Coupling, Engine, broadcast_object, is_distributed, is_elementwise, unwrap
+from tnadapt.engine import (
+    HANDOVERS,
+    Coupling,
+    Engine,
+    agree_any,
+    gather_objects,
+    is_distributed,
+    is_elementwise,
+    local,
+    obstacle_to_gathering,
+    unwrap,
+)
 from tnadapt.factorizations import Factorization
 from tnadapt.lora_matrices import LoraMatrix, Skipped, find_lora_matrices
 from tnadapt.schedulers import Scheduler, Static
@@ -81,6 +93,9 @@ class LoraOver:
             a deep factorization shrinks the matrix as often as it has cores.
         handover: what the cores of a matrix that is expanded in mid-run know of its optimizer state: `"warm"` pulls its
             moments back to them, which keeps the trajectory smooth; `"restart"` starts them fresh.
+        max_update: cap on how far a matrix moves in one step: the root mean square of its update is at most
+            `max_update` times its cores' rate, in which Adam moves an entry of a plain LoRA matrix by at most about 1. The
+            step of the cores is shortened, keeping its direction. None for no cap.
         groups: gives a matrix the group it is ranked in, see `default_group`.
         process_group: ranks that train the same matrices; None for all.
 
@@ -100,6 +115,7 @@ class LoraOver:
         core_lr: float | None = None,
         core_weight_decay: float | None = None,
         handover: str = "warm",
+        max_update: float | None = None,
         groups: Callable[[LoraMatrix], str] | None = None,
         process_group: Any = None,
     ) -> None:
@@ -110,6 +126,8 @@ class LoraOver:
         matrices, skipped = find_lora_matrices(model, groups)
         _check_matrices(matrices, skipped, inner)
         _check_rates(inner, core_lr, core_weight_decay)
+        if max_update is not None and not max_update > 0:
+            raise ValueError(f"max_update={max_update!r} must be positive, or None for no cap")
         for matrix in matrices.values():
             matrix.added_parameters = factorization.added_parameters(matrix.shape)
         scheduler.attach(matrices)
@@ -136,8 +154,11 @@ class LoraOver:
         # wrapped, loaded and the same on all ranks.
         self._pending: list[str] = []
         self._mark_pending(pending)
-        self._coupling: Coupling | None = Coupling(inner, self._engine, self._before_step, core_lr, core_weight_decay)
+        self._coupling: Coupling | None = Coupling(
+            inner, self._engine, self._before_step, core_lr, core_weight_decay, max_update
+        )
         self._staged: dict[str, Any] | None = None
+        self._ranks_agree = False
         self._changed: list[tuple[torch.Tensor, tuple[str, ...]]] = []
         self._handles: list[Any] = [inner.register_state_dict_post_hook(self._save_hook)]
         if type(inner).load_state_dict is torch.optim.Optimizer.load_state_dict:
@@ -242,6 +263,7 @@ class LoraOver:
             "factorization": self.factorization.label,
             "step": self.step,
             "pending": list(self._pending),
+            "expanded": list(self.expanded),
             "engine": self._engine.state_dict(),
             "scheduler": {"label": type(self.scheduler).__name__, "state": self.scheduler.state_dict()},
             "history": [{"step": e.step, "action": e.action, "names": list(e.names)} for e in self.history],
@@ -263,6 +285,7 @@ class LoraOver:
         except BaseException:
             self.scheduler.load_state_dict(before)
             raise
+        self._ranks_agree = False
         self.step = int(state["step"])
         self._pending = list(state["pending"])
         for name in self._pending:
@@ -270,7 +293,7 @@ class LoraOver:
         self.history = [Event(e["step"], e["action"], tuple(e["names"])) for e in state["history"]]
 
     def _validate(self, state: Mapping[str, Any]) -> None:
-        wanted = {"version", "factorization", "step", "pending", "engine", "scheduler", "history"}
+        wanted = {"version", "factorization", "step", "pending", "expanded", "engine", "scheduler", "history"}
         if not isinstance(state, Mapping) or wanted - set(state):
             missing = sorted(wanted - set(state)) if isinstance(state, Mapping) else ["everything"]
             raise ValueError(
@@ -309,6 +332,11 @@ class LoraOver:
                 f"the state names {_shown(strangers)}, which this model has not; load it into its own model"
             )
         self._engine.validate_state(state["engine"])
+        if set(state["expanded"]) != {*state["engine"]["members"], *state["pending"]}:
+            raise ValueError(
+                "the state has lost cores: it was read into a LoraOver that had not expanded the same matrices, as "
+                "torch.distributed.checkpoint does. Save and load tnadapt.integrations.distributed.Checkpointed(over) instead"
+            )
         # only the scheduler knows what it takes: let it load, and put back what it had
         before = self.scheduler.state_dict()
         try:
@@ -317,6 +345,8 @@ class LoraOver:
             self.scheduler.load_state_dict(before)
 
     def _save_hook(self, _: Any, optimizer_state: dict[str, Any]) -> dict[str, Any]:
+        if self._coupling is not None:
+            self._coupling.fill_missing(optimizer_state)
         return {**optimizer_state, _STATE_KEY: self.state_dict()}
 
     def _stage_hook(self, _: Any, optimizer_state: dict[str, Any]) -> dict[str, Any]:
@@ -357,6 +387,8 @@ class LoraOver:
             self.history, self.step = history, count
 
         try:
+            if not self._ranks_agree and is_distributed(self.process_group):
+                self._require_agreement()
             self._follow_outside_changes(step)
             if self._pending:
                 names, self._pending = self._pending, []
@@ -372,10 +404,7 @@ class LoraOver:
 
     def _decide(self, step: int) -> None:
         assert self._coupling is not None
-        released = list(self.scheduler.release(step, self.matrices))
-        chosen = list(self.scheduler.select(step, self.matrices))
-        if is_distributed(self.process_group):
-            released, chosen = broadcast_object((released, chosen), self.process_group)
+        released, chosen = self._choose(step)
         strangers = [name for name in released if name not in self.matrices or not self.matrices[name].expanded]
         if strangers:
             raise ValueError(f"{self.scheduler.label} released {_shown(strangers)}, which is not expanded")
@@ -387,6 +416,52 @@ class LoraOver:
                 raise RuntimeError("cannot expand while a CUDA graph is captured; capture after the last expansion")
             self._engine.expand(names, self._coupling.group_of)
             self.history = [*self.history, Event(step, "expand", tuple(names))]
+
+    def _choose(self, step: int) -> tuple[list[str], list[str]]:
+        """What the scheduler releases and selects: on all ranks what the first one does, and an error where any fails."""
+        if not is_distributed(self.process_group):
+            released = list(self.scheduler.release(step, self.matrices))
+            return released, list(self.scheduler.select(step, self.matrices))
+        choice: tuple[list[str], list[str]] = ([], [])
+        failure: Exception | None = None
+        try:
+            released = list(self.scheduler.release(step, self.matrices))
+            choice = (released, list(self.scheduler.select(step, self.matrices)))
+        except Exception as error:
+            failure = error
+        outcomes = gather_objects((choice, None if failure is None else repr(failure)), self.process_group)
+        if failure is not None:
+            raise failure
+        for rank, (_, problem) in enumerate(outcomes):
+            if problem is not None:
+                raise RuntimeError(f"{self.scheduler.label} failed on rank {rank} at step {step}: {problem}")
+        return outcomes[0][0]  # type: ignore[no-any-return]
+
+    def _require_agreement(self) -> None:
+        """Raise on every rank where ranks do not train the same matrices in the same way from the same state."""
+        matrices = [(name, tuple(m.shape), str(m.parameter.dtype)) for name, m in self.matrices.items()]
+        cores = [float(value) for value in self._engine.fingerprint()]
+        facts: dict[str, Any] = {
+            "matrices": matrices,
+            "the factorization": self.factorization.label,
+            "the scheduler": self.scheduler.label,
+            "steps taken": self.step,
+            "expanded matrices": self.expanded,
+            "the values of the cores": cores,
+        }
+        ranks = gather_objects(facts, self.process_group)
+        for what, first in ranks[0].items():
+            for rank, others in enumerate(ranks):
+                if others[what] == first:
+                    continue
+                where = _first_difference(first, others[what])
+                raise RuntimeError(
+                    f"ranks 0 and {rank} differ in {what}: {where}. All ranks of process_group must attach LoraOver to the "
+                    "same model in the same way, and load its state on every rank; where ranks train different models or "
+                    "parts of one (pipelines, several jobs in one world), give each the ranks that train the same matrices "
+                    "as process_group="
+                )
+        self._ranks_agree = True
 
     def _fold_now(self, names: list[str], step: int | None = None) -> None:
         """Drop cores. What the optimizer knew of the matrices is from before their expansion: they start fresh."""
@@ -418,7 +493,7 @@ class LoraOver:
             if cohort.device.type != "cpu" and step % _COMPARE_EVERY != 1:
                 continue
             members = tuple(m.matrix.name for m in cohort.members)
-            flags = self._engine.changed_outside(cohort)
+            flags = agree_any(self._engine.changed_outside(cohort), self.process_group)
             if cohort.device.type == "cpu":
                 if bool(flags.any()):
                     names += [name for name, changed in zip(members, flags.tolist(), strict=True) if changed]
@@ -494,6 +569,10 @@ def _check_matrices(
             f"the optimizer does not hold {len(missing)} of {len(matrices)} LoRA matrices, such as {_shown(missing)}; make it "
             "from [p for p in model.parameters() if p.requires_grad] after the adapters are in place"
         )
+    for name, matrix in matrices.items():
+        obstacle = obstacle_to_gathering(matrix.parameter)
+        if obstacle is not None:
+            raise TypeError(f"{name} cannot be trained through cores: {obstacle}")
     in_backward = [n for n, m in matrices.items() if getattr(m.parameter, "_in_backward_optimizers", None)]
     if in_backward:
         raise TypeError(
@@ -506,7 +585,9 @@ def _check_matrices(
             raise ValueError(
                 "a LoraOver is attached to these LoRA matrices already; call its fold() or detach() before attaching another"
             )
-    broken = [n for n, m in matrices.items() if not m.parameter.is_meta and not bool(torch.isfinite(m.parameter).all())]
+    broken = [
+        n for n, m in matrices.items() if not m.parameter.is_meta and not bool(torch.isfinite(local(m.parameter)).all())
+    ]
     if broken:
         raise ValueError(f"{_shown(broken)} holds NaN or infinity; load a good adapter before attaching")
 
@@ -530,6 +611,14 @@ def _check_rates(optimizer: torch.optim.Optimizer, core_lr: float | None, core_w
             raise ValueError(f"core_weight_decay={core_weight_decay!r} must not be negative")
         if "weight_decay" not in optimizer.defaults:
             raise ValueError(f"core_weight_decay is set, but {type(optimizer).__name__} has no weight_decay")
+
+
+def _first_difference(one: Any, other: Any) -> str:
+    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
+        for a, b in zip_longest(one, other, fillvalue="nothing"):
+            if a != b:
+                return f"{a} and {b}"
+    return f"{one} and {other}"
 
 
 def _checked_names(chosen: Iterable[str], matrices: Mapping[str, LoraMatrix], scheduler: Scheduler) -> list[str]:

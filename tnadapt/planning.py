@@ -70,10 +70,15 @@ class Plan:
         lines: list[str] = []
         for structure in dict.fromkeys(row.structure for row in self.rows if row.expanded):
             rows, cols = structure.shape
-            if structure.expansion < _LITTLE_GAIN:
+            scalars = sum(math.prod(shape) > 1 for shape in structure.core_shapes) <= 1
+            if scalars or structure.expansion < _LITTLE_GAIN:
+                found = (
+                    "all cores but one are single numbers"
+                    if scalars
+                    else f"the cores have only {structure.expansion:.2f}x its parameters"
+                )
                 lines.append(
-                    f"{rows}x{cols}: little to gain, the cores have only {structure.expansion:.2f}x its parameters "
-                    f"({_why_little(structure)}). Leave such matrices out (Static with a pattern), choose a rank and "
+                    f"{rows}x{cols}: little to gain, {found} ({_why_little(structure)}). Leave such matrices out (Static with a pattern), choose a rank and "
                     "dimensions that split, or give explicit sites"
                 )
             if not structure.exact:

@@ -20,7 +20,7 @@ whatever the seeds and sizes. Every number, intermediate ones included, lies bet
 
 Write the three files of a family to a folder::
 
-    python -m recipes.embedded.word_problems FOLDER --family composed --train 6000
+    python -m recipes.embedded.word_problems FOLDER --family composed --train 3200
 """
 
 from __future__ import annotations
@@ -452,7 +452,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--family", choices=FAMILIES, default="composed")
     parser.add_argument("--seed", type=int, default=0)
-    for split, size in zip(SPLITS, (6000, 250, 250), strict=True):
+    for split, size in zip(SPLITS, (3200, 250, 250), strict=True):
         parser.add_argument(f"--{split}", type=int, default=size, help=f"problems to write (default {size})")
     options = parser.parse_args(arguments)
     sizes = {split: getattr(options, split) for split in SPLITS}

@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 VOCABULARY = 32
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _base(layers: int) -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -126,7 +126,9 @@ def everything(model: nn.Module, optimizer: torch.optim.Optimizer, over: Any = N
         "parameters": {name: p.detach().clone() for name, p in model.named_parameters()},
         "gradients": {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()},
         "optimizer": state,
-        "groups": [{k: ([id(p) for p in v] if k == "params" else v) for k, v in g.items()} for g in optimizer.param_groups],
+        "groups": [
+            {k: ([id(p) for p in v] if k == "params" else v) for k, v in g.items()} for g in optimizer.param_groups
+        ],
         "tracked": len(optimizer.state),
         "hooks": [
             len(getattr(optimizer, name))
@@ -141,7 +143,9 @@ def everything(model: nn.Module, optimizer: torch.optim.Optimizer, over: Any = N
 def same(one: Any, other: Any) -> bool:
     """Bit for bit equality of nested containers."""
     if isinstance(one, Tensor):
-        return isinstance(other, Tensor) and one.dtype == other.dtype and torch.equal(one.nan_to_num(), other.nan_to_num())
+        return (
+            isinstance(other, Tensor) and one.dtype == other.dtype and torch.equal(one.nan_to_num(), other.nan_to_num())
+        )
     if isinstance(one, dict):
         return isinstance(other, dict) and one.keys() == other.keys() and all(same(one[k], other[k]) for k in one)
     if isinstance(one, (list, tuple)):

@@ -160,7 +160,9 @@ class Caching(torch.optim.SGD):
                 parameter.sub_(self.param_groups[0]["lr"] * parameter.grad)
 
 
-@pytest.mark.parametrize(("kind", "said"), [(Counting, "keeps state in its parameter groups"), (Caching, "its own list")])
+@pytest.mark.parametrize(
+    ("kind", "said"), [(Counting, "keeps state in its parameter groups"), (Caching, "its own list")]
+)
 def test_optimizers_that_turn_out_wrong_at_the_first_step(kind, said):
     model, optimizer, _ = started(0, optimizer=kind)
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
@@ -233,7 +235,10 @@ def test_loading_into_one_that_is_folded():
 @pytest.mark.parametrize("names", [["nothing.A"], ["experts.0.A", "experts.2.A"]])
 def test_folding_what_is_not_expanded(names):
     model, optimizer, over = started()
-    with Kept(model, optimizer, over), pytest.raises(ValueError, match=f"{names[-1]}: not expanded; expanded are experts.0.A"):
+    with (
+        Kept(model, optimizer, over),
+        pytest.raises(ValueError, match=f"{names[-1]}: not expanded; expanded are experts.0.A"),
+    ):
         over.fold(names)
 
 
@@ -285,7 +290,9 @@ def test_core_weight_decay_of_an_optimizer_without_any():
 class Naming(Scheduler):
     """Names what it was told to at one step."""
 
-    def __init__(self, at: int, expand: tuple[str, ...] = (), fold: tuple[str, ...] = (), error: Exception | None = None) -> None:
+    def __init__(
+        self, at: int, expand: tuple[str, ...] = (), fold: tuple[str, ...] = (), error: Exception | None = None
+    ) -> None:
         self.at, self.chosen, self.folded, self.error = at, expand, fold, error
 
     def select(self, step, matrices):
@@ -331,7 +338,10 @@ def test_scheduler_that_goes_wrong_in_mid_run(scheduler, error, said):
 def test_gradients_that_are_not_finite(value, kind):
     model, optimizer, over = started(2, optimizer=kind)
     model.experts[1].lora_B.weight.grad[2, 1] = value
-    with Kept(model, optimizer, over), pytest.raises(FloatingPointError, match=r"experts\.1\.B.*NaN or infinity.*GradScaler"):
+    with (
+        Kept(model, optimizer, over),
+        pytest.raises(FloatingPointError, match=r"experts\.1\.B.*NaN or infinity.*GradScaler"),
+    ):
         optimizer.step()
     optimizer.zero_grad()  # skipping the batch goes on
     expert_loss(model, 2).backward()
@@ -358,7 +368,10 @@ def test_gradients_that_are_not_finite_undo_a_round_of_expansion():
 def test_a_score_that_is_not_finite():
     model, optimizer, over = started(1, TaylorRuntime(top_n=1, split=1, every=2))
     model.experts[0].lora_A.weight.grad.fill_(float("nan"))
-    with Kept(model, optimizer, over), pytest.raises(ValueError, match=r"score of experts\.0\.A is not finite at step 2"):
+    with (
+        Kept(model, optimizer, over),
+        pytest.raises(ValueError, match=r"score of experts\.0\.A is not finite at step 2"),
+    ):
         optimizer.step()
 
 

@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from .models import backward, largest_difference, llama, loss_of, tokens, values
 from torch import Tensor, nn
 
 from tnadapt import MPO, LoraOver, Static, TaylorRuntime
+
+from .models import backward, largest_difference, llama, loss_of, tokens, values
 
 STEPS = 15
 
@@ -85,11 +86,15 @@ class Oracle:
     def step(self, step: int, rate: float) -> None:
         for group, base in zip(self.groups, self.rates, strict=True):
             group["lr"] = base * rate
-        for added, index in zip(self.optimizer.param_groups[len(self.groups) :], self.core_groups.values(), strict=True):
+        for added, index in zip(
+            self.optimizer.param_groups[len(self.groups) :], self.core_groups.values(), strict=True
+        ):
             added["lr"] = self.groups[index]["lr"] * self.ratio
         self.optimizer.zero_grad()
         ids = tokens(step)
-        loss_of(torch.func.functional_call(self.model, self.matrices(), kwargs={"input_ids": ids}).logits, ids).backward()
+        loss_of(
+            torch.func.functional_call(self.model, self.matrices(), kwargs={"input_ids": ids}).logits, ids
+        ).backward()
         self.optimizer.step()
 
     def values(self) -> dict[str, Tensor]:
@@ -179,7 +184,9 @@ def test_adamw_with_an_expansion_in_mid_run(implementation, order):
 
 @pytest.mark.parametrize("order", [2, 7])
 def test_every_matrix_from_the_start(order):
-    check(lambda model: torch.optim.AdamW(parameters(model), lr=3e-3, weight_decay=0.1), order=order, scheduler=Static())
+    check(
+        lambda model: torch.optim.AdamW(parameters(model), lr=3e-3, weight_decay=0.1), order=order, scheduler=Static()
+    )
 
 
 def lora_plus(model: nn.Module) -> torch.optim.Optimizer:

@@ -297,11 +297,9 @@ def test_damaged_states_are_refused_whole(damage, through):
     spoil, said = DAMAGE[damage]
     spoil(state["tnadapt"])
     before = everything(model, optimizer, over)
+    load = optimizer.load_state_dict if through == "optimizer" else over.load_state_dict
     with pytest.raises(ValueError, match=f"(?s){said}"):
-        if through == "optimizer":
-            optimizer.load_state_dict(state)
-        else:
-            over.load_state_dict(state["tnadapt"])
+        load(state if through == "optimizer" else state["tnadapt"])
     after = everything(model, optimizer, over)
     for key, value in before.items():
         assert same(value, after[key]), f"{key} changed"

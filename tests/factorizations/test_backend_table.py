@@ -21,9 +21,7 @@ def read_table() -> dict[tuple[str, str], str]:
     lines = [line for line in TABLE.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
     header, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
     return {
-        (row[0].strip("`"), backend): cell
-        for row in rows
-        for backend, cell in zip(header[1:], row[1:], strict=True)
+        (row[0].strip("`"), backend): cell for row in rows for backend, cell in zip(header[1:], row[1:], strict=True)
     }
 
 
@@ -82,7 +80,9 @@ def test_the_table_covers_everything() -> None:
         assert function_of(cell) or re.fullmatch(r"(torch|autograd) \(\d\)", cell), cell
 
 
-@pytest.mark.parametrize(("operation", "backend"), CELLS, ids=[f"{operation}-{backend}" for operation, backend in CELLS])
+@pytest.mark.parametrize(
+    ("operation", "backend"), CELLS, ids=[f"{operation}-{backend}" for operation, backend in CELLS]
+)
 def test_cell(monkeypatch: pytest.MonkeyPatch, operation: str, backend: str) -> None:
     cell = CELLS[operation, backend]
     own = {name for (_, column), other in CELLS.items() if column == backend and (name := function_of(other))}

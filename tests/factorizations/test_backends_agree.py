@@ -70,7 +70,9 @@ def test_fold_and_pull_back(backend: str, name: str) -> None:
             assert float((got - want).norm()) <= 1e-12 * float(want.norm())
 
 
-@pytest.mark.parametrize("kind", ["normal", "zero", "constant", "rank-1", "deficient", "ill-conditioned", "huge", "tiny"])
+@pytest.mark.parametrize(
+    "kind", ["normal", "zero", "constant", "rank-1", "deficient", "ill-conditioned", "huge", "tiny"]
+)
 @pytest.mark.parametrize("name", EACH)
 @pytest.mark.parametrize("backend", LIBRARIES)
 def test_unfold(backend: str, name: str, kind: str) -> None:

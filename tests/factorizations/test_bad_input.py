@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from tnadapt.factorizations import CP, MPO, SVD, Factorization, Tucker
 
 from .variants import CASES, EVERY
 
-VALUE_ERRORS: list[tuple[type[Any], dict[str, Any], str]] = [
+VALUE_ERRORS: list[tuple[Callable[..., Factorization], dict[str, Any], str]] = [
     (MPO, {"order": 1}, "order=1"),
     (MPO, {"order": 2.0}, "order=2.0"),
     (MPO, {"order": True}, "order=True"),
@@ -46,14 +47,16 @@ VALUE_ERRORS: list[tuple[type[Any], dict[str, Any], str]] = [
     (CP, {"gauge": "svd"}, "gauge='svd'.*unit"),
     (CP, {"expansion": 2.0, "rank": 2}, "drop one"),
     (CP, {"max_scratch": 0}, "max_scratch=0"),
+    (SVD, {"sites": [(2, 2), (2, 2), (2, 2)]}, "an SVD has two sites.*MPO"),
+    (SVD, {"sites": {(8, 8): [(2, 2), (2, 2), (2, 2)]}}, "an SVD has two sites.*MPO"),
     (MPO, {"backend": "numpy"}, "backend 'numpy' is unknown.*torch"),
 ]
 
 
-@pytest.mark.parametrize(("cls", "arguments", "message"), VALUE_ERRORS, ids=lambda value: str(value)[:40])
-def test_bad_descriptions(cls: type[Factorization], arguments: dict[str, Any], message: str) -> None:
+@pytest.mark.parametrize(("make", "arguments", "message"), VALUE_ERRORS, ids=lambda value: str(value)[:40])
+def test_bad_descriptions(make: Callable[..., Factorization], arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        cls(**arguments)
+        make(**arguments)
 
 
 def test_ranks_above_full_rank() -> None:

@@ -63,15 +63,23 @@ def test_identity_keeps_the_entries() -> None:
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
 def test_spread_evens_the_norms(scale: float) -> None:
     matrix = make_matrix(SHAPE) * scale
-    for factorization in (MPO(order=16, gauge="spread"), MPO(sites=SITES, gauge="spread"), Tucker(sites=SITES, gauge="spread")):
+    for factorization in (
+        MPO(order=16, gauge="spread"),
+        MPO(sites=SITES, gauge="spread"),
+        Tucker(sites=SITES, gauge="spread"),
+    ):
         found = norms(factorization.unfold(matrix))
         # powers of two, rounded: each core within a factor of two of the mean
         assert max(found) <= 4 * min(found)
-    for component in torch.stack([core.flatten(0, 1).norm(dim=0) for core in CP(order=4, gauge="spread").unfold(matrix)]).T:
+    for component in torch.stack(
+        [core.flatten(0, 1).norm(dim=0) for core in CP(order=4, gauge="spread").unfold(matrix)]
+    ).T:
         assert float(component.max()) <= 4 * float(component.min())
 
 
-@pytest.mark.parametrize("make", [lambda gauge: MPO(order=5, gauge=gauge), lambda gauge: Tucker(gauge=gauge)], ids=["mpo", "tucker"])
+@pytest.mark.parametrize(
+    "make", [lambda gauge: MPO(order=5, gauge=gauge), lambda gauge: Tucker(gauge=gauge)], ids=["mpo", "tucker"]
+)
 def test_spread_leaves_zero_alone(make: object) -> None:
     zero = torch.zeros(SHAPE)
     assert callable(make)

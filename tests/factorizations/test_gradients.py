@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tnadapt.backends.torch_backend import sweeps_from_left
 from tnadapt.factorizations import Factorization
 
 from .variants import CASES, EVERY, make_matrix, random_cores, reference_fold, shapes
@@ -81,7 +82,9 @@ def test_low_precision_gradient() -> None:
     factorization = EVERY["mpo-3"]
     cores = factorization.unfold(make_matrix((24, 8), dtype=torch.bfloat16))
     grad = make_matrix((24, 8), dtype=torch.bfloat16, seed=1)
-    for got, want in zip(factorization.pull_back(cores, grad), factorization.pull_back(cores, grad.float()), strict=True):
+    for got, want in zip(
+        factorization.pull_back(cores, grad), factorization.pull_back(cores, grad.float()), strict=True
+    ):
         assert torch.equal(got, want)
 
 
@@ -98,3 +101,19 @@ def test_autocast_does_not_lower_the_precision(name: str) -> None:
     assert folded.dtype == torch.float32
     assert all(map(torch.equal, again, cores))
     assert all(map(torch.equal, grads, expected_grads))
+
+
+def test_contraction_starts_at_the_smaller_end() -> None:
+    """1x1 cores are multiplied into the smaller end, whichever it is."""
+    small, large = (1, 12, 12), (12, 60, 1)
+    middle = [(12, 1, 12)] * 3
+    assert sweeps_from_left((small, *middle, large))
+    assert not sweeps_from_left((large[::-1], *middle, small[::-1]))
+
+
+def test_arguments_by_name() -> None:
+    mpo = EVERY["mpo-3"]
+    cores = mpo.unfold(matrix=make_matrix((24, 8)))
+    assert torch.equal(mpo.fold(cores=cores), mpo.fold(cores))
+    grads = mpo.pull_back(cores=cores, grad=make_matrix((24, 8)))
+    assert all(map(torch.equal, grads, mpo.pull_back(cores, make_matrix((24, 8)))))

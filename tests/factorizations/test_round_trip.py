@@ -65,4 +65,13 @@ def test_paper_shapes(shape: tuple[int, int]) -> None:
 def test_cores_of_entries_are_bitwise(name: str, data: st.DataObject) -> None:
     factorization = EXACT[name]
     matrix = data.draw(matrices())
-    assert torch.equal(factorization.fold(factorization.unfold(matrix)), matrix.to(torch.promote_types(matrix.dtype, torch.float32)))
+    assert torch.equal(
+        factorization.fold(factorization.unfold(matrix)), matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+    )
+
+
+def test_entries_of_very_different_size_stay_bitwise() -> None:
+    matrix = make_matrix((24, 8))
+    matrix[0, 0], matrix[3, 4] = 1e300, 1e-300
+    for name in ("svd-identity", "mpo-16-identity", "tucker-identity", "cp", "cp-16"):
+        assert torch.equal(EXACT[name].fold(EXACT[name].unfold(matrix)), matrix), name

@@ -14,7 +14,15 @@ from tnadapt.factorizations import CP, MPO, SVD, Tucker, near_square, paper_site
 from .variants import AWKWARD_SHAPES, CASES, EVERY, PAPER_SHAPES, shapes
 
 #: Sites as the paper's table prints them: rows and columns of the first and of the last site.
-PAPER_SPLITS = {768: (24, 32), 3072: (48, 64), 4096: (64, 64), 11008: (86, 128), 1024: (32, 32), 14336: (112, 128), 8: (2, 4)}
+PAPER_SPLITS = {
+    768: (24, 32),
+    3072: (48, 64),
+    4096: (64, 64),
+    11008: (86, 128),
+    1024: (32, 32),
+    14336: (112, 128),
+    8: (2, 4),
+}
 
 
 def bonds_of_eq_4(modes: list[int]) -> list[int]:

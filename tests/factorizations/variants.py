@@ -56,6 +56,7 @@ EXACT_SITES: dict[str, tuple[Factorization, tuple[int, int]]] = {
     "cp-mixed": (CP(sites=[(4, 3), (1, 1), (2, 5), (6, 1)]), (48, 15)),
     "cp-mixed-spread": (CP(sites=[(2, 1), (4, 3), (1, 1), (6, 5)], gauge="spread"), (48, 15)),
     "cp-binary": (CP(sites=[(2, 2)] * 4), (16, 16)),
+    "mpo-large-first": (MPO(sites=[(12, 5), (1, 1), (1, 1), (4, 3)]), (48, 15)),
     "mpo-ones-first": (MPO(sites=[(1, 1), (1, 1), (12, 8)]), (12, 8)),
     "mpo-ones-first-identity": (MPO(sites=[(1, 1), (1, 1), (12, 8)], gauge="identity"), (12, 8)),
 }
@@ -116,7 +117,9 @@ def matrices(draw: st.DrawFn, shape: tuple[int, int] | None = None, dtype: torch
     return make_matrix((*batch, rows, cols), kind, dtype, seed)
 
 
-def make_matrix(shape: Sequence[int], kind: str = "normal", dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
+def make_matrix(
+    shape: Sequence[int], kind: str = "normal", dtype: torch.dtype = torch.float64, seed: int = 0
+) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*size: int) -> Tensor:
@@ -210,7 +213,9 @@ def _einsum_matrix(
     return full.reshape(*batch, math.prod(site[0] for site in sites), math.prod(site[1] for site in sites))
 
 
-def random_cores(factorization: Factorization, shape: tuple[int, int], batch: tuple[int, ...] = (), seed: int = 0) -> list[Tensor]:
+def random_cores(
+    factorization: Factorization, shape: tuple[int, int], batch: tuple[int, ...] = (), seed: int = 0
+) -> list[Tensor]:
     """Cores in general position, scaled so that the folded matrix is of order one."""
     generator = torch.Generator().manual_seed(seed)
     cores = []

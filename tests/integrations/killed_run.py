@@ -1,4 +1,4 @@
-"""A run of HF Trainer in a process of its own, to be killed and resumed: `killed_run.py WAY FOLDER [KILL_AT_STEP]`.
+"""A run of HF Trainer in a process of its own, to be killed and resumed: `python -m integrations.killed_run WAY FOLDER [KILL_AT_STEP]`.
 
 WAY is `passed` (an optimizer with `LoraOver` attached is given to the trainer) or `callback` (the trainer makes it). The run
 resumes from the newest whole checkpoint in FOLDER, if any, and dies without notice at the end of the step KILL_AT_STEP,
@@ -14,20 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import Trainer, TrainerCallback
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+from tnadapt import LoraOver
+from tnadapt.integrations.transformers import LoraOverCallback, last_complete_checkpoint
 
-from integrations.tiny import arguments, dataset, lora_model, lora_parameters, lora_weights, mpo, rounds  # noqa: E402
-from transformers import Trainer, TrainerCallback  # noqa: E402
-
-from tnadapt import LoraOver  # noqa: E402
-from tnadapt.integrations.transformers import LoraOverCallback, last_complete_checkpoint  # noqa: E402
+from .tiny import arguments, dataset, lora_model, lora_parameters, lora_weights, mpo, rounds
 
 STEPS = 10
 
 
 class KillWhileWriting(TrainerCallback):
-    """Saves at every step; at `step`, dies with half a checkpoint on disk."""
+    """At the end of `step`, dies with half a checkpoint on disk."""
 
     def __init__(self, folder: Path, step: int) -> None:
         self.folder, self.step = folder, step
@@ -42,7 +40,8 @@ class KillWhileWriting(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def run(way: str, folder: Path, kill_at: int = 0) -> dict[str, torch.Tensor]:
+def run(way: str, folder: Path, kill_at: int = 0) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
+    """The weights that the run ended with, and what each round of expansion knew."""
     torch.set_num_threads(1)
     model = lora_model(lora_dropout=0.1)
     args = arguments(
@@ -55,16 +54,16 @@ def run(way: str, folder: Path, kill_at: int = 0) -> dict[str, torch.Tensor]:
         lr_scheduler_type="cosine",
     )
     callbacks: list[TrainerCallback] = [KillWhileWriting(folder, kill_at)]
-    optimizer = None
+    optimizer, scheduler = None, rounds()
     if way == "passed":
         optimizer = torch.optim.AdamW(lora_parameters(model), lr=args.learning_rate, foreach=True)
-        LoraOver(model, optimizer, mpo(), rounds(), core_lr=1e-2)
+        LoraOver(model, optimizer, mpo(), scheduler, core_lr=1e-2)
     else:
-        callbacks.append(LoraOverCallback(mpo(), rounds(), core_lr=1e-2))
+        callbacks.append(LoraOverCallback(mpo(), scheduler, core_lr=1e-2))
     trainer = Trainer(model, args, train_dataset=dataset(64), optimizers=(optimizer, None), callbacks=callbacks)
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder))
     assert trainer.state.global_step == STEPS
-    return lora_weights(model)
+    return lora_weights(model), scheduler.rounds
 
 
 if __name__ == "__main__":

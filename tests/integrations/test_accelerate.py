@@ -26,14 +26,15 @@ class Run:
 
     def __init__(self, attach: str, **options: Any) -> None:
         self.accelerator = Accelerator(cpu=True, **options)
+        self.rounds = rounds()
         model = lora_model()
         optimizer = torch.optim.AdamW(lora_parameters(model), lr=2e-2)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
         if attach == "before":
-            self.over = LoraOver(model, optimizer, mpo(), rounds(), core_lr=1e-2)
+            self.over = LoraOver(model, optimizer, mpo(), self.rounds, core_lr=1e-2)
         self.model, self.optimizer, self.schedule = self.accelerator.prepare(model, optimizer, schedule)
         if attach == "after":
-            self.over = LoraOver(self.model, self.optimizer, mpo(), rounds(), core_lr=1e-2)
+            self.over = LoraOver(self.model, self.optimizer, mpo(), self.rounds, core_lr=1e-2)
 
     def steps(self, chosen: list[dict[str, torch.Tensor]]) -> None:
         self.model.train()
@@ -102,6 +103,9 @@ def test_save_state_and_load_state(tmp_path: Path, attach: str, stop: int) -> No
     assert resumed.over.history == [event for event in first.over.history if event.step <= stop]
     resumed.steps(batches()[stop:])
     assert equal(lora_weights(resumed.model), lora_weights(first.model))
+    # with the scores of all steps, those before the save included
+    assert resumed.rounds.rounds == first.rounds.rounds
+    assert [chosen["step"] for chosen in first.rounds.rounds] == [3, 6]
 
 
 def test_going_back_within_a_run(tmp_path: Path) -> None:

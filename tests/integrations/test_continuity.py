@@ -99,9 +99,7 @@ def test_logits_before_and_after_an_expansion(tmp_path: Path, order: int) -> Non
 def test_updates_before_and_after_an_expansion(tmp_path: Path, order: int) -> None:
     model = wide_model()
     optimizer = torch.optim.AdamW(lora_parameters(model), lr=5e-4)
-    over = LoraOver(
-        model, optimizer, MPO(order=order), TaylorRuntime(top_n=2, split=1, every=AT), core_lr=4.9e-4
-    )
+    over = LoraOver(model, optimizer, MPO(order=order), TaylorRuntime(top_n=2, split=1, every=AT), core_lr=4.9e-4)
     updates = Updates()
     args = arguments(tmp_path, max_steps=AT + 9, lr_scheduler_type="constant", max_grad_norm=0.0)
     Trainer(model, args, train_dataset=dataset(160), optimizers=(optimizer, None), callbacks=[updates]).train()

@@ -36,6 +36,8 @@ def get_backend(name: str) -> TorchBackend:
     try:
         return getattr(import_module(module), cls)()  # type: ignore[no-any-return]
     except ImportError as error:
+        if (error.name or "").startswith("tnadapt"):
+            raise  # a fault of ours, which no extra would mend
         raise ImportError(
             f"backend {name!r} needs the library {name}, which is not installed: pip install 'tnadapt[{name}]'"
         ) from error

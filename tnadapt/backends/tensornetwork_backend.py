@@ -30,7 +30,9 @@ class TensorNetworkBackend(AutogradBackend):
         each = []
         for one in matrix:
             node = _node(one)
-            left, values, right, _ = tensornetwork.split_node_full_svd(node, [node[0]], [node[1]], max_singular_values=rank)
+            left, values, right, _ = tensornetwork.split_node_full_svd(
+                node, [node[0]], [node[1]], max_singular_values=rank
+            )
             each.append((left.tensor, torch.diagonal(values.tensor), right.tensor))
         u, s, vh = (torch.stack(list(tensors)) for tensors in zip(*each, strict=True))
         return u, s, vh

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -28,10 +29,14 @@ RIDGE = 1e-12
 
 
 class ChainContext(NamedTuple):
-    """What folding a chain leaves for pulling back through it: `prefixes[k]` is cores 0..k contracted,
-    [n, p_0 * ... * p_k, d_k]; the contraction of all of them is not kept."""
+    """What folding a chain leaves for pulling back through it.
 
-    prefixes: tuple[Tensor, ...]
+    Swept from the left, `partial[k]` is cores 0..k contracted, [n, p_0 * ... * p_k, d_k]; from the right, it is cores
+    k+1 and on, [n, d_k, p_{k+1} * ...]. The contraction of all cores is not kept.
+    """
+
+    from_left: bool
+    partial: tuple[Tensor, ...]
 
 
 class TorchBackend:
@@ -71,7 +76,7 @@ class TorchBackend:
         return _chain_forward(cores)[0]
 
     def chain_contract_keeping(self, cores: Sequence[Tensor]) -> tuple[Tensor, Any]:
-        """`chain_contract` and the prefixes that `chain_pull_back` needs: one batched matmul per site."""
+        """`chain_contract` and the partial contractions that `chain_pull_back` needs: one batched matmul per site."""
         return _chain_forward(cores)
 
     def chain_pull_back(
@@ -79,21 +84,30 @@ class TorchBackend:
     ) -> list[Tensor]:
         """Gradients of `sum(grad * chain_contract(cores))`: two batched matmuls per site.
 
-        With X_k the prefix of cores 0..k and C_k core k: X_k = X_{k-1} C_k, so dC_k = X_{k-1}^T dX_k and
-        dX_{k-1} = dX_k C_k^T. `grad` is [n, P]; `out` takes the results where it is given.
+        With X_k the contraction of cores 0..k and C_k core k: X_k = X_{k-1} C_k, so dC_k = X_{k-1}^T dX_k and
+        dX_{k-1} = dX_k C_k^T; the mirror image from the right. `grad` is [n, P]; `out` takes the results where given.
         """
-        n = grad.shape[0]
-        grads: list[Tensor] = [grad] * len(cores)
-        flow = grad.reshape(n, -1, 1)
-        for k in range(len(cores) - 1, 0, -1):
+        n, m = grad.shape[0], len(cores)
+        grads: list[Tensor] = [grad] * m
+        flow = grad
+        sweep = range(m - 1, 0, -1) if context.from_left else range(m - 1)
+        for k in sweep:
             d_left, p, d_right = cores[k].shape[1:]
-            flow = flow.reshape(n, -1, p * d_right)
-            target = None if out is None else out[k].view(n, d_left, p * d_right)
-            product = torch.bmm(context.prefixes[k - 1].transpose(1, 2), flow, out=target)
+            matrix = (d_left, p * d_right) if context.from_left else (d_left * p, d_right)
+            target = None if out is None else out[k].view(n, *matrix)
+            core = cores[k].reshape(n, *matrix).transpose(1, 2)
+            if context.from_left:
+                flow = flow.reshape(n, -1, p * d_right)
+                product = torch.bmm(context.partial[k - 1].transpose(1, 2), flow, out=target)
+                flow = torch.bmm(flow, core)
+            else:
+                flow = flow.reshape(n, d_left * p, -1)
+                product = torch.bmm(flow, context.partial[k].transpose(1, 2), out=target)
+                flow = torch.bmm(core, flow)
             grads[k] = product.view(cores[k].shape)
-            flow = torch.bmm(flow, cores[k].reshape(n, d_left, p * d_right).transpose(1, 2))
-        first = flow.reshape(cores[0].shape)
-        grads[0] = first if out is None else out[0].copy_(first)
+        end = 0 if context.from_left else m - 1
+        rest = flow.reshape(cores[end].shape)
+        grads[end] = rest if out is None else out[end].copy_(rest)
         return grads
 
     # -- Tucker -------------------------------------------------------------------------------------------------------
@@ -208,14 +222,27 @@ class TorchBackend:
 
 
 def _chain_forward(cores: Sequence[Tensor]) -> tuple[Tensor, ChainContext]:
-    n = cores[0].shape[0]
-    prefix = cores[0].reshape(n, -1, cores[0].shape[-1])
-    prefixes = [prefix]
-    for core in cores[1:]:
-        d_left, p, d_right = core.shape[1:]
-        prefix = torch.bmm(prefix, core.reshape(n, d_left, p * d_right)).reshape(n, -1, d_right)
-        prefixes.append(prefix)
-    return prefixes.pop().reshape(n, -1), ChainContext(tuple(prefixes))
+    n, m = cores[0].shape[0], len(cores)
+    if sweeps_from_left(tuple(tuple(core.shape[1:]) for core in cores)):
+        partial = [cores[0].reshape(n, -1, cores[0].shape[-1])]
+        for core in cores[1:]:
+            d_left, p, d_right = core.shape[1:]
+            partial.append(torch.bmm(partial[-1], core.reshape(n, d_left, p * d_right)).reshape(n, -1, d_right))
+        return partial.pop().reshape(n, -1), ChainContext(True, tuple(partial))
+    partial = [cores[-1].reshape(n, cores[-1].shape[1], -1)]
+    for k in range(m - 2, -1, -1):
+        d_left, p, d_right = cores[k].shape[1:]
+        partial.append(torch.bmm(cores[k].reshape(n, d_left * p, d_right), partial[-1]).reshape(n, d_left, -1))
+    return partial.pop().reshape(n, -1), ChainContext(False, tuple(reversed(partial)))
+
+
+@lru_cache(maxsize=1024)
+def sweeps_from_left(shapes: tuple[tuple[int, ...], ...]) -> bool:
+    """Whether contracting cores [d_left, p, d_right] from the left takes no more multiplications than from the right."""
+    modes = [p for _, p, _ in shapes]
+    left = sum(math.prod(modes[:k]) * math.prod(shapes[k]) for k in range(1, len(shapes)))
+    right = sum(math.prod(modes[k + 1 :]) * math.prod(shapes[k]) for k in range(len(shapes) - 1))
+    return left <= right
 
 
 def _tucker_forward(factors: Sequence[Tensor], core: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -244,13 +271,14 @@ def khatri_rao(factors: Sequence[Tensor]) -> Tensor:
     return khatri_rao_prefixes(factors)[-1]
 
 
-def cp_split(modes: Sequence[int]) -> int:
+@lru_cache(maxsize=1024)
+def cp_split(modes: tuple[int, ...]) -> int:
     """Where to cut the modes into two halves so that their Khatri-Rao products are smallest together."""
     return min(range(1, len(modes)), key=lambda k: math.prod(modes[:k]) + math.prod(modes[k:]))
 
 
 def _cp_forward(factors: Sequence[Tensor]) -> tuple[Tensor, tuple[list[Tensor], list[Tensor]]]:
-    split = cp_split([factor.shape[1] for factor in factors])
+    split = cp_split(tuple(factor.shape[1] for factor in factors))
     left, right = khatri_rao_prefixes(factors[:split]), khatri_rao_prefixes(factors[split:])
     return torch.bmm(left[-1], right[-1].transpose(1, 2)).reshape(factors[0].shape[0], -1), (left, right)
 

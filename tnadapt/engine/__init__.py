@@ -4,6 +4,17 @@ from tnadapt.engine.coupling import Coupling
 from tnadapt.engine.engine import Engine
 from tnadapt.engine.handover import HANDOVERS
 from tnadapt.engine.optimizers import is_elementwise, unwrap
-from tnadapt.engine.tensors import broadcast_object, is_distributed
+from tnadapt.engine.tensors import agree_any, gather_objects, is_distributed, local, obstacle_to_gathering
 
-__all__ = ["HANDOVERS", "Coupling", "Engine", "broadcast_object", "is_distributed", "is_elementwise", "unwrap"]
+__all__ = [
+    "HANDOVERS",
+    "Coupling",
+    "Engine",
+    "agree_any",
+    "gather_objects",
+    "is_distributed",
+    "is_elementwise",
+    "local",
+    "obstacle_to_gathering",
+    "unwrap",
+]

@@ -23,6 +23,9 @@ from torch import Tensor, nn
 from tnadapt.factorizations import Factorization, Structure
 from tnadapt.lora_matrices import LoraMatrix
 
+#: rounds of shortening a step at most; two are enough unless a step goes far beyond its limit
+_SHORTENINGS = 8
+
 __all__ = ["Cohort", "Member", "Piece", "matrix_view_shape"]
 
 
@@ -100,6 +103,9 @@ class Cohort:
         self.grad: Tensor | None = None
         #: what the cores folded to last, [n, rows, cols]
         self.written: Tensor | None = None
+        #: largest norm of a member's update in the coming step; None for no limit
+        self.limit: float | None = None
+        self._before_step: Tensor | None = None
         self._context: Any = None
 
     # -- layout -------------------------------------------------------------------------------------------------------
@@ -202,10 +208,31 @@ class Cohort:
     def lend(self, active: Callable[[Member], bool]) -> list[Piece]:
         """Give pieces whose members are `active` their gradients; the others are not stepped."""
         assert self.grad is not None
+        self._before_step = None if self.limit is None else self.buffer.clone()
         lent = [piece for piece in self.pieces if all(active(self.members[m]) for m in piece.members)]
         for piece in lent:
             piece.parameter.grad = self.grad[piece.start : piece.start + piece.numel].view(piece.shape)
         return lent
+
+    def shorten(self, before: Tensor) -> Tensor:
+        """Move the cores of members whose matrix went further from `before` than `limit` back towards where they were,
+        until it is not; returns all members folded. The step of the cores is scaled, so its direction is kept; since the
+        matrix is not linear in that, it may take a few rounds."""
+        assert self.limit is not None
+        assert self._before_step is not None
+        assert self.written is not None
+        values, start, stepped = self.written, self._before_step, self.buffer.clone()
+        scale = torch.ones(len(self.members), dtype=self.dtype, device=self.device)
+        for _ in range(_SHORTENINGS):
+            norms = torch.linalg.vector_norm(values - before, dim=(1, 2))
+            if bool((norms <= self.limit * (1 + 1e-3)).all()):
+                break
+            scale = scale * (self.limit / norms).clamp(max=1.0)
+            for now, old, new in zip(*map(self.stacked, (self.buffer, start, stepped)), strict=True):
+                torch.lerp(old, new, scale.view(-1, *[1] * (new.dim() - 1)), out=now)
+            values = self.fold()
+        self._before_step = None
+        return values
 
     def clear_grad(self) -> None:
         """Free the core gradients."""

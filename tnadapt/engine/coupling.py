@@ -8,16 +8,20 @@ step, cores get its algorithm exactly: shared counters, norms over all groups, a
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterable
 from types import FrameType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from tnadapt.engine.cohort import Piece
 from tnadapt.engine.engine import Engine
+from tnadapt.engine.tensors import agree_any, is_sharded, local, obstacle_to_gathering
+from tnadapt.factorizations import Structure
 from tnadapt.lora_matrices import LoraMatrix
 
 __all__ = ["Coupling"]
@@ -37,6 +41,7 @@ class Coupling:
             initialise an optimizer). What it changed is undone by `undo` where a later part of the preparation fails.
         core_lr: rate of the cores at the optimizer's default rate; None for the rate of the matrices.
         core_weight_decay: weight decay of the cores; None for that of the matrices.
+        max_update: largest root mean square of a matrix's update, in units of its cores' rate; None for no limit.
     """
 
     def __init__(
@@ -46,12 +51,14 @@ class Coupling:
         before_step: Callable[[], Callable[[], None]],
         core_lr: float | None,
         core_weight_decay: float | None,
+        max_update: float | None,
     ) -> None:
         self.optimizer = optimizer
         self.engine = engine
         self._before_step = before_step
         self._ratio = 1.0 if core_lr is None else core_lr / float(optimizer.defaults["lr"])
         self._core_weight_decay = core_weight_decay
+        self._max_update = max_update
         #: rate of the first cores in the last step; None before it, or where the optimizer sets its own
         self.core_rate: float | None = None
         self._frame: FrameType | None = None
@@ -97,6 +104,36 @@ class Coupling:
         """Drop the optimizer's own state entries of these matrices."""
         for matrix in matrices:
             self.optimizer.state.pop(matrix.parameter, None)
+
+    def fill_missing(self, optimizer_state: dict[str, Any]) -> None:
+        """Give expanded matrices that were never stepped themselves an entry of zeros in a state dict of the optimizer.
+
+        torch.distributed.checkpoint wants an entry for every parameter, both when it reads and when it sets. The entries are
+        dropped with the cores, see `forget`. Without a process group nothing is done.
+        """
+        if not (dist.is_available() and dist.is_initialized()):
+            return
+        state = optimizer_state["state"]
+        expanded = {id(m.parameter) for m in self.engine.matrices.values() if m.expanded}
+        for group, packed in zip(self.optimizer.param_groups, optimizer_state["param_groups"], strict=True):
+            missing = [
+                (p, index)
+                for p, index in zip(group["params"], packed["params"], strict=True)
+                if id(p) in expanded and index not in state
+            ]
+            like = self._entry_like(group["params"]) if missing else None
+            if like is not None:
+                state.update({index: _zero_entry(*like, parameter) for parameter, index in missing})
+
+    def _entry_like(self, parameters: list[Tensor]) -> tuple[Tensor, dict[str, Any]] | None:
+        """A parameter (or a core) and its state, all of whose entries are of its shape or scalars; None where there is none."""
+        cores = [piece for cohort in self.engine.cohorts.values() for piece in cohort.pieces]
+        entries = [(p, self.optimizer.state[p]) for p in parameters if p in self.optimizer.state]
+        for parameter, entry in [*entries, *((piece.parameter, piece.state) for piece in cores)]:
+            tensors = [value for value in entry.values() if isinstance(value, Tensor)]
+            if tensors and all(value.dim() == 0 or value.shape == parameter.shape for value in tensors):
+                return parameter, entry
+        return None
 
     def recover(self) -> None:
         """Clean up after a step that died inside the optimizer: take loans back and refold from the cores as they are."""
@@ -144,7 +181,7 @@ class Coupling:
             flags = self.engine.pull_back()
             loans = [
                 (self.optimizer.param_groups[index], self._core_group(index, pieces), pieces)
-                for index, pieces in self.engine.lend()
+                for index, pieces in self.engine.lend(self._limit)
             ]
         except BaseException:
             undo()
@@ -169,6 +206,13 @@ class Coupling:
                     self.optimizer.state[piece.parameter] = piece.state
             self.optimizer.param_groups.append(group)
 
+    def _limit(self, index: int, structure: Structure) -> float | None:
+        """Largest norm of the update of a matrix in group `index`."""
+        rate = self.optimizer.param_groups[index].get("lr")
+        if self._max_update is None or rate is None:
+            return None
+        return self._max_update * float(rate) * self._ratio * math.sqrt(math.prod(structure.shape))
+
     def _core_group(self, index: int, pieces: list[Piece]) -> dict[str, Any]:
         """A group for cores: the matrices' group as it is now, with the cores' rate and decay."""
         owner = self.optimizer.param_groups[index]
@@ -188,14 +232,16 @@ class Coupling:
         owners = self._owners()
         moved = False
         for matrix in self.engine.matrices.values():
-            current = matrix.linear.weight
-            if current is not matrix.parameter:
-                if id(current) not in owners:
-                    raise RuntimeError(_lost(matrix))
-                matrix.parameter = current  # type: ignore[assignment]
-                moved = True
-            elif id(current) not in owners:
+            current: Any = matrix.linear.weight
+            if is_sharded(matrix.parameter) and not is_sharded(current):
+                # FSDP2 holds the gathered parameter in its place (after an evaluation, say); the shard is what is trained
+                current = matrix.parameter
+            if id(current) not in owners:
                 raise RuntimeError(_lost(matrix))
+            if current is not matrix.parameter:
+                _check_replacement(matrix, current)
+                matrix.parameter = current
+                moved = True
             moved = moved or matrix.expanded
         if moved:
             self.engine.follow_devices()
@@ -208,7 +254,10 @@ class Coupling:
         if any(group.get("lr") is None or float(group["lr"]) != 0.0 for group in self.optimizer.param_groups):
             return False
         grads = [m.parameter.grad for m in self.engine.matrices.values() if m.parameter.grad is not None]
-        return not any(bool(g.any()) for g in grads)
+        moving = torch.tensor(any(bool(local(g).any()) for g in grads))
+        if any(is_sharded(g) for g in grads):
+            moving = agree_any(moving.to(local(grads[0]).device), self.engine.process_group)
+        return not bool(moving)
 
     # -- after --------------------------------------------------------------------------------------------------------
 
@@ -304,6 +353,17 @@ class Coupling:
         return changed
 
 
+def _zero_entry(parameter: Tensor, entry: dict[str, Any], target: Tensor) -> dict[str, Any]:
+    """Zeros for `target`, shaped as the state `entry` of `parameter`."""
+
+    def zeros(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return torch.zeros_like(target if value.shape == parameter.shape else value)
+
+    return {key: zeros(value) for key, value in entry.items()}
+
+
 def _evaluate_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Evaluate a closure once, so that gradients are there, and let the optimizer see its result."""
     closure = kwargs.get("closure") if "closure" in kwargs else (args[1] if len(args) > 1 else None)
@@ -328,6 +388,16 @@ def _on_stack(frame: FrameType) -> bool:
             return True
         current = current.f_back
     return False
+
+
+def _check_replacement(matrix: LoraMatrix, parameter: nn.Parameter) -> None:
+    obstacle = obstacle_to_gathering(parameter)
+    if parameter.shape != matrix.parameter.shape:
+        obstacle = f"its shape changed from {tuple(matrix.parameter.shape)} to {tuple(parameter.shape)}"
+    if obstacle is not None:
+        raise RuntimeError(
+            f"the parameter of {matrix.name} was replaced by one that cannot be trained through cores: {obstacle}"
+        )
 
 
 def _lost(matrix: LoraMatrix) -> str:

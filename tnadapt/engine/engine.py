@@ -14,7 +14,16 @@ from torch import Tensor
 
 from tnadapt.engine.cohort import Cohort, Member, Piece
 from tnadapt.engine.handover import same_scalars, warm_state
-from tnadapt.engine.tensors import broadcast_from_first, whole, write_whole
+from tnadapt.engine.tensors import (
+    agree_any,
+    broadcast_from_first,
+    is_distributed,
+    is_sharded,
+    local,
+    local_parts,
+    stack_whole,
+    write_whole,
+)
 from tnadapt.factorizations import Factorization, Structure, core_dtype
 from tnadapt.lora_matrices import LoraMatrix
 
@@ -61,6 +70,7 @@ class Engine:
 
         Raises:
             ValueError: a matrix holds NaN or infinity; nothing has changed then.
+            RuntimeError: ranks hold different values of a matrix; nothing has changed then, on any rank.
         """
         new: dict[_Key, list[LoraMatrix]] = {}
         for name in names:
@@ -77,7 +87,7 @@ class Engine:
                 member.matrix.expanded = True
 
     def _unfold(self, matrices: Sequence[LoraMatrix], round_number: int) -> list[Member]:
-        values = torch.stack([whole(m.parameter.detach()) for m in matrices])
+        values = self._same_on_all_ranks(matrices, stack_whole([m.parameter.detach() for m in matrices]))
         finite = torch.isfinite(values).flatten(1).all(1).tolist()
         broken = [m.name for m, ok in zip(matrices, finite, strict=True) if not ok]
         if broken:
@@ -109,7 +119,34 @@ class Engine:
         """What the optimizer knows of a matrix, where it is to be handed over."""
         if self._state_of is None or not self.elementwise:
             return {}
-        return {k: whole(v) if isinstance(v, Tensor) else v for k, v in self._state_of(matrix).items()}
+        state = {
+            key: stack_whole([value])[0] if isinstance(value, Tensor) and is_sharded(value) else value
+            for key, value in self._state_of(matrix).items()
+        }
+        # zeros are no moments: torch.distributed.checkpoint makes such entries by an empty step
+        moments = [value for value in state.values() if isinstance(value, Tensor) and value.dim() > 0]
+        return state if any(bool(moment.any()) for moment in moments) else {}
+
+    def _same_on_all_ranks(self, matrices: Sequence[LoraMatrix], values: Tensor) -> Tensor:
+        """The first rank's values, which all others must have too, to rounding."""
+        if not is_distributed(self.process_group):
+            return values
+        first = values.clone()
+        broadcast_from_first([first], self.process_group)
+        # what is not finite on all ranks alike is reported by the caller
+        known, mine = first.nan_to_num(), values.nan_to_num()
+        same = (mine - known).abs().amax((1, 2)) <= torch.finfo(known.dtype).eps * 4 * known.abs().amax((1, 2))
+        differs = agree_any(~same, self.process_group)
+        if bool(differs.any()):
+            names = [m.name for m, flag in zip(matrices, differs.tolist(), strict=True) if flag]
+            raise RuntimeError(
+                f"ranks hold different values of {', '.join(names[:3])}"
+                + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+                + ", so they do not train the same matrices. Wrap the model in DistributedDataParallel, make adapters with one "
+                "seed on all ranks where nothing broadcasts them, or give LoraOver the ranks that belong together as "
+                "process_group="
+            )
+        return first
 
     def _place(self, key: _Key, members: Sequence[Member]) -> None:
         present = self.cohorts.get(key)
@@ -144,6 +181,11 @@ class Engine:
                 members = [m for m in cohort.extract() if m.matrix.parameter.device == device]
                 moved = cohort.with_members(members, device)
                 self.cohorts[(structure, dtype, device, group)] = moved
+
+    def fingerprint(self) -> Tensor:
+        """One number per cohort that other values of the cores would change."""
+        sums = [cohort.buffer.double().sum().cpu() for cohort in self.cohorts.values()]
+        return torch.stack(sums) if sums else torch.zeros(0)
 
     def snapshot(self) -> Any:
         """What `restore` needs to undo every change to which matrices are expanded."""
@@ -190,14 +232,13 @@ class Engine:
         return flags
 
     def _stack_gradients(self, cohort: Cohort) -> Tensor:
-        grads: list[Tensor] = []
-        for member in cohort.members:
-            grad = member.matrix.parameter.grad
-            if grad is None:
-                grads.append(torch.zeros(cohort.structure.shape, dtype=cohort.dtype, device=cohort.device))
-            else:
-                grads.append(whole(grad.detach()).to(cohort.dtype))
-        return torch.stack(grads)
+        grads = [member.matrix.parameter.grad for member in cohort.members]
+        stacked = stack_whole([grad.detach() for grad in grads if grad is not None]).to(cohort.dtype)
+        if len(stacked) == len(grads):
+            return stacked
+        full = torch.zeros((len(grads), *cohort.structure.shape), dtype=cohort.dtype, device=cohort.device)
+        full[[k for k, grad in enumerate(grads) if grad is not None]] = stacked
+        return full
 
     def _require_finite(self, cohort: Cohort, grads: Tensor) -> None:
         if bool(torch.isfinite(grads).all()):
@@ -209,8 +250,13 @@ class Engine:
             "clip gradients, skip this batch (zero_grad and go on), or use a GradScaler for float16"
         )
 
-    def lend(self) -> list[tuple[int, list[Piece]]]:
-        """Pieces to step now, with their gradients in place, and the index of the optimizer group they belong to."""
+    def lend(self, limit_of: Callable[[int, Structure], float | None]) -> list[tuple[int, list[Piece]]]:
+        """Pieces to step now, with their gradients in place, and the index of the optimizer group they belong to.
+
+        `limit_of` gives the largest norm that the update of a matrix of an optimizer group may have.
+        """
+        for key, cohort in self.cohorts.items():
+            cohort.limit = limit_of(key[3], key[0])
         return [
             (key[3], cohort.lend(lambda member: member.matrix.parameter.grad is not None))
             for key, cohort in self.cohorts.items()
@@ -226,6 +272,8 @@ class Engine:
             cohort.clear_grad()
             before = cohort.written
             values = cohort.fold()
+            if before is not None and cohort.limit is not None:
+                values = cohort.shorten(before)
             if before is not None:
                 norms = torch.linalg.vector_norm(values - before, dim=(1, 2)).unbind(0)
                 self.update_norms.update(zip((m.matrix.name for m in cohort.members), norms, strict=True))
@@ -233,16 +281,23 @@ class Engine:
 
     @torch.no_grad()
     def changed_outside(self, cohort: Cohort) -> Tensor:
-        """Per member, whether the matrix differs from what its cores fold to by more than rounding: [n] booleans."""
+        """Per member, whether the matrix (where it is sharded: this rank's shard) differs from what its cores fold to by
+        more than rounding: [n] booleans."""
         if cohort.written is None:
             cohort.fold()
         folded = cohort.written
         assert folded is not None
-        values = torch.stack([whole(m.matrix.parameter.detach()) for m in cohort.members])
-        eps = torch.finfo(values.dtype).eps * len(cohort.structure.core_shapes) * 4
-        largest = torch.maximum(folded.abs().amax((1, 2)), values.abs().amax((1, 2)).to(folded.dtype))
-        difference = (values.to(folded.dtype) - folded).abs().amax((1, 2))
-        return ~(difference <= eps * largest)
+        parameters = [m.matrix.parameter.detach() for m in cohort.members]
+        eps = torch.finfo(parameters[0].dtype).eps * len(cohort.structure.core_shapes) * 4
+        allowed = eps * folded.abs().amax((1, 2))
+        if not any(is_sharded(p) for p in parameters):
+            return ~((torch.stack(parameters).to(folded.dtype) - folded).abs().amax((1, 2)) <= allowed)
+        # a comparison holds of every element of a shard without elements, and of none that is NaN
+        within = [
+            ((local(p).to(folded.dtype) - part).abs() <= bound).all()
+            for p, part, bound in zip(parameters, local_parts(parameters, folded), allowed.unbind(0), strict=True)
+        ]
+        return ~torch.stack(within)
 
     # -- state --------------------------------------------------------------------------------------------------------
 

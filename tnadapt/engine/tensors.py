@@ -39,7 +39,7 @@ def is_sharded(tensor: Tensor) -> bool:
 
 def local(tensor: Tensor) -> Tensor:
     """What this rank holds of a tensor: all of it, or its shard, in the same memory."""
-    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[operator, no-any-return]
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def obstacle_to_gathering(tensor: Tensor) -> str | None:
@@ -54,7 +54,9 @@ def obstacle_to_gathering(tensor: Tensor) -> str | None:
             "same dimension, say); shard LoRA weights with fully_shard alone, or keep them replicated"
         )
     if mesh.get_coordinate() is None:
-        return f"it is sharded over {mesh}, which this rank is not part of; make the optimizer of this rank's parameters"
+        return (
+            f"it is sharded over {mesh}, which this rank is not part of; make the optimizer of this rank's parameters"
+        )
     return None
 
 
@@ -147,7 +149,7 @@ def broadcast_from_first(tensors: Sequence[Tensor], group: Any = None) -> None:
         return
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
     dist.broadcast(flat, dist.get_global_rank(group, 0) if group is not None else 0, group=group)
-    for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+    for tensor, part in zip(tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True):
         tensor.copy_(part.view(tensor.shape))
 
 

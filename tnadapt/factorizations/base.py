@@ -45,13 +45,14 @@ def full_precision(method: F) -> F:
     change what they mean. The device is that of the first tensor among the arguments."""
 
     @wraps(method)
-    def wrapped(self: Any, tensors: Any, *args: Any, **kwargs: Any) -> Any:
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        tensors = next(iter((*args, *kwargs.values())), ())
         first = tensors if isinstance(tensors, Tensor) else next(iter(tensors), None)
         device = "cpu" if first is None else first.device.type
         if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-            return method(self, tensors, *args, **kwargs)
+            return method(self, *args, **kwargs)
         with torch.autocast(device, enabled=False):
-            return method(self, tensors, *args, **kwargs)
+            return method(self, *args, **kwargs)
 
     return wrapped  # type: ignore[return-value]
 
@@ -122,7 +123,9 @@ class Factorization(ABC):
 
     def _check_gauge(self, gauge: str) -> None:
         if gauge not in self._GAUGES:
-            raise ValueError(f"gauge={gauge!r} is unknown to {type(self).__name__}; choose one of {', '.join(self._GAUGES)}")
+            raise ValueError(
+                f"gauge={gauge!r} is unknown to {type(self).__name__}; choose one of {', '.join(self._GAUGES)}"
+            )
 
     @property
     def operations(self) -> TorchBackend:
@@ -230,7 +233,7 @@ class Factorization(ABC):
             _own_memory(core.reshape(*batch, *shape).to(matrix.device, dtype))
             for core, shape in zip(self._unfold(flat, structure), structure.core_shapes, strict=True)
         )
-        if not all(bool(torch.isfinite(core).all()) for core in cores):
+        if not bool(torch.stack([torch.isfinite(core).all() for core in cores]).all()):
             raise ValueError(
                 f"entries up to {float(matrix.abs().max()):.3g} of the {matrix.shape[-2]}x{matrix.shape[-1]} matrix overflow "
                 f"its {dtype} cores in {self.label}; take gauge='identity', whose largest entry is the matrix's, or scale "
@@ -339,9 +342,7 @@ def _checked_shape(shape: Shape) -> Shape:
     return int(rows), int(cols)
 
 
-def explicit_for(
-    shape: Shape, value: Sequence[int] | Mapping[Shape, Sequence[int]] | None
-) -> tuple[int, ...] | None:
+def explicit_for(shape: Shape, value: Sequence[int] | Mapping[Shape, Sequence[int]] | None) -> tuple[int, ...] | None:
     """The entry of a per-shape argument that holds for `shape`; None where there is none."""
     chosen = value.get(shape) if isinstance(value, Mapping) else value
     return None if chosen is None else tuple(chosen)

@@ -105,21 +105,23 @@ class CP(Factorization):
     # -- tensors ------------------------------------------------------------------------------------------------------
 
     def _unfold(self, matrices: Float[Tensor, "n rows cols"], structure: Structure) -> Sequence[Tensor]:
-        rank = structure.core_shapes[0][-1]
-        scale = power_of_two_scale(matrices)
-        tensor = to_sites(matrices / scale, structure.sites)
-        modes = tensor.shape[1:]
-        proper = [k for k, p in enumerate(modes) if p > 1] or [len(modes) - 1]
         if structure.exact:
-            swept = _unit_vectors(tensor)
+            swept = _unit_vectors(to_sites(matrices, structure.sites))
         else:
-            inner = tensor.reshape(tensor.shape[0], *[modes[k] for k in proper])
-            found = self._two_modes(inner, rank) if len(proper) == 2 else self.operations.cp_decompose(inner, rank)
-            ones = tensor.new_ones(tensor.shape[0], 1, rank)
-            swept = [found[proper.index(k)] if k in proper else ones.clone() for k in range(len(modes))]
-        largest = _largest(modes)
-        swept[largest] = swept[largest] * scale
+            # least squares work with squares of entries: brought near 1, they neither overflow nor vanish
+            scale = power_of_two_scale(matrices)
+            swept = self._approximate(to_sites(matrices / scale, structure.sites), structure.core_shapes[0][-1])
+            largest = _largest([i * j for i, j in structure.sites])
+            swept[largest] = swept[largest] * scale
         return _spread_components(swept) if self.gauge == "spread" else swept
+
+    def _approximate(self, tensor: Tensor, rank: int) -> list[Tensor]:
+        """Factors of fewer components than the exact ones; 1x1 sites take no part, theirs are ones."""
+        n, modes = tensor.shape[0], tensor.shape[1:]
+        proper = [k for k, p in enumerate(modes) if p > 1]
+        inner = tensor.reshape(n, *[modes[k] for k in proper])
+        found = self._two_modes(inner, rank) if len(proper) == 2 else self.operations.cp_decompose(inner, rank)
+        return [found[proper.index(k)] if k in proper else tensor.new_ones(n, 1, rank) for k in range(len(modes))]
 
     def _two_modes(self, matrix: Tensor, rank: int) -> list[Tensor]:
         """With two modes the best approximation is the truncated SVD, and there is nothing to iterate."""
@@ -178,7 +180,7 @@ def _exact_rank(sites: Sites) -> int:
 def _scratch(modes: Sequence[int], rank: int, exact: bool) -> int:
     """Numbers that folding (the Khatri-Rao products of both halves) and, where not exact, alternating least squares
     (that of all modes but the smallest proper one) hold at once."""
-    split = cp_split(modes)
+    split = cp_split(tuple(modes))
     fold = rank * (math.prod(modes[:split]) + math.prod(modes[split:]))
     proper = [p for p in modes if p > 1]
     if exact or len(proper) <= 2:

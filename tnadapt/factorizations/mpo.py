@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -59,7 +59,9 @@ class MPO(Factorization):
                 "gauge='identity' keeps the whole matrix in one core and cannot be truncated; drop max_bond, or take gauge='svd'"
             )
         if self.expansion is not None and self.max_bond is not None:
-            raise ValueError(f"expansion={self.expansion!r} plans an exact chain, max_bond={self.max_bond} cuts it; drop one")
+            raise ValueError(
+                f"expansion={self.expansion!r} plans an exact chain, max_bond={self.max_bond} cuts it; drop one"
+            )
 
     def _label_parts(self) -> list[str]:
         parts = [] if self.max_bond is None else [f"max_bond={self.max_bond}"]
@@ -147,7 +149,9 @@ class MPO(Factorization):
             raise ValueError(f"an MPO has at least two cores, got one of shape {shapes[0]}")
         bonds = [(shape[0], shape[-1]) for shape in shapes]
         if bonds[0][0] != 1 or bonds[-1][1] != 1:
-            raise ValueError(f"the outer bonds of an MPO are 1, got {bonds[0][0]} and {bonds[-1][1]} in cores {list(shapes)}")
+            raise ValueError(
+                f"the outer bonds of an MPO are 1, got {bonds[0][0]} and {bonds[-1][1]} in cores {list(shapes)}"
+            )
         for k, ((_, right), (left, _)) in enumerate(itertools.pairwise(bonds)):
             if right != left:
                 raise ValueError(
@@ -162,7 +166,14 @@ def SVD(
     gauge: str = "svd",
     backend: str = "torch",
 ) -> MPO:
-    """The paper's SVD factorization: the MPO of order 2. Arguments as for `MPO`."""
+    """The paper's SVD factorization: the MPO of order 2. Arguments as for `MPO`.
+
+    Raises:
+        ValueError: more than two sites; otherwise as `MPO`.
+    """
+    explicit = [] if sites is None else list(sites.values()) if isinstance(sites, Mapping) else [sites]
+    if any(len(given) > 2 for given in explicit):
+        raise ValueError(f"sites={sites!r}: an SVD has two sites; with more it is an MPO, write MPO(sites=...)")
     return MPO(order=2, sites=sites, max_bond=max_bond, gauge=gauge, backend=backend)
 
 

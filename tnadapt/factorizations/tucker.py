@@ -123,7 +123,9 @@ class Tucker(Factorization):
         if self.gauge == "spread":
             logs = torch.stack([part.flatten(1).norm(dim=1) for part in cores]).log2()
             shares = torch.exp2(spread_exponents(logs))
-            cores = [part * share.reshape(-1, *[1] * (part.dim() - 1)) for part, share in zip(cores, shares, strict=True)]
+            cores = [
+                part * share.reshape(-1, *[1] * (part.dim() - 1)) for part, share in zip(cores, shares, strict=True)
+            ]
         return cores
 
     def _fold(self, cores: Sequence[Tensor]) -> Float[Tensor, "n rows cols"]:

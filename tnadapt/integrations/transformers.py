@@ -16,7 +16,9 @@ import torch
 try:
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 except ImportError as error:
-    raise ImportError("tnadapt.integrations.transformers needs transformers: pip install 'tnadapt[transformers]'") from error
+    raise ImportError(
+        "tnadapt.integrations.transformers needs transformers: pip install 'tnadapt[transformers]'"
+    ) from error
 
 from tnadapt.factorizations import Factorization
 from tnadapt.lora_over import FoldReport, LoraOver
@@ -25,6 +27,8 @@ from tnadapt.schedulers import Scheduler
 __all__ = ["LoraOverCallback", "checkpoint_fault", "last_complete_checkpoint"]
 
 _OPTIMIZER_FILE = "optimizer.pt"
+#: written where the optimizer's own file keeps nothing but its own state (FSDP)
+_OWN_FILE = "tnadapt.pt"
 _SCHEDULER_FILE = "scheduler.pt"
 _TRAINER_STATE_FILE = "trainer_state.json"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -40,8 +44,8 @@ _WEIGHT_FILES = tuple(
 class LoraOverCallback(TrainerCallback):  # type: ignore[misc]
     """Attaches `LoraOver` when training begins and folds when it ends.
 
-    Its state is saved with the optimizer's in each checkpoint and is restored on resume: the folder is
-    `output_dir/checkpoint-STEP`, or `resume_from`. Where training is not resumed, every call of `train()` starts the
+    Its state is saved with the optimizer's in each checkpoint (in `tnadapt.pt` beside it under FSDP) and is restored on
+    resume: the folder is `output_dir/checkpoint-STEP`, or `resume_from`. Where training is not resumed, every call of `train()` starts the
     rounds of the scheduler anew.
 
     Logs get `core_learning_rate`, `expanded_matrices` and `largest_update_norm` (of an expanded matrix, in the last step).
@@ -129,6 +133,17 @@ class LoraOverCallback(TrainerCallback):  # type: ignore[misc]
         if isinstance(logs, dict):
             logs.update(extra)
 
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.over is None or not self.over.attached or args.save_only_model:
+            return
+        folder = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
+        own = self.over.state_dict()
+        if not args.should_save or not folder.is_dir() or (folder / _OPTIMIZER_FILE).is_file():
+            return
+        half = folder / (_OWN_FILE + ".writing")
+        torch.save(own, half)
+        half.replace(folder / _OWN_FILE)
+
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -196,16 +211,20 @@ def checkpoint_fault(folder: str | Path) -> str | None:
         missing = [path for path in sharded if not (path / ".metadata").is_file()]
         if missing:
             return f"{missing[0]} has no .metadata: it was being written"
-    elif not (folder / _OPTIMIZER_FILE).is_file() and not list(folder.glob("optimizer.bin")):
+    elif not (folder / _OPTIMIZER_FILE).is_file() and not (folder / "optimizer.bin").is_file():
         return f"{folder / _OPTIMIZER_FILE} is not there (a checkpoint of save_only_model cannot be resumed from)"
     if not list(folder.glob("rng_state*.pth")):
         return f"{folder / 'rng_state.pth'} is not there"
     if not (folder / _SCHEDULER_FILE).is_file():
         return f"{folder / _SCHEDULER_FILE} is not there"
     for path in sorted(
-        [*folder.glob("optimizer.*"), folder / _SCHEDULER_FILE, *folder.glob("rng_state*.pth"), *folder.glob("scaler.pt")]
+        [
+            *(folder / name for name in (_OPTIMIZER_FILE, "optimizer.bin", "scaler.pt", _OWN_FILE)),
+            folder / _SCHEDULER_FILE,
+            *folder.glob("rng_state*.pth"),
+        ]
     ):
-        fault = _zip_fault(path)
+        fault = _zip_fault(path) if path.is_file() else None
         if fault is not None:
             return fault
     return None
@@ -223,16 +242,17 @@ def _require_whole(folder: Path) -> None:
 
 
 def _read_state(folder: Path) -> Any:
-    file = folder / _OPTIMIZER_FILE
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"{file} is not there, so the cores cannot be restored (FSDP writes another format); pass an optimizer with "
-            "LoraOver attached to the trainer instead, and save over.state_dict() beside the checkpoint"
-        )
-    saved = torch.load(file, map_location="cpu", weights_only=True, mmap=True).get(_STATE_KEY)
+    """The tnadapt part of a whole checkpoint."""
+    own, file = folder / _OWN_FILE, folder / _OPTIMIZER_FILE
+    if own.is_file():
+        return torch.load(own, map_location="cpu", weights_only=True)
+    saved = None
+    if file.is_file():
+        saved = torch.load(file, map_location="cpu", weights_only=True, mmap=True).get(_STATE_KEY)
     if saved is None:
         raise ValueError(
-            f"{file} was saved without LoraOver, so there are no cores to resume from; start a new run from that adapter"
+            f"{folder} was saved without LoraOver, or was not finished ({_OWN_FILE} comes last under FSDP), so there are no "
+            "cores to resume from; resume from an earlier checkpoint, or start a new run from that adapter"
         )
     return saved
 
@@ -259,7 +279,7 @@ def _weights_fault(folder: Path) -> str | None:
     places = [folder, *sorted(config.parent for config in folder.glob("*/adapter_config.json"))]
     files = [place / name for place in places for name in _WEIGHT_FILES if (place / name).is_file()]
     if not files:
-        return f"{folder} holds no model or adapter weights"
+        return f"{folder} holds no model or adapter weights, such as adapter_model.safetensors"
     half = [place for place in places[1:] if not any(file.parent == place for file in files)]
     if half:
         return f"{half[0]} holds no adapter weights"

@@ -74,7 +74,7 @@ class RunFolder:
         except BaseException as error:
             stopped = isinstance(error, KeyboardInterrupt | SystemExit)
             result.update(status="cancelled" if stopped else "failed", ended=_now())
-            result["error"] = "".join(traceback.format_exception_only(error)).strip()
+            result["error"] = "".join(traceback.format_exception(error)).strip()
             write_json(self.work / RESULT, result)
             raise
         result.update(status="finished", ended=_now())

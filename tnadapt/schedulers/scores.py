@@ -25,20 +25,24 @@ def check_reduction(owner: str, reduction: str) -> None:
 def taylor_scores(matrices: Iterable[LoraMatrix], reduction: str) -> dict[str, Tensor]:
     """Score of this step of every matrix with a gradient: `|<g, W>|` for `"inner"`, `sum |g * w|` for `"elementwise"`.
 
-    One batched product per shape and device, no host synchronisation.
+    One batched product per shape, device and sharding, no host synchronisation.
     """
-    shapes: dict[tuple[torch.Size, torch.device], list[LoraMatrix]] = {}
+    alike: dict[object, list[LoraMatrix]] = {}
     for matrix in matrices:
-        if matrix.parameter.grad is not None:
-            shapes.setdefault((matrix.parameter.shape, matrix.parameter.device), []).append(matrix)
+        parameter = matrix.parameter
+        if parameter.grad is not None:
+            sharding = (getattr(parameter, "device_mesh", None), getattr(parameter, "placements", None))
+            alike.setdefault((parameter.shape, parameter.device, sharding), []).append(matrix)
     scores: dict[str, Tensor] = {}
-    for members in shapes.values():
+    for members in alike.values():
         weights = torch.stack([m.value for m in members])
         gradients = torch.stack([g for m in members if (g := m.gradient) is not None])
         wide = torch.promote_types(weights.dtype, torch.float32)
         products = weights.to(wide) * gradients.to(wide)
-        sums = products.abs().sum((1, 2)) if reduction == "elementwise" else products.sum((1, 2)).abs()
-        scores.update(zip((m.name for m in members), sums.unbind(0), strict=True))
+        sums = products.abs().sum((1, 2)) if reduction == "elementwise" else products.sum((1, 2))
+        if hasattr(sums, "full_tensor"):
+            sums = sums.full_tensor()  # sharded matrices (FSDP2): the sums of the shards are added up, on every rank
+        scores.update(zip((m.name for m in members), sums.abs().unbind(0), strict=True))
     return scores
 
 

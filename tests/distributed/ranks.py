@@ -1,0 +1,90 @@
+"""Ranks that live as long as a test file: processes that run one function after the other, together."""
+
+from __future__ import annotations
+
+import os
+import queue
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+TIMEOUT = 100.0
+
+
+class Failed(RuntimeError):
+    """A rank raised; the message holds its traceback."""
+
+
+class Ranks:
+    """`world` processes on this machine.
+
+    A function of a test is called on each as `function(start, *arguments)`: `start()` makes the process group (gloo), which
+    some tests want to happen late. Its process group is destroyed afterwards. What it returns comes back, by rank.
+    """
+
+    def __init__(self, world: int) -> None:
+        self.world = world
+        context = mp.get_context("spawn")
+        self._folder = tempfile.TemporaryDirectory()
+        self._calls = 0
+        self._inboxes = [context.Queue() for _ in range(world)]
+        self._outbox = context.Queue()
+        self._processes = [
+            context.Process(target=_serve, args=(rank, world, inbox, self._outbox), daemon=True)
+            for rank, inbox in enumerate(self._inboxes)
+        ]
+        for process in self._processes:
+            process.start()
+
+    def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        self._calls += 1
+        store = str(Path(self._folder.name) / f"store{self._calls}")
+        for inbox in self._inboxes:
+            inbox.put((store, function, arguments))
+        results: dict[int, Any] = {}
+        for _ in range(self.world):
+            try:
+                rank, ok, value = self._outbox.get(timeout=TIMEOUT)
+            except queue.Empty:
+                self.close()
+                raise Failed(f"ranks {sorted(set(range(self.world)) - set(results))} did not come back") from None
+            if not ok:
+                self.close()
+                raise Failed(f"rank {rank}:\n{value}")
+            results[rank] = value
+        return [results[rank] for rank in range(self.world)]
+
+    @property
+    def alive(self) -> bool:
+        return all(process.is_alive() for process in self._processes)
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.terminate()
+        for process in self._processes:
+            process.join()
+        self._folder.cleanup()
+
+
+def _serve(rank: int, world: int, inbox: Any, outbox: Any) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), GLOO_SOCKET_IFNAME="lo")
+    while True:
+        store, function, arguments = inbox.get()
+
+        def start(store: str = store) -> None:
+            dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+
+        try:
+            value, ok = function(start, *arguments), True
+        except BaseException:
+            value, ok = traceback.format_exc(), False
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        outbox.put((rank, ok, value))

@@ -1,0 +1,315 @@
+"""What is expanded and when."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from tnadapt import OverParamAdapter, Scheduler, Static, TaylorRuntime, find_lora_matrices
+from tnadapt.lora_matrices import LoraMatrix
+from tnadapt.schedulers import by_group, round_sizes
+
+
+class Layers(nn.Module):
+    def __init__(self, count: int, dtype: torch.dtype = torch.float64) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.layers = nn.ModuleList(
+            OverParamAdapter.from_linear(nn.Linear(8, 6, dtype=dtype), rank=2) for _ in range(count)
+        )
+
+
+def matrices_of(count: int = 4, dtype: torch.dtype = torch.float64) -> dict[str, LoraMatrix]:
+    found, _ = find_lora_matrices(Layers(count, dtype))
+    for matrix in found.values():
+        nn.init.normal_(matrix.parameter)
+    return found
+
+
+def give_gradients(matrices: dict[str, LoraMatrix], step: int, idle: tuple[str, ...] = ()) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    for name, matrix in matrices.items():
+        gradient = torch.randn(matrix.shape, generator=generator, dtype=torch.float64).to(matrix.parameter.dtype)
+        matrix.parameter.grad = None if name in idle else gradient
+    return {name: m.parameter.grad for name, m in matrices.items() if m.parameter.grad is not None}
+
+
+def mark(matrices: dict[str, LoraMatrix], names: list[str]) -> None:
+    for name in names:
+        matrices[name].expanded = True
+
+
+# -- rounds -------------------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 60), st.integers(1, 20), st.integers(0, 60))
+def test_rounds_sum_to_n_whatever_the_split(top_n, split, size):
+    sizes = round_sizes(top_n, split, size)
+    assert len(sizes) == split
+    assert sum(sizes) == min(top_n, size)
+    assert max(sizes) - min(sizes) <= 1
+    assert all(n >= 0 for n in sizes)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sizes"),
+    [((9, 8, 12), [2, 1, 1, 1, 1, 1, 1, 1]), ((4, 2, 9), [2, 2]), ((2, 4, 9), [1, 0, 1, 0]), ((9, 2, 3), [2, 1])],
+)
+def test_rounds_by_hand(arguments, sizes):
+    assert round_sizes(*arguments) == sizes
+
+
+def run(scheduler: TaylorRuntime, matrices: dict[str, LoraMatrix], steps: int) -> dict[int, list[str]]:
+    chosen: dict[int, list[str]] = {}
+    for step in range(1, steps + 1):
+        give_gradients(matrices, step)
+        scheduler.observe(step, matrices)
+        names = list(scheduler.select(step, matrices)) if scheduler.due(step) else []
+        if names:
+            mark(matrices, names)
+            chosen[step] = names
+    return chosen
+
+
+def test_rounds_come_every_so_many_steps_and_reach_n_in_each_group():
+    matrices = matrices_of(7)
+    scheduler = TaylorRuntime(top_n=5, split=3, every=2)
+    scheduler.attach(matrices)
+    chosen = run(scheduler, matrices, 12)
+    assert {step: len(names) for step, names in chosen.items()} == {2: 4, 4: 4, 6: 2}
+    for members in by_group(matrices).values():
+        assert sum(m.expanded for m in members) == 5
+    names = [name for round_names in chosen.values() for name in round_names]
+    assert len(set(names)) == len(names)
+    assert [r["step"] for r in scheduler.rounds] == [2, 4, 6]
+    assert [r["selected"] for r in scheduler.rounds] == list(chosen.values())
+
+
+def test_due_only_where_a_round_may_be():
+    scheduler = TaylorRuntime(top_n=1, split=1, every=3)
+    assert [step for step in range(10) if scheduler.due(step)] == [3, 6, 9]
+    run(scheduler, matrices_of(2), 3)
+    assert not any(scheduler.due(step) for step in range(10))
+
+
+# -- scores -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("average", [False, True])
+@pytest.mark.parametrize("reduction", ["inner", "elementwise"])
+def test_scores_by_hand(reduction, average):
+    matrices, idle_at_2 = matrices_of(3), ("layers.1.B",)
+    scheduler = TaylorRuntime(top_n=1, split=1, every=9, reduction=reduction, average=average)
+    expected = dict.fromkeys(matrices, 0.0)
+    for step in (1, 2, 3):
+        for name, gradient in give_gradients(matrices, step, idle_at_2 if step == 2 else ()).items():
+            product = gradient * matrices[name].parameter.detach()
+            total = 0.0
+            for entry in product.flatten().tolist():
+                total += entry if reduction == "inner" else abs(entry)
+            expected[name] += abs(total)
+        scheduler.observe(step, matrices)
+    if average:
+        expected = {name: score / (2 if name in idle_at_2 else 3) for name, score in expected.items()}
+    assert scheduler.scores() == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_highest_scores_of_each_group_are_chosen():
+    matrices = matrices_of(5)
+    scheduler = TaylorRuntime(top_n=2, split=1, every=2)
+    run(scheduler, matrices, 1)
+    give_gradients(matrices, 2)
+    scheduler.observe(2, matrices)
+    scores = scheduler.scores()
+    chosen = set(scheduler.select(2, matrices))
+    for members in by_group(matrices).values():
+        best = sorted((m.name for m in members), key=lambda name: scores[name])[-2:]
+        assert {m.name for m in members} & chosen == set(best)
+
+
+def test_equal_scores_go_by_the_order_of_the_model():
+    matrices = matrices_of(4)
+    for matrix in matrices.values():
+        matrix.parameter.grad = torch.zeros_like(matrix.parameter)
+    scheduler = TaylorRuntime(top_n=2, split=1, every=1)
+    scheduler.observe(1, matrices)
+    assert set(scheduler.select(1, matrices)) == {f"layers.{k}.{side}" for k in (0, 1) for side in "AB"}
+
+
+@pytest.mark.parametrize("reset", [False, True])
+def test_reset(reset):
+    matrices = matrices_of(4)
+    scheduler = TaylorRuntime(top_n=4, split=4, every=2, reset=reset)
+    run(scheduler, matrices, 2)
+    assert (scheduler.scores() == {}) == reset
+    gradients = give_gradients(matrices, 3)
+    before = scheduler.scores()
+    scheduler.observe(3, matrices)
+    for name, score in scheduler.scores().items():
+        if not matrices[name].expanded:
+            now = abs(float((gradients[name] * matrices[name].parameter.detach()).sum()))
+            assert score == pytest.approx(now + (0.0 if reset else before[name]))
+
+
+def test_expanded_matrices_are_not_scored_and_gradients_not_written():
+    matrices = matrices_of(2)
+    mark(matrices, ["layers.0.A"])
+    gradients = {name: g.clone() for name, g in give_gradients(matrices, 1).items()}
+    scheduler = TaylorRuntime(top_n=1, split=1, every=2)
+    scheduler.observe(1, matrices)
+    assert set(scheduler.scores()) == {"layers.0.B", "layers.1.A", "layers.1.B"}
+    assert all(torch.equal(matrices[name].parameter.grad, g) for name, g in gradients.items())
+
+
+def test_scale_of_a_grad_scaler_is_taken_out():
+    matrices = matrices_of(2)
+    give_gradients(matrices, 1)
+    plain, scaled = TaylorRuntime(1, 1, 2), TaylorRuntime(1, 1, 2)
+    plain.observe(1, matrices)
+    for matrix in matrices.values():
+        matrix.parameter.grad.mul_(1024.0)
+        matrix.grad_scale = torch.tensor(1024.0)
+    scaled.observe(1, matrices)
+    assert scaled.scores() == pytest.approx(plain.scores(), rel=1e-6)
+
+
+def test_low_precision_is_summed_in_single_precision():
+    matrices = matrices_of(1, torch.bfloat16)
+    gradients = give_gradients(matrices, 1)
+    scheduler = TaylorRuntime(1, 1, 2)
+    scheduler.observe(1, matrices)
+    for name, score in scheduler.scores().items():
+        exact = abs(float((gradients[name].double() * matrices[name].parameter.detach().double()).sum()))
+        assert score == pytest.approx(exact, rel=1e-4, abs=1e-5)
+
+
+# -- settings and state -------------------------------------------------------------------------------------------------
+
+
+def test_small_groups_are_warned_of_once_and_expanded_whole():
+    matrices = matrices_of(2)
+    scheduler = TaylorRuntime(top_n=3, split=1, every=1)
+    with pytest.warns(UserWarning, match=r"top_n=3.*2 of 2 groups.*layers\.\*\.A \(2\).*whole") as caught:
+        scheduler.attach(matrices)
+    assert len(caught) == 1
+    assert len(run(scheduler, matrices, 1)[1]) == 4
+
+
+def test_groups_that_are_large_enough_are_not_warned_of():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        TaylorRuntime(top_n=2, split=1, every=1).attach(matrices_of(2))
+
+
+@pytest.mark.parametrize("name", ["top_n", "split", "every"])
+@pytest.mark.parametrize("value", [0, -1, 1.5, True, "2", None])
+def test_bad_numbers(name, value):
+    with pytest.raises(ValueError, match=f"{name}=.*at least 1"):
+        TaylorRuntime(**{"top_n": 1, "split": 1, "every": 1, name: value})
+
+
+def test_unknown_reduction():
+    with pytest.raises(ValueError, match="reduction='max' is unknown; choose one of inner, elementwise"):
+        TaylorRuntime(1, 1, 1, reduction="max")
+
+
+def test_state_of_runtime_goes_on_as_if_never_stopped():
+    whole, matrices = TaylorRuntime(4, 4, 2), matrices_of(5)
+    halves, again = TaylorRuntime(4, 4, 2), matrices_of(5)
+    expected = run(whole, matrices, 8)
+    first = run(halves, again, 5)
+    resumed = TaylorRuntime(4, 4, 2)
+    resumed.load_state_dict(halves.state_dict())
+    second = {}
+    for step in range(6, 9):
+        give_gradients(again, step)
+        resumed.observe(step, again)
+        if resumed.due(step):
+            second[step] = list(resumed.select(step, again))
+            mark(again, second[step])
+    assert {**first, **second} == expected
+    assert resumed.rounds == whole.rounds
+    assert resumed.scores() == whole.scores()
+
+
+def test_a_state_is_a_copy():
+    scheduler, matrices = TaylorRuntime(2, 2, 2), matrices_of(3)
+    run(scheduler, matrices, 1)
+    state = scheduler.state_dict()
+    kept = {name: score.clone() for name, score in state["scores"].items()}
+    run(scheduler, matrices, 2)
+    assert all(torch.equal(state["scores"][name], score) for name, score in kept.items())
+    assert state["rounds_done"] == 0
+    assert state["rounds"] == []
+
+
+@pytest.mark.parametrize("key", ["rounds_done", "scores", "counts", "rounds"])
+def test_damaged_state(key):
+    scheduler = TaylorRuntime(1, 1, 1)
+    state = {k: v for k, v in TaylorRuntime(1, 1, 1).state_dict().items() if k != key}
+    with pytest.raises(ValueError, match=f"lacks {key}"):
+        scheduler.load_state_dict(state)
+
+
+def test_state_of_another_split():
+    other = TaylorRuntime(3, 3, 1)
+    run(other, matrices_of(4), 3)
+    with pytest.raises(ValueError, match="3 rounds behind it, but split=2"):
+        TaylorRuntime(3, 2, 1).load_state_dict(other.state_dict())
+
+
+# -- static -------------------------------------------------------------------------------------------------------------
+
+A0, A1, B0, B1 = "layers.0.A", "layers.1.A", "layers.0.B", "layers.1.B"
+
+
+@pytest.mark.parametrize(
+    ("which", "names", "label"),
+    [
+        (None, [A0, B0, A1, B1], "Static()"),
+        (r"\.A$", [A0, A1], r"Static('\\.A$')"),
+        (r"layers\.1", [A1, B1], r"Static('layers\\.1')"),
+        ([B1, A0], [B1, A0], "Static(2 names)"),
+        ((name for name in [B0]), [B0], "Static(1 names)"),
+    ],
+)
+def test_static(which, names, label):
+    scheduler, matrices = Static(which), matrices_of(2)
+    scheduler.attach(matrices)
+    assert list(scheduler.select(0, matrices)) == names
+    assert list(scheduler.select(1, matrices)) == []
+    assert [step for step in range(4) if scheduler.due(step)] == [0]
+    assert scheduler.label == label
+    assert scheduler.state_dict() == {}
+
+
+@pytest.mark.parametrize(
+    ("which", "said"),
+    [
+        ("nothing", "pattern 'nothing' matches none of the 4"),
+        ([], "empty list"),
+        (["layers.9.A"], r"layers\.9\.A is not among the 4"),
+    ],
+)
+def test_static_that_matches_nothing(which, said):
+    with pytest.raises(ValueError, match=said):
+        Static(which).attach(matrices_of(2))
+
+
+def test_a_scheduler_of_ones_own_needs_select_only():
+    class Mine(Scheduler):
+        def select(self, step, matrices):
+            return ()
+
+    scheduler = Mine()
+    assert scheduler.label == "Mine"
+    assert scheduler.due(3)
+    assert list(scheduler.release(3, {})) == []
+    assert scheduler.state_dict() == {}
+    with pytest.raises(TypeError):
+        Scheduler()
