@@ -159,7 +159,8 @@ def _disagreeing(start: Callable[[], None], how: str) -> tuple[str, bool]:
 
 
 @pytest.mark.parametrize(
-    ("how", "said"), [("names", "matrices: .*layers.2.A"), ("order", "factorization: "), ("state", "steps taken: 1 and 0")]
+    ("how", "said"),
+    [("names", "matrices: .*layers.2.A"), ("order", "factorization: "), ("state", "steps taken: 1 and 0")],
 )
 def test_ranks_that_disagree(two: Ranks, how: str, said: str) -> None:
     import re

@@ -62,7 +62,7 @@ class Oracle:
         self.core_groups: dict[str, int] = {}
         self.parameters = dict(self.model.named_parameters())
 
-    def expand(self, name: str, cores: list[Tensor]) -> None:
+    def expand(self, name: str, cores: list[Tensor], states: list[dict[str, Any]]) -> None:
         matrix = self.parameters[name]
         assert torch.allclose(contract(cores), matrix, rtol=0, atol=1e-12)
         index = next(k for k, group in enumerate(self.groups) if any(p is matrix for p in group["params"]))
@@ -74,6 +74,11 @@ class Oracle:
         if self.decay is not None:
             hyper["weight_decay"] = self.decay
         self.optimizer.add_param_group({**hyper, "params": leaves})
+        for leaf, state in zip(leaves, states, strict=True):
+            if state:
+                self.optimizer.state[leaf] = {
+                    k: v.view_as(leaf) if v.numel() == leaf.numel() else v for k, v in state.items()
+                }
         self.core_groups[name] = index
         self.cores[name], self.shapes[name] = leaves, [core.shape for core in cores]
 
@@ -114,6 +119,7 @@ def check(
     core_lr: float | None = None,
     decay: float | None = None,
     as_matrices: bool = False,
+    handover: str = "restart",
     steps: int = STEPS,
 ) -> LoraOver:
     """Train by LoraOver, by the oracle and as plain LoRA, and compare."""
@@ -127,18 +133,23 @@ def check(
         scheduler or TaylorRuntime(top_n=2, split=2, every=4),
         core_lr=core_lr,
         core_weight_decay=decay,
+        handover=handover,
     )
     ratio = 1.0 if core_lr is None else core_lr / optimizer.defaults["lr"]
     oracle = Oracle(make_reference, ratio, decay, as_matrices)
     rates = [group["lr"] for group in optimizer.param_groups]
     oracle.rates = rates
-    taken: dict[str, list[Tensor]] = {}
+    taken: dict[str, tuple[list[Tensor], list[dict[str, Any]]]] = {}
+
+    warm: list[bool] = []
 
     def take(*_: Any) -> None:
         # cores as they are when the optimizer is about to step them
         for name, entry in over.state_dict()["engine"]["members"].items():
             if parameter_name(name) not in oracle.cores:
-                taken[parameter_name(name)] = [core.clone() for core in entry["cores"]]
+                states = [{k: v.clone() for k, v in state.items()} for state in entry["state"]]
+                taken[parameter_name(name)] = ([core.clone() for core in entry["cores"]], states)
+                warm.extend(bool(state) for state in states)
 
     optimizer.register_step_pre_hook(take)
     for step in range(1, steps + 1):
@@ -151,13 +162,14 @@ def check(
             stepped.step()
         expected = {name for event in over.history if event.step in (0, step) for name in event.names}
         assert {parameter_name(name) for name in expected if parameter_name(name) not in oracle.cores} == taken.keys()
-        for name, cores in taken.items():
+        for name, (cores, states) in taken.items():
             rows, cols = oracle.parameters[name].shape
             assert [core.shape[0] for core in cores] == bond_dimensions(rows, cols, order)[:-1]
-            oracle.expand(name, cores)
+            oracle.expand(name, cores, states)
         taken.clear()
         oracle.step(step, rate)
     assert oracle.cores
+    assert any(warm) == (handover == "warm")
     assert largest_difference(values(model), oracle.values()) < 1e-9
     assert largest_difference(values(model), values(plain)) > 1e-4
     return over
@@ -232,3 +244,10 @@ SHAPED = {
 @pytest.mark.parametrize("name", SHAPED)
 def test_optimizers_that_look_at_shapes(name):
     check(lambda model: SHAPED[name](parameters(model)), as_matrices=True, steps=11)
+
+
+@pytest.mark.parametrize("name", ["AdamW", "SGD"])
+def test_cores_that_are_handed_optimizer_state(name):
+    """The oracle takes what the cores are handed at expansion, and goes on from there by itself."""
+    made = {**ELEMENTWISE, "AdamW": lambda p: torch.optim.AdamW(p, lr=3e-3, weight_decay=0.1)}[name]
+    check(lambda model: made(parameters(model)), handover="warm", order=7, steps=11)

@@ -117,6 +117,34 @@ def test_truncated_cores_keep_their_residual():
     assert same(over.state_dict(), again_over.state_dict())
 
 
+@pytest.mark.parametrize("name", ["AdamW-foreach", "NAdam", "Adafactor"])
+def test_matrices_that_were_idle_before_the_save(name):
+    """Members of one round that have taken different numbers of steps."""
+    plan = [(0, 1, 2), (0, 2), (0, 1, 2), (0, 1, 2), (1,), (0, 1, 2)]
+
+    def build() -> tuple[nn.Module, torch.optim.Optimizer, LoraOver]:
+        model = Experts(dtype=torch.float32)
+        optimizer = OPTIMIZERS[name](trainable(model))
+        return model, optimizer, LoraOver(model, optimizer, MPO(order=4))
+
+    def go(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+        for step in steps:
+            optimizer.zero_grad()
+            expert_loss(model, step, plan[step]).backward()
+            optimizer.step()
+
+    model, optimizer, over = build()
+    go(model, optimizer, range(3))
+    adapter, state = copy.deepcopy(model.state_dict()), through_a_file(optimizer.state_dict())
+    go(model, optimizer, range(3, 6))
+    again, again_optimizer, again_over = build()
+    again.load_state_dict(adapter)
+    again_optimizer.load_state_dict(state)
+    go(again, again_optimizer, range(3, 6))
+    assert same(values(model), values(again))
+    assert same(over.state_dict(), again_over.state_dict())
+
+
 def test_eight_bit_adam_resumes():
     bitsandbytes = pytest.importorskip("bitsandbytes", reason="8-bit Adam is bitsandbytes'; it is in the dev extra")
 

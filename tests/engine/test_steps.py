@@ -256,6 +256,18 @@ def test_a_warm_up_from_zero_is_no_empty_step():
     assert over.step == 1
 
 
+@pytest.mark.parametrize("factorization", [SVD(max_bond=2), MPO(order=4, max_bond=3)], ids=lambda f: f.label)
+def test_truncated_expansion_does_not_move_the_matrices(factorization):
+    """What the cores miss is kept, at the first step and at every later one."""
+    model, optimizer, over = attached(torch.optim.SGD, factorization=factorization)
+    optimizer.param_groups[0]["lr"] = 0.0
+    before = values(model)
+    train(model, optimizer, range(3))
+    assert over.step == 3
+    for name, value in values(model).items():
+        assert torch.allclose(value, before[name], rtol=0, atol=1e-12)
+
+
 # -- matrices that others write -----------------------------------------------------------------------------------------
 
 

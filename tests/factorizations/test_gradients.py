@@ -88,21 +88,6 @@ def test_low_precision_gradient() -> None:
         assert torch.equal(got, want)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_autocast_does_not_lower_the_precision(name: str) -> None:
-    factorization, shape = CASES[name]
-    matrix, grad = make_matrix(shape, dtype=torch.float32), make_matrix(shape, dtype=torch.float32, seed=1)
-    cores = factorization.unfold(matrix)
-    expected, expected_grads = factorization.fold(cores), factorization.pull_back(cores, grad)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        again = factorization.unfold(matrix)
-        folded, grads = factorization.fold(cores), factorization.pull_back(cores, grad)
-    assert torch.equal(folded, expected)
-    assert folded.dtype == torch.float32
-    assert all(map(torch.equal, again, cores))
-    assert all(map(torch.equal, grads, expected_grads))
-
-
 def test_contraction_starts_at_the_smaller_end() -> None:
     """1x1 cores are multiplied into the smaller end, whichever it is."""
     small, large = (1, 12, 12), (12, 60, 1)

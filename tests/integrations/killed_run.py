@@ -1,8 +1,9 @@
-"""A run of HF Trainer in a process of its own, to be killed and resumed: `python -m integrations.killed_run WAY FOLDER [KILL_AT_STEP]`.
+"""Runs of HF Trainer in processes of their own, to be killed and resumed: `python -m integrations.killed_run FOLDER KILL_AT`.
 
-WAY is `passed` (an optimizer with `LoraOver` attached is given to the trainer) or `callback` (the trainer makes it). The run
-resumes from the newest whole checkpoint in FOLDER, if any, and dies without notice at the end of the step KILL_AT_STEP,
-while a checkpoint of that step is being written; it writes `final.pt` where it ends.
+In FOLDER/passed an optimizer with `LoraOver` attached is given to the trainer, in FOLDER/callback the trainer makes it. Each
+run resumes from the newest whole checkpoint of its folder, if any, and dies without notice at the end of the step KILL_AT,
+while a checkpoint of that step is being written; with 0 it goes on to its end and writes `final.pt`. Printed is how each
+ended: the exit code, negative for a signal.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from tnadapt.integrations.transformers import LoraOverCallback, last_complete_ch
 from .tiny import arguments, dataset, lora_model, lora_parameters, lora_weights, mpo, rounds
 
 STEPS = 10
+WAYS = ("passed", "callback")
 
 
 class KillWhileWriting(TrainerCallback):
@@ -66,6 +69,20 @@ def run(way: str, folder: Path, kill_at: int = 0) -> tuple[dict[str, torch.Tenso
     return lora_weights(model), scheduler.rounds
 
 
+def run_in_child(way: str, folder: Path, kill_at: int) -> int:
+    """The exit code of a process that runs this. Nothing has been computed before it is forked."""
+    child = os.fork()
+    if child == 0:
+        try:
+            torch.save(run(way, folder, kill_at), folder / "final.pt")
+            sys.stdout.flush()
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
 if __name__ == "__main__":
-    kill_at = int(sys.argv[3]) if len(sys.argv) > 3 else 0
-    torch.save(run(sys.argv[1], Path(sys.argv[2]), kill_at), Path(sys.argv[2]) / "final.pt")
+    for way in WAYS:
+        print(way, run_in_child(way, Path(sys.argv[1]) / way, int(sys.argv[2])), file=sys.stderr)

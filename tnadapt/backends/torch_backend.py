@@ -196,7 +196,8 @@ class TorchBackend:
         if known == rank:
             return vectors
         # drawn on the CPU, so that every device starts the same
-        extra = torch.randn(p, rank - known, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        generator = torch.Generator("cpu").manual_seed(seed)
+        extra = torch.randn(p, rank - known, generator=generator, dtype=torch.float64, device="cpu")
         extra = (extra / extra.norm(dim=0)).to(vectors)
         return torch.cat([vectors, extra.expand(n, -1, -1)], dim=2)
 

@@ -238,7 +238,7 @@ class Coupling:
                 current = matrix.parameter
             if id(current) not in owners:
                 raise RuntimeError(_lost(matrix))
-            if current is not matrix.parameter:
+            if current is not matrix.parameter or current.dim() != 2:
                 _check_replacement(matrix, current)
                 matrix.parameter = current
                 moved = True
@@ -392,11 +392,14 @@ def _on_stack(frame: FrameType) -> bool:
 
 def _check_replacement(matrix: LoraMatrix, parameter: nn.Parameter) -> None:
     obstacle = obstacle_to_gathering(parameter)
-    if parameter.shape != matrix.parameter.shape:
-        obstacle = f"its shape changed from {tuple(matrix.parameter.shape)} to {tuple(parameter.shape)}"
+    if parameter.dim() != 2:
+        obstacle = f"its shape is {tuple(parameter.shape)} (FSDP1 flattens parameters; use fully_shard, which is FSDP2)"
+    elif parameter.shape != matrix.parameter.shape:
+        obstacle = f"its shape is {tuple(parameter.shape)}, and was {tuple(matrix.parameter.shape)}"
     if obstacle is not None:
         raise RuntimeError(
-            f"the parameter of {matrix.name} was replaced by one that cannot be trained through cores: {obstacle}"
+            f"the parameter of {matrix.name} was replaced since LoraOver was attached: {obstacle}. Attach LoraOver to the "
+            "model as it is trained"
         )
 
 

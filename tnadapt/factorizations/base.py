@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache, wraps
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from tnadapt.backends import TorchBackend, get_backend
+from tnadapt.factorizations.precision import full_precision
 from tnadapt.factorizations.structure import (
     Shape,
     Sites,
@@ -30,31 +31,12 @@ from tnadapt.factorizations.structure import (
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-__all__ = ["Factorization", "core_dtype", "full_precision"]
-
-F = TypeVar("F", bound=Callable[..., Any])
+__all__ = ["Factorization", "core_dtype"]
 
 
 def core_dtype(dtype: torch.dtype) -> torch.dtype:
     """Dtype of the cores of a matrix: float32, or the matrix's own where that is wider."""
     return torch.promote_types(dtype, torch.float32)
-
-
-def full_precision(method: F) -> F:
-    """Run a method of cores or matrices outside autocast, which would contract float32 cores in half precision and so
-    change what they mean. The device is that of the first tensor among the arguments."""
-
-    @wraps(method)
-    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
-        tensors = next(iter((*args, *kwargs.values())), ())
-        first = tensors if isinstance(tensors, Tensor) else next(iter(tensors), None)
-        device = "cpu" if first is None else first.device.type
-        if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-            return method(self, *args, **kwargs)
-        with torch.autocast(device, enabled=False):
-            return method(self, *args, **kwargs)
-
-    return wrapped  # type: ignore[return-value]
 
 
 def _sweep_device(device: torch.device) -> torch.device:
@@ -368,9 +350,11 @@ def spread_exponents(logs: Float[Tensor, "k n"]) -> Float[Tensor, "k n"]:
     Powers of two, because any other factor would round once in every core of a chain. A zero norm (log2 = -inf) leaves
     all cores of that matrix alone: sharing it out would leave no core a gradient.
     """
+    device = logs.device
+    logs = logs.cpu()  # a few numbers; the running sum has no deterministic kernel on CUDA
     finite = logs.isfinite().all(dim=0)
     logs = torch.where(finite, logs, torch.zeros_like(logs))
     # rounding the running sums, not the shifts, keeps the total at exactly zero
     running = (logs.mean(dim=0) - logs).cumsum(dim=0).round()
     running[-1] = 0
-    return torch.diff(running, dim=0, prepend=torch.zeros_like(running[:1]))
+    return torch.diff(running, dim=0, prepend=torch.zeros_like(running[:1])).to(device)

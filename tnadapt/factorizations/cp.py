@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from tnadapt.backends.torch_backend import cp_split
-from tnadapt.factorizations.base import Factorization, check_cap, full_precision, power_of_two_scale, spread_exponents
+from tnadapt.factorizations.base import Factorization, check_cap, power_of_two_scale, spread_exponents
+from tnadapt.factorizations.precision import full_precision
 from tnadapt.factorizations.sites import from_sites, to_sites
 from tnadapt.factorizations.structure import Shape, Sites, Structure
 
@@ -210,7 +211,8 @@ def _unit_vectors(tensor: Tensor) -> list[Tensor]:
             continue
         stride //= p
         entry = component // stride % p
-        factors.append(torch.nn.functional.one_hot(entry, p).T.to(tensor.dtype).expand(n, -1, -1))
+        vectors = entry == torch.arange(p, device=tensor.device).unsqueeze(1)
+        factors.append(vectors.to(tensor.dtype).expand(n, -1, -1))
     return factors
 
 

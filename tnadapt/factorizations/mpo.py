@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from tnadapt.factorizations.base import Factorization, check_cap, full_precision, spread_exponents
+from tnadapt.factorizations.base import Factorization, check_cap, spread_exponents
+from tnadapt.factorizations.precision import full_precision
 from tnadapt.factorizations.sites import from_sites, to_sites
 from tnadapt.factorizations.structure import Shape, Sites, SitesArgument, Structure, full_bonds
 

@@ -18,10 +18,10 @@ from tnadapt.factorizations.base import (
     Factorization,
     check_cap,
     explicit_for,
-    full_precision,
     power_of_two_scale,
     spread_exponents,
 )
+from tnadapt.factorizations.precision import full_precision
 from tnadapt.factorizations.sites import from_sites, to_sites
 from tnadapt.factorizations.structure import Shape, Sites, Structure, is_count
 

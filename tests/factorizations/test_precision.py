@@ -1,0 +1,116 @@
+"""Contractions keep the precision of the cores: under autocast, under TF32 settings, and those settings are put back."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from tnadapt.backends import get_backend
+from tnadapt.factorizations import CP, MPO, Tucker
+from tnadapt.factorizations.precision import ieee_matmul
+
+from .variants import CASES, make_matrix
+
+MATMUL = torch.backends.cuda.matmul
+
+
+@pytest.fixture
+def settings() -> Iterator[None]:
+    """Settings as they were at the start, whatever a test did."""
+    yield
+    torch.backends.fp32_precision = "none"
+    torch.set_float32_matmul_precision("highest")
+    MATMUL.fp32_precision = "none"
+    torch.backends.mkldnn.matmul.fp32_precision = "none"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_autocast_does_not_lower_the_precision(name: str) -> None:
+    factorization, shape = CASES[name]
+    matrix, grad = make_matrix(shape, dtype=torch.float32), make_matrix(shape, dtype=torch.float32, seed=1)
+    cores = factorization.unfold(matrix)
+    expected, expected_grads = factorization.fold(cores), factorization.pull_back(cores, grad)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        again = factorization.unfold(matrix)
+        folded, grads = factorization.fold(cores), factorization.pull_back(cores, grad)
+        kept, context = factorization.fold_keeping([core[None] for core in cores])
+        kept_grads = factorization.pull_back_keeping([core[None] for core in cores], grad[None], context)
+    assert torch.equal(folded, expected)
+    assert torch.equal(kept[0], expected)
+    assert folded.dtype == torch.float32
+    assert all(map(torch.equal, again, cores))
+    assert all(map(torch.equal, grads, expected_grads))
+    assert all(torch.equal(got[0], want) for got, want in zip(kept_grads, expected_grads, strict=True))
+
+
+USERS = {
+    "nothing": lambda: None,
+    "high": lambda: torch.set_float32_matmul_precision("high"),
+    "medium": lambda: torch.set_float32_matmul_precision("medium"),
+    "allow_tf32": lambda: setattr(MATMUL, "allow_tf32", True),
+    "matmul": lambda: setattr(MATMUL, "fp32_precision", "tf32"),
+    "everything": lambda: setattr(torch.backends, "fp32_precision", "tf32"),
+}
+
+
+def state() -> tuple[str, ...]:
+    return (torch.backends.fp32_precision, MATMUL.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision)
+
+
+@pytest.mark.parametrize("user", USERS)
+def test_tf32_is_off_inside_and_back_afterwards(user: str, settings: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    USERS[user]()
+    before, seen = state(), []
+    backend = get_backend("torch")
+    for operation in ("chain_contract", "chain_contract_keeping", "chain_pull_back", "tucker_contract", "cp_contract"):
+        original = getattr(backend, operation)
+
+        def spy(*args: Any, original: Any = original, **kwargs: Any) -> Any:
+            seen.append(state())
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(backend, operation, spy)
+    matrix = make_matrix((24, 8), dtype=torch.float32)
+    for factorization in (MPO(order=3), Tucker(), CP()):
+        cores = factorization.unfold(matrix)
+        factorization.fold(cores)
+        factorization.pull_back(cores, matrix)
+        assert state() == before
+    assert len(seen) >= 5
+    assert not any("tf32" in inside[1:] or "bf16" in inside[1:] for inside in seen)
+    with pytest.raises(ValueError, match="belong"):
+        MPO(order=3).fold([torch.ones(1, 2, 2, 3), torch.ones(4, 2, 2, 1)])
+    assert state() == before
+
+
+def test_an_inherited_setting_stays_inherited(settings: None) -> None:
+    torch.backends.fp32_precision = "tf32"
+    MPO(order=3).unfold(torch.ones(24, 8))
+    torch.backends.fp32_precision = "ieee"
+    assert state() == ("ieee", "ieee", "ieee")
+
+
+def test_threads_that_overlap_restore_once(settings: None) -> None:
+    """One leaves while the other is still inside: the setting comes back with the last."""
+    torch.set_float32_matmul_precision("high")
+    before = state()
+    entered, leave = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with ieee_matmul():
+            entered.set()
+            leave.wait(10)
+
+    thread = threading.Thread(target=other)
+    with ieee_matmul():
+        thread.start()
+        assert entered.wait(10)
+    assert MATMUL.fp32_precision == "ieee"
+    leave.set()
+    thread.join()
+    assert state() == before
+    assert torch.get_float32_matmul_precision() == "high"
