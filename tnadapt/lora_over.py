@@ -377,14 +377,14 @@ class LoraOver:
         engine_before, scheduler_before = self._engine.snapshot(), self.scheduler.state_dict()
         pending, history, count = list(self._pending), list(self.history), self.step
         coupling = self._coupling
-        known = coupling.known(self.matrices.values())
+        known, changed = coupling.known(self.matrices.values()), self._changed
 
         def undo() -> None:
             coupling.restore_known(known)
             self._engine.restore(engine_before)
-            self.scheduler.load_state_dict(scheduler_before)
             self._mark_pending(pending)
-            self.history, self.step = history, count
+            self.history, self.step, self._changed = history, count, changed
+            self.scheduler.load_state_dict(scheduler_before)
 
         try:
             if not self._ranks_agree and is_distributed(self.process_group):

@@ -14,7 +14,7 @@ from torch import nn
 from tnadapt import MPO, SVD, LoraOver, OverParamAdapter, Scheduler, Static, TaylorRuntime
 from tnadapt.engine.optimizers import REFUSED
 
-from .models import Experts, everything, expert_loss, llama, same, trainable
+from .models import Experts, backward, everything, expert_loss, llama, same, trainable
 
 
 class Kept:
@@ -454,3 +454,31 @@ def test_parameters_that_the_optimizer_lost():
 def test_a_pair_with_different_ranks():
     with pytest.raises(ValueError, match=r"rank 4.*rank 3.*agree"):
         OverParamAdapter(nn.Linear(8, 4, bias=False), nn.Linear(3, 8, bias=False))
+
+
+def test_a_nonfinite_gradient_of_a_plain_matrix() -> None:
+    model = llama()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    over = LoraOver(model, optimizer, MPO(order=3), TaylorRuntime(top_n=1, split=1, every=3))
+    backward(model, 0)
+    name, matrix = list(over.matrices.items())[5]
+    assert not matrix.expanded
+    matrix.parameter.grad[0, 0] = float("nan")
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    with pytest.raises(FloatingPointError, match=re.escape(name)):
+        optimizer.step()
+    assert over.step == 0
+    assert not over.scheduler.scores()
+    assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
+
+
+def test_a_scheduler_whose_rounds_are_over_is_not_attached_again() -> None:
+    model = llama()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    scheduler = TaylorRuntime(top_n=1, split=1, every=1)
+    over = LoraOver(model, optimizer, MPO(order=3), scheduler)
+    backward(model, 0)
+    optimizer.step()
+    over.fold()
+    with pytest.raises(ValueError, match="1 of 1 rounds behind it; make a new one"):
+        LoraOver(model, optimizer, MPO(order=3), scheduler)

@@ -11,7 +11,7 @@ from torch import nn
 
 from tnadapt import MPO, SVD, LoraOver, OverParamAdapter, Static, TaylorRuntime
 
-from .models import Experts, everything, expert_loss, same, trainable, values
+from .models import Experts, backward, everything, expert_loss, llama, same, trainable, values
 
 
 def attached(optimizer=torch.optim.AdamW, scheduler=None, factorization=None, count=3, **options):
@@ -438,3 +438,27 @@ def test_block_of_ones_own():
         losses.append(float(loss))
     assert losses[-1] < 0.7 * losses[0]
     assert over.fold().steps == 30
+
+
+def test_a_gradient_that_was_zeroed_after_a_failed_step_does_not_come_back() -> None:
+    class Failing(torch.optim.SGD):
+        fail = True
+
+        def step(self, closure=None):
+            if self.fail:
+                raise RuntimeError("out of order")
+            return super().step(closure)
+
+    model = llama()
+    optimizer = Failing([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    over = LoraOver(model, optimizer, MPO(order=3))
+    backward(model, 0)
+    with pytest.raises(RuntimeError, match="out of order"):
+        optimizer.step()
+    optimizer.zero_grad()
+    optimizer.fail = False
+    before = {name: m.parameter.detach().clone() for name, m in over.matrices.items()}
+    optimizer.step()
+    assert all(m.parameter.grad is None for m in over.matrices.values())
+    for name, m in over.matrices.items():
+        assert torch.allclose(m.parameter, before[name], rtol=0, atol=1e-6), name

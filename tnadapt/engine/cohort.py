@@ -101,10 +101,15 @@ class Cohort:
         self.residual = torch.stack(residuals).to(device) if residuals else None
         self.pieces = self._make_pieces(ordered)
         self.grad: Tensor | None = None
+        #: whether the cores are lent, or were stepped and not folded since
+        self.stepped = False
         #: what the cores folded to last, [n, rows, cols]
         self.written: Tensor | None = None
         #: largest norm of a member's update in the coming step; None for no limit
         self.limit: float | None = None
+        #: what `grad` is written to: on the CPU, where the system would take the pages back after each step and zero them
+        #: again for the next, it is kept; only torch's own optimizers, which copy what they keep of a gradient, get it twice
+        self._grad_memory: Tensor | None = None
         self._before_step: Tensor | None = None
         self._context: Any = None
 
@@ -201,7 +206,9 @@ class Cohort:
         if self._context is None:
             self.fold()
         context, self._context = self._context, None
-        grad = torch.empty_like(self.buffer)
+        grad = torch.empty_like(self.buffer) if self._grad_memory is None else self._grad_memory
+        if self.elementwise and self.device.type == "cpu":
+            self._grad_memory = grad
         self.factorization.pull_back_keeping(self.stacked(self.buffer), grads, context, self.stacked(grad))
         self.grad = grad
 
@@ -212,6 +219,7 @@ class Cohort:
         lent = [piece for piece in self.pieces if all(active(self.members[m]) for m in piece.members)]
         for piece in lent:
             piece.parameter.grad = self.grad[piece.start : piece.start + piece.numel].view(piece.shape)
+        self.stepped = True
         return lent
 
     def shorten(self, before: Tensor) -> Tensor:

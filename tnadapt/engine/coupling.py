@@ -139,12 +139,14 @@ class Coupling:
         """Clean up after a step that died inside the optimizer: take loans back and refold from the cores as they are."""
         if self._frame is None or _on_stack(self._frame):
             return
-        self._frame = None
         # a step that died has not shown whether the optimizer steps cores: look again at the next one
         self._verified -= {id(piece.parameter) for piece, _ in self._verify}
         self._verify = []
-        if self._loans or self._hidden:
-            self._finish()
+        cores = [piece.parameter for _, _, pieces in self._loans for piece in pieces]
+        if cores and all(core.grad is None for core in cores):
+            # zero_grad() came in between: the hidden gradients are of the past
+            self._hidden = []
+        self._finish()
 
     # -- hooks --------------------------------------------------------------------------------------------------------
 
@@ -161,7 +163,6 @@ class Coupling:
     def _post_hook(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._frame is None or sys._getframe(1) is not self._frame:
             return
-        self._frame = None
         self._finish()
 
     # -- before -------------------------------------------------------------------------------------------------------
@@ -183,23 +184,26 @@ class Coupling:
                 (self.optimizer.param_groups[index], self._core_group(index, pieces), pieces)
                 for index, pieces in self.engine.lend(self._limit)
             ]
+            hidden = [
+                (parameter, grad if scale is None else grad / scale.to(grad.device))
+                for parameter in (m.parameter for m in self.engine.matrices.values() if m.expanded)
+                if (grad := parameter.grad) is not None
+            ]
+            watched, fresh = self._first_steps(loans)
+            self._remember_flags(flags)
         except BaseException:
             undo()
             raise
         finally:
             for matrix in self.engine.matrices.values():
                 matrix.grad_scale = None
-        self._loans = loans
+        self._loans, self._hidden, self._verify = loans, hidden, watched
+        self._verified |= fresh
         if loans:
             rate = loans[0][1].get("lr")
             self.core_rate = None if rate is None else float(rate)
-        self._remember_flags(flags)
-        self._watch_first_steps(loans)
-        for matrix in self.engine.matrices.values():
-            if matrix.expanded and matrix.parameter.grad is not None:
-                grad = matrix.parameter.grad
-                self._hidden.append((matrix.parameter, grad if scale is None else grad / scale.to(grad.device)))
-                matrix.parameter.grad = None
+        for parameter, _ in hidden:
+            parameter.grad = None
         for _, group, pieces in loans:
             for piece in pieces:
                 if piece.state:
@@ -273,11 +277,13 @@ class Coupling:
                 piece.state = self.optimizer.state.pop(piece.parameter, piece.state)
             changed += self._changed_entries(owner, group)
         self._loans = []
-        self.engine.refold()
         for parameter, grad in self._hidden:
             if parameter.grad is None:
                 parameter.grad = grad
         self._hidden = []
+        # where this fails, the cores have been stepped and `recover` tries again
+        self.engine.refold()
+        self._frame = None
         watched, self._verify = self._verify, []
         if changed:
             raise RuntimeError(
@@ -313,15 +319,15 @@ class Coupling:
                     "learning rate, clip gradients, or use a GradScaler for float16; go on from the last checkpoint"
                 )
 
-    def _watch_first_steps(self, loans: list[tuple[dict[str, Any], dict[str, Any], list[Piece]]]) -> None:
-        """Remember cores that must move in this step, the first that their buffer takes. torch's own optimizers need no
-        watching, and may take steps too small for a float32 core to show."""
-        self._verify = []
+    def _first_steps(
+        self, loans: list[tuple[dict[str, Any], dict[str, Any], list[Piece]]]
+    ) -> tuple[list[tuple[Piece, Tensor]], set[int]]:
+        """Cores that must move in this step, the first that their buffer takes, as they are; and which cores are in their
+        first step. torch's own optimizers need no watching, and may take steps too small for a float32 core to show."""
+        watched: list[tuple[Piece, Tensor]] = []
         if type(self.optimizer).__module__.startswith("torch.optim"):
-            return
+            return watched, set()
         fresh = {id(piece.parameter) for _, _, pieces in loans for piece in pieces} - self._verified
-        if not fresh:
-            return
         for _, group, pieces in loans:
             rate = group.get("lr")
             if rate is not None and float(rate) == 0.0:
@@ -329,9 +335,9 @@ class Coupling:
             for piece in pieces:
                 grad = piece.parameter.grad
                 if id(piece.parameter) in fresh and grad is not None and bool(grad.any()):
-                    self._verify.append((piece, piece.parameter.detach().clone()))
+                    watched.append((piece, piece.parameter.detach().clone()))
                     break
-        self._verified |= fresh
+        return watched, fresh
 
     def _check_moved(self, watched: list[tuple[Piece, Tensor]]) -> None:
         if watched and all(not piece.state and torch.equal(piece.parameter, before) for piece, before in watched):

@@ -189,15 +189,17 @@ class Engine:
 
     def snapshot(self) -> Any:
         """What `restore` needs to undo every change to which matrices are expanded."""
-        return dict(self.cohorts), {name for name, m in self.matrices.items() if m.expanded}, self._rounds
+        expanded = {name for name, m in self.matrices.items() if m.expanded}
+        return dict(self.cohorts), expanded, self._rounds, dict(self.update_norms)
 
     def restore(self, snapshot: Any) -> None:
         """Put back what `snapshot` gave."""
-        cohorts, expanded, rounds = snapshot
+        cohorts, expanded, rounds, norms = snapshot
         self.cohorts = dict(cohorts)
-        self._rounds = rounds
+        self._rounds, self.update_norms = rounds, dict(norms)
         for cohort in self.cohorts.values():
             cohort.clear_grad()
+            cohort.stepped = False
         for name, matrix in self.matrices.items():
             matrix.expanded = name in expanded
 
@@ -213,6 +215,7 @@ class Engine:
         Raises:
             FloatingPointError: gradients that are not finite, on the CPU.
         """
+        self._require_finite_plain()
         flags: list[Tensor] = []
         for key in list(self.cohorts):
             cohort = self.cohorts[key]
@@ -245,7 +248,28 @@ class Engine:
         if bool(torch.isfinite(torch.stack(torch.aminmax(grads))).all()):
             return
         finite = torch.isfinite(grads).flatten(1).all(1).tolist()
-        broken = [m.matrix.name for m, ok in zip(cohort.members, finite, strict=True) if not ok]
+        self._raise_nonfinite([m.matrix.name for m, ok in zip(cohort.members, finite, strict=True) if not ok])
+
+    def _require_finite_plain(self) -> None:
+        """The same for matrices that are not expanded; only on the CPU, where it makes nobody wait."""
+        grads = {
+            name: m.parameter.grad
+            for name, m in self.matrices.items()
+            if not m.expanded and m.parameter.grad is not None and m.parameter.device.type == "cpu"
+        }
+        if not grads:
+            return
+        held = [local(grad) for grad in grads.values()]
+        # a shard without elements has no largest one
+        largest = torch.stack(torch._foreach_norm([g if g.numel() else g.new_zeros(1) for g in held], float("inf")))
+        broken = ~torch.isfinite(largest)
+        if any(is_sharded(grad) for grad in grads.values()):
+            broken = agree_any(broken, self.process_group)
+        if bool(broken.any()):
+            self._raise_nonfinite([name for name, flag in zip(grads, broken.tolist(), strict=True) if flag])
+
+    @staticmethod
+    def _raise_nonfinite(broken: list[str]) -> None:
         raise FloatingPointError(
             f"the gradient of {', '.join(broken[:5])} holds NaN or infinity; nothing was changed. Lower the learning rate, "
             "clip gradients, skip this batch (zero_grad and go on), or use a GradScaler for float16"
@@ -268,7 +292,7 @@ class Engine:
     def refold(self) -> None:
         """Write `fold(cores)` into the matrices of the cohorts that were stepped, in place, and free core gradients."""
         for cohort in self.cohorts.values():
-            if cohort.grad is None:
+            if not cohort.stepped:
                 continue
             cohort.clear_grad()
             before = cohort.written
@@ -279,6 +303,7 @@ class Engine:
                 norms = torch.linalg.vector_norm(values - before, dim=(1, 2)).unbind(0)
                 self.update_norms.update(zip((m.matrix.name for m in cohort.members), norms, strict=True))
             write_whole([m.matrix.parameter for m in cohort.members], values)
+            cohort.stepped = False
 
     @torch.no_grad()
     def changed_outside(self, cohort: Cohort) -> Tensor:

@@ -26,7 +26,7 @@ __all__ = ["HANDOVERS", "same_scalars", "warm_state"]
 HANDOVERS = ("warm", "restart")
 
 #: state entries that are averages of gradients, and of their squares, in torch's elementwise optimizers
-_LINEAR = frozenset({"exp_avg", "momentum_buffer"})
+_LINEAR = frozenset({"exp_avg", "momentum_buffer", "grad_avg"})
 _QUADRATIC = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"})
 _SAMPLES = 32
 

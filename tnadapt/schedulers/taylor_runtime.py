@@ -69,6 +69,11 @@ class TaylorRuntime(Scheduler):
         self.rounds: list[dict[str, Any]] = []
 
     def attach(self, matrices: Mapping[str, LoraMatrix]) -> None:
+        if self.rounds_done:
+            raise ValueError(
+                f"TaylorRuntime: this scheduler has {self.rounds_done} of {self.split} rounds behind it; make a new one for "
+                "another run (to resume, load the saved state after attaching)"
+            )
         small = {g: len(m) for g, m in by_group(matrices).items() if len(m) < self.top_n}
         if small:
             shown = ", ".join(f"{group} ({size})" for group, size in list(small.items())[:3])
