@@ -93,14 +93,15 @@ METHODS = {
 
 # (rate of the LoRA matrices, rate of the cores; None: the cores take their matrix's) when no --lr is given.
 # laptop: chosen on the validation split by
-#   python recipes/ablate.py tune --methods lora lora-over-svd lora-over-mpo lora-over-mpo-r --eval-split validation
+#   python recipes/ablate.py tune --methods lora lora-over-svd lora-over-mpo lora-over-mpo-r \
+#       --lrs 1.25e-3 2.5e-3 5e-3 1e-2 2e-2 4e-2 --eval-split validation --workers 2
 # paper: the paper's table. It gives none for LoRA, a baseline that it takes from GoRA (arXiv:2502.12171): 5e-5 there.
 LEARNING_RATES: dict[str, dict[str, tuple[float, float | None]]] = {
     "laptop": {
-        "lora": (3e-3, None),
-        "lora-over-svd": (3e-3, None),
-        "lora-over-mpo": (1e-3, None),
-        "lora-over-mpo-r": (3e-3, 1e-3),
+        "lora": (2e-2, None),
+        "lora-over-svd": (2e-2, None),
+        "lora-over-mpo": (1e-2, None),
+        "lora-over-mpo-r": (1e-2, None),
     },
     "paper": {
         "lora": (5e-5, None),
