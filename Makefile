@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all lint ablation clean
 
 demo: $(VENV)/.recipes
 	$(BIN)/python recipes/llama31_gsm8k.py --method lora lora-over-mpo-r
@@ -14,6 +14,18 @@ test: lint
 
 test-all: lint
 	TNADAPT_HYPOTHESIS_PROFILE=all $(BIN)/python -m pytest -n 2 --dist loadfile
+
+# The report in docs/ablation: 36 short runs, two at once. What is finished is not run again.
+ABLATION_LRS ?= 5e-3 1e-2 2e-2
+EXPANSION_LRS ?= 5e-3 1e-2
+SELECTION_LR ?= 1e-2
+VARY := $(BIN)/python recipes/ablate.py vary --eval-split validation --workers 2 --report docs/ablation
+
+ablation: $(VENV)/.recipes
+	$(VARY) --methods lora-over-mpo --factor method lora --factor factorization svd mpo cp --lrs $(ABLATION_LRS)
+	$(VARY) --methods lora-over-mpo --order 2 --factor factorization tucker --lrs $(ABLATION_LRS)
+	$(VARY) --methods lora-over-mpo --factor expansion 1 2 3 4 5 6 7 --lrs $(EXPANSION_LRS)
+	$(VARY) --methods lora-over-mpo-r --factor top_n 1 2 3 4 --factor split 1 2 3 4 --lrs $(SELECTION_LR)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

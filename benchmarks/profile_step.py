@@ -142,7 +142,8 @@ def profile(name: str, case: Case, repeats: int, warmup: int, trace: Path | None
     base.requires_grad_(False)
     if case.device == "cuda" and case.batch > 1:
         base.gradient_checkpointing_enable()
-    batch = make_batch(case, base.config.vocab_size)
+    # T5's loss takes a view of the labels, which must be in one piece for that
+    batch = {key: value.contiguous() for key, value in make_batch(case, base.config.vocab_size).items()}
     plain, ours = (Variant(v, case, base, targets, task) for v in ("plain", "mpo"))
     assert ours.over is not None
     series: dict[str, list[float]] = defaultdict(list)

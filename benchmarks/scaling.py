@@ -26,7 +26,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from tnadapt import MPO, Factorization, LoraMatrix, LoraOver, OverParamAdapter, Scheduler, Static
-from tnadapt.report.provenance import environment, write_json
+from tnadapt.report.provenance import environment, read_json, write_json
 
 RESULTS = Path(__file__).parent / "results"
 RANK = 8
@@ -79,14 +79,11 @@ class InRounds(Scheduler):
         return list(matrices)[step - 1 :: self.rounds] if 1 <= step <= self.rounds else ()
 
 
-def pairs(layers: int, d_in: int, d_out: int, per_layer: int = 1) -> nn.Module:
+def pairs(count: int, width: int) -> nn.Module:
     """LoRA pairs without the layers around them."""
     torch.manual_seed(0)
-    made = []
-    for _ in range(layers * per_layer):
-        lora_A, lora_B = nn.Linear(d_in, RANK, bias=False), nn.Linear(RANK, d_out, bias=False)
-        made.append(OverParamAdapter(lora_A, lora_B))
-    return nn.ModuleList(made)
+    halves = [(nn.Linear(width, RANK, bias=False), nn.Linear(RANK, width, bias=False)) for _ in range(count)]
+    return nn.ModuleList(OverParamAdapter(*half) for half in halves)
 
 
 class Stepper:
@@ -114,21 +111,21 @@ class CouplingPoint:
     def __init__(self, factor: str, value: int, device: str) -> None:
         factorization: Factorization = MPO(order=9)
         scheduler: Scheduler = Static()
-        model: Callable[[], nn.Module] = lambda: pairs(32, 768, 768)
+        layers, width = 32, 768
         if factor == "matrices":
-            model, scheduler = (lambda: pairs(256, 768, 768)), Static([f"{k}.B" for k in range(value)])
+            layers, scheduler = 256, Static([f"{k}.B" for k in range(value)])
         elif factor == "rounds":
             scheduler = InRounds(value)
         elif factor == "order":
             factorization, scheduler = MPO(order=value), Static(r"\.B$")
         elif factor == "bond":
-            model, scheduler = (lambda: pairs(8, 4096, 4096)), Static(r"\.B$")
+            layers, width, scheduler = 8, 4096, Static(r"\.B$")
             factorization = MPO(order=9, max_bond=value)
         elif factor == "layers":
-            model = lambda: pairs(value, 768, 768, per_layer=4)  # noqa: E731
+            layers = 4 * value
         else:
             raise ValueError(f"{factor!r} is no factor of the coupling")
-        self.plain, self.ours = Stepper(model(), device), Stepper(model(), device)
+        self.plain, self.ours = (Stepper(pairs(layers, width), device) for _ in range(2))
         over = LoraOver(self.ours.model, self.ours.optimizer, factorization, scheduler)
         # expansion is no part of the cost of a step
         for _ in range(value + 2 if factor == "rounds" else 2):
@@ -227,8 +224,6 @@ def ddp_worker(rank: int, world: int, folder: str, repeats: int, small: bool) ->
 
 def ddp_costs(worlds: Sequence[int], repeats: int, small: bool) -> dict[int, list[float]]:
     """Ratios by number of processes. Rounds of processes alternate, so that a busy spell hits all."""
-    from tnadapt.report.provenance import read_json
-
     costs: dict[int, list[float]] = {world: [] for world in worlds}
     spells = 1 if small else 3
     with tqdm(total=spells * len(worlds), desc="ranks", unit="run") as bar:

@@ -4,6 +4,12 @@ What does the order of the MPO do, what the number of expanded matrices (everyth
 
     python recipes/ablate.py vary --methods lora-over-mpo-r --factor order 2 4 10 16 --factor top_n 1 2 3 4
 
+What changes with the decomposition and what only with the learning rate: every value at each of the rates, into one
+report that later commands add their factors to::
+
+    python recipes/ablate.py vary --methods lora-over-mpo --factor factorization svd mpo tucker cp --lrs 5e-3 1e-2 \
+        --report docs/ablation
+
 Which learning rate, for every method on the same grid and on the validation split::
 
     python recipes/ablate.py tune --methods lora lora-over-mpo --lrs 1e-3 3e-3 1e-2 --eval-split validation
@@ -24,7 +30,7 @@ import dataclasses
 import importlib.util
 import multiprocessing
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import lru_cache
 from pathlib import Path
@@ -37,8 +43,8 @@ from tqdm import tqdm
 
 from tnadapt.report.options import add_options, given_options
 from tnadapt.report.pictures import score_against
-from tnadapt.report.provenance import config_hash, environment, write_json, write_text
-from tnadapt.report.tables import Table, percent_over_seeds, rate
+from tnadapt.report.provenance import config_hash, environment, read_json, write_json, write_text
+from tnadapt.report.tables import Table, percent, percent_over_seeds, rate
 
 HERE = Path(__file__).resolve().parent
 
@@ -170,38 +176,172 @@ def table_of(title: str, outcomes: Sequence[Outcome], best: Sequence[Outcome] = 
     return Table(title, columns, rows, "Accuracy: mean ± sample standard deviation over the runs. * is the best.")
 
 
+def record_of(outcome: Outcome) -> dict[str, Any]:
+    """A row of a table as data."""
+    metrics = [result["metrics"] for result in outcome.results]
+    return {
+        "method": outcome.method,
+        "factor": outcome.cell.factor,
+        "value": outcome.cell.value,
+        "lr": outcome.cell.configs[0].resolved().lr,
+        "decomposition": outcome.results[0]["plan"].partition(": ")[0] if metrics else "",
+        "accuracy": outcome.accuracies,
+        "loss": [each["loss"] for each in metrics],
+        "trained_parameters": [each["trained_parameters"] for each in metrics],
+        "training_seconds": [each["training_seconds"] for each in metrics],
+        "problems": [each["problems"] for each in metrics],
+        "runs": [result["name"] for result in outcome.results],
+        "errors": outcome.errors,
+    }
+
+
 def write_table(table: Table, outcomes: Sequence[Outcome], folder: Path) -> None:
     """The table as JSON, CSV and Markdown, and a picture per factor."""
     table.show()
-    records = [
-        {
-            "method": outcome.method,
-            "factor": outcome.cell.factor,
-            "value": outcome.cell.value,
-            "accuracy": outcome.accuracies,
-            "loss": [result["metrics"]["loss"] for result in outcome.results],
-            "runs": [result["name"] for result in outcome.results],
-            "errors": outcome.errors,
-        }
-        for outcome in outcomes
-    ]
-    write_json(folder / "table.json", {"environment": environment(HERE), "rows": records})
+    rows = [record_of(outcome) for outcome in outcomes]
+    write_json(folder / "table.json", {"environment": environment(HERE), "rows": rows})
     write_text(folder / "table.csv", table.csv())
     write_text(folder / "table.md", f"# {table.title}\n\n{table.markdown()}")
     for factor in dict.fromkeys(outcome.cell.factor for outcome in outcomes):
         lines: dict[str, list[tuple[Any, float]]] = {}
+        settings = [(outcome.method, outcome.cell.value) for outcome in outcomes if outcome.cell.factor == factor]
+        several = len(set(settings)) < len(settings)  # rates at each value
         for outcome in outcomes:
             if outcome.cell.factor == factor and outcome.results:
-                lines.setdefault(outcome.method, []).append((outcome.cell.value, mean(outcome.accuracies)))
+                name = f"{outcome.method}, lr {outcome.results[0]['config']['lr']:g}" if several else outcome.method
+                lines.setdefault(name, []).append((outcome.cell.value, mean(outcome.accuracies)))
         score_against(folder / f"{factor}.png", factor, lines, logarithmic=factor in ("lr", "core_lr"))
     print(f"tables and pictures: {folder}")
+
+
+# -- the report over several commands ---------------------------------------------------------------------------------
+
+
+def add_to_report(outcomes: Sequence[Outcome], folder: Path) -> None:
+    """Add settings to the report in ``folder``, in place of what it has of the same ones, and write it anew."""
+    path = folder / "rows.json"
+    known = [*(read_json(path)["rows"] if path.exists() else []), *map(record_of, outcomes)]
+    rows = list({(row["factor"], row["value"], row["method"], row["lr"]): row for row in known}.values())
+    where = environment(HERE)
+    write_json(path, {"environment": where, "rows": rows})
+    columns = ("factor", "value", "method", "lr", "accuracy", "loss", "trained", "train s", "runs")
+    cells = [
+        [
+            *(row["factor"], str(row["value"]), row["method"], rate(row["lr"])),
+            *([f"{mean(row[k]):.4f}" for k in ("accuracy", "loss")] if row["accuracy"] else ["failed", "–"]),
+            *([f"{mean(row[k]):.0f}" for k in ("trained_parameters", "training_seconds")] if row["accuracy"] else "––"),
+            str(len(row["accuracy"])),
+        ]
+        for row in rows
+    ]
+    write_text(folder / "table.csv", Table("All runs", columns, cells).csv())
+    seeds_each = " or ".join(map(str, sorted({len(row["accuracy"]) for row in rows} - {0})))
+    parts = [
+        "# What changes with a factor, and what only with the learning rate\n",
+        "Made by `python recipes/ablate.py vary … --report`, "
+        f"{where['hardware']['processor']}, {(where['git'] or {}).get('commit') or 'no commit'}. One factor at a time; "
+        f"number of seeds: {seeds_each} (what the seed does comes on top of what is said of chance); "
+        "accuracies in %. Every number is in [table.csv](table.csv), with the names of the runs in [rows.json](rows.json).\n",
+    ]
+    reference = [row for row in rows if row["factor"] == "method" and row["accuracy"]]
+    for factor in dict.fromkeys(row["factor"] for row in rows):
+        mine = [row for row in rows if row["factor"] == factor]
+        parts += section(factor, [row for row in mine if row["accuracy"]], reference, folder)
+        parts += [
+            f"- FAILED: {row['value']} at lr {rate(row['lr'])}: {row['errors'][0]}" for row in mine if row["errors"]
+        ]
+    write_text(folder / "report.md", "\n".join(parts))
+    print(f"report: {folder / 'report.md'}")
+
+
+def section(factor: str, rows: list[dict[str, Any]], reference: list[dict[str, Any]], folder: Path) -> list[str]:
+    """What the report says of one factor; draws its pictures."""
+    parts = [f"\n## {factor}\n"]
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    for method in methods if factor != "method" else ["all"]:
+        mine = [row for row in rows if method in (row["method"], "all")]
+        lrs = sorted({row["lr"] for row in mine})
+        scores: dict[Any, dict[float, float]] = {}
+        for row in mine:
+            scores.setdefault(row["value"], {})[row["lr"]] = mean(row["accuracy"])
+        trained = {row["value"]: mean(row["trained_parameters"]) for row in mine}
+        form = {row["value"]: row["decomposition"] or "–" for row in mine}
+        body = [
+            [
+                str(value),
+                form[value],
+                f"{trained[value]:,.0f}",
+                *(percent(by_lr.get(lr)) for lr in lrs),
+                percent(max(by_lr.values())),
+            ]
+            for value, by_lr in scores.items()
+        ]
+        title = f"{factor} of {method}" if factor != "method" else "method"
+        table = Table(title, (factor, "decomposition", "trained", *(f"lr {lr:g}" for lr in lrs), "best"), body)
+        if factor != "method":
+            parts.append(f"Method {method}:\n")
+        parts += [table.markdown(), *verdict(factor, scores, min(each for row in mine for each in row["problems"]))]
+        stem = f"{factor}-{method}" if len(methods) > 1 and factor != "method" else factor
+        if len(lrs) > 1:
+            lines = {f"{factor} {value}": sorted(by_lr.items()) for value, by_lr in scores.items()}
+            for row in reference if factor != "method" else []:
+                lines.setdefault(str(row["value"]), []).append((row["lr"], mean(row["accuracy"])))
+            score_against(folder / f"{stem}-by-lr.png", "lr", lines, logarithmic=True)
+            parts.append(f"![accuracy against the rate]({stem}-by-lr.png)\n")
+        if len(scores) > 1 and factor not in ("lr", "core_lr"):
+            by_value = {f"lr {lr:g}": [(v, by[lr]) for v, by in scores.items() if lr in by] for lr in lrs}
+            score_against(folder / f"{stem}.png", factor, by_value)
+            parts.append(f"![accuracy against the factor]({stem}.png)\n")
+    return parts
+
+
+def verdict(factor: str, scores: dict[Any, dict[float, float]], problems: int) -> list[str]:
+    """How far the values lie apart at one rate, how far at the best rate of each, and how far rates lie apart."""
+    if len(scores) < 2:
+        return []
+    noise = 2 * (2 * 0.25 / problems) ** 0.5
+    common = set.intersection(*(set(by_lr) for by_lr in scores.values()))
+    at_one = {lr: spread([by_lr[lr] for by_lr in scores.values()]) for lr in common}
+    lines = []
+    if at_one:
+        lr = max(at_one, key=lambda each: at_one[each])
+        lines.append(f"- At one rate for all values, they lie up to {100 * at_one[lr]:.1f} points apart (at {lr:g}).")
+    if any(len(by_lr) > 1 for by_lr in scores.values()):
+        best = {value: max(by_lr.values()) for value, by_lr in scores.items()}
+        apart, rates = spread(best.values()), max(spread(by_lr.values()) for by_lr in scores.values())
+        top = max(best, key=lambda value: best[value])
+        lines.append(f"- Each at its own best rate: {100 * apart:.1f} points apart, {top} being the best.")
+        lines.append(f"- The rate alone moves one and the same value by up to {100 * rates:.1f} points.")
+        what = (
+            f"{factor} matters beyond the rate"
+            if apart > noise
+            else f"what {factor} seems to change, the rate explains"
+        )
+        lines.append(
+            f"- Two accuracies on {problems} problems differ by chance by up to {100 * noise:.1f} points (two standard "
+            f"errors at 50 %): here {what}."
+        )
+        grid = sorted({lr for by_lr in scores.values() for lr in by_lr})
+        edge = [v for v, by in scores.items() if len(by) > 1 and max(by, key=lambda lr: by[lr]) in (grid[0], grid[-1])]
+        if edge:
+            named = ", ".join(map(str, edge))
+            lines.append(f"- Best at an end of the grid, so that another rate may be better still: {named}.")
+    else:
+        lines.append(f"- Differences below {100 * noise:.1f} points are within chance on {problems} problems.")
+    return [*lines, ""]
+
+
+def spread(values: Iterable[float]) -> float:
+    """Largest less smallest."""
+    known = list(values)
+    return max(known) - min(known)
 
 
 # -- the three commands -----------------------------------------------------------------------------------------------
 
 
 def vary(options: argparse.Namespace) -> list[Outcome]:
-    """One factor at a time, everything else as the preset and the command line have it."""
+    """One factor at a time, everything else as the preset and the command line have it; each value at all ``--lrs``."""
     fields = {
         field.name: str(field.type).split(" ")[0] for field in dataclasses.fields(load_recipe(options.recipe).Config)
     }
@@ -212,13 +352,17 @@ def vary(options: argparse.Namespace) -> list[Outcome]:
         for text in texts:
             value = parse(name, text, fields[name])
             for config in base_configs(options, texts[:1] if name == "method" else options.methods):
-                changed = dataclasses.replace(config, **{name: value})
-                cells.append(Cell(name, value, (changed,) if name == "seed" else over_seeds(changed, options.seeds)))
+                for lr in options.lrs or [config.lr]:
+                    changed = dataclasses.replace(config, **{"lr": lr, name: value})
+                    runs = (changed,) if name == "seed" else over_seeds(changed, options.seeds)
+                    cells.append(Cell(name, value, runs))
     outcomes = run_cells(cells, options)
     by_factor = [[o for o in outcomes if o.cell.factor == name] for name, *_ in options.factor]
     best = [max(group, key=lambda outcome: outcome.rank) for group in by_factor]
     folder = options.runs / "ablations" / f"vary-{identity(cells)}"
     write_table(table_of("One factor at a time", outcomes, best), outcomes, folder)
+    if options.report is not None:
+        add_to_report(outcomes, options.report)
     return outcomes
 
 
@@ -358,6 +502,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sub.add_argument("--preset", choices=recipe.PRESETS, default="laptop")
         if name == "vary":
             sub.add_argument("--factor", nargs="+", action="append", required=True, metavar=("NAME", "VALUE"))
+            sub.add_argument("--lrs", type=float, nargs="+", help="run every value at each of these rates")
+            sub.add_argument("--report", type=Path, help="a folder with a report that these factors are added to")
         if name == "tune":
             sub.add_argument("--lrs", type=float, nargs="+", required=True)
             sub.add_argument(

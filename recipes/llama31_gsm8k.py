@@ -52,6 +52,8 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import set_seed
 
 from tnadapt import MPO, SVD, LoraOver, Static, TaylorRuntime, plan
+from tnadapt.backends import BACKENDS
+from tnadapt.factorizations import CP, Factorization, Tucker
 from tnadapt.report.folders import RunFolder, newest_checkpoint
 from tnadapt.report.options import add_options, check_fields, given_options
 from tnadapt.report.provenance import config_hash, environment, read_json, write_text
@@ -78,13 +80,34 @@ class Method:
     two_rates: bool = False  # some matrices have cores and some do not, so that lr and core_lr both count
 
 
+FACTORIZATIONS = ("svd", "mpo", "tucker", "cp")
+
+
+def make_factorization(config: Config, own: str) -> Factorization:
+    """The factorization that ``config`` asks for, or else the method's ``own``."""
+    kind = config.factorization or own
+    if kind == "svd" and config.expansion is not None:
+        raise ValueError(f"--expansion is {config.expansion}: an SVD has one structure only; take --factorization mpo")
+    if kind == "svd":
+        return SVD(gauge=config.gauge, backend=config.backend)
+    settings: dict[str, Any] = {"backend": config.backend}
+    if config.expansion is None:
+        settings["order"] = config.order
+    else:
+        settings["expansion"] = config.expansion
+    # the default gauge stands for that of each factorization, which CP calls otherwise
+    if not (kind == "cp" and config.gauge == "svd"):
+        settings["gauge"] = config.gauge
+    return {"mpo": MPO, "tucker": Tucker, "cp": CP}[kind](**settings)
+
+
 METHODS = {
     "lora": Method("LoRA", paper="67.78"),
-    "lora-over-svd": Method("LoRA-Over-SVD", lambda c: SVD(gauge=c.gauge), lambda c: Static(), "68.92"),
-    "lora-over-mpo": Method("LoRA-Over-MPO", lambda c: MPO(order=c.order, gauge=c.gauge), lambda c: Static(), "72.14"),
+    "lora-over-svd": Method("LoRA-Over-SVD", lambda c: make_factorization(c, "svd"), lambda c: Static(), "68.92"),
+    "lora-over-mpo": Method("LoRA-Over-MPO", lambda c: make_factorization(c, "mpo"), lambda c: Static(), "72.14"),
     "lora-over-mpo-r": Method(
         "LoRA-Over-MPO_R",
-        lambda c: MPO(order=c.order, gauge=c.gauge),
+        lambda c: make_factorization(c, "mpo"),
         lambda c: TaylorRuntime(top_n=c.top_n, split=c.split, every=c.every),
         "73.95",
         two_rates=True,
@@ -151,6 +174,9 @@ class Config:
     temperature: float = 0.0  # 0: greedy
     top_p: float = 1.0
     save_every: int = 25
+    factorization: str | None = None  # svd, mpo, tucker or cp, in place of the method's own
+    expansion: float | None = None  # parameters of a matrix's cores over its own, in place of order
+    backend: str = "torch"
 
     def resolved(self) -> Config:
         """The configuration with its learning rates filled in.
@@ -158,7 +184,13 @@ class Config:
         Raises:
             ValueError: for a value that cannot work, before anything is loaded.
         """
-        choices = {"preset": PRESETS, "method": METHODS, "eval_split": ("validation", "test"), "dtype": DTYPES}
+        choices: dict[str, Any] = {
+            "preset": PRESETS,
+            "method": METHODS,
+            "eval_split": ("validation", "test"),
+            "dtype": DTYPES,
+        }
+        choices |= {"backend": BACKENDS} | ({"factorization": FACTORIZATIONS} if self.factorization is not None else {})
         least = {"order": 2, "max_steps": 0, "seed": 0}
         check_fields(self, choices, least, may_be_zero=("weight_decay", "clip", "temperature"))
         if self.batch % self.micro_batch:
@@ -171,11 +203,26 @@ class Config:
             hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", place)
             if not (hub_id or place == EMBEDDED or Path(place).expanduser().is_dir()):
                 raise ValueError(f"--{option} is {place!r}: there is no such folder, and a hub id reads owner/name")
+        make = METHODS[self.method].factorization
+        if make is not None:
+            try:
+                make(self)
+            except ImportError as error:  # the library of a backend
+                raise ValueError(str(error)) from error
         lr, core_lr = LEARNING_RATES[self.preset][self.method]
         if self.lr is not None:
             lr, core_lr = self.lr, None
         return dataclasses.replace(self, lr=lr, core_lr=self.core_lr or core_lr)
 
+    def settings(self) -> dict[str, Any]:
+        """What tells one run from another: all fields, but those of ``_LATER`` only where they are not the default, so
+        that runs from before they came stay valid."""
+        default = Config()
+        fields = dataclasses.asdict(self)
+        return {k: v for k, v in fields.items() if k not in _LATER or v != getattr(default, k)}
+
+
+_LATER = ("factorization", "expansion", "backend")
 
 PRESETS = {
     "laptop": Config(),
@@ -379,7 +426,7 @@ def run(config: Config, root: Path = Path("runs"), name: str = "", resume: bool 
         What ``result.json`` holds, and under ``folder`` where that is.
     """
     config = config.resolved()
-    settings = dataclasses.asdict(config)
+    settings = config.settings()
     name = name or f"llama31_gsm8k-{config.preset}-{config.method}-seed{config.seed}-{config_hash(settings)}"
     folder = RunFolder(root, name)
     done = folder.finished(settings)

@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tnadapt import CP, MPO, SVD, LoraOver, Static, TaylorRuntime, Tucker
-from tnadapt.factorizations import Factorization
+from tnadapt import MPO, SVD, LoraOver, Static, TaylorRuntime
+from tnadapt.factorizations import CP, Factorization, Tucker
 
 from .models import backward, largest_difference, llama, loss_of, tokens, trainable, values
 

@@ -177,8 +177,9 @@ class Coupling:
         scale = getattr(self.optimizer, "grad_scale", None)
         for matrix in self.engine.matrices.values():
             matrix.grad_scale = scale
-        undo = self._before_step()
+        undo: Callable[[], None] | None = None
         try:
+            undo = self._before_step()
             flags = self.engine.pull_back()
             loans = [
                 (self.optimizer.param_groups[index], self._core_group(index, pieces), pieces)
@@ -191,8 +192,10 @@ class Coupling:
             ]
             watched, fresh = self._first_steps(loans)
             self._remember_flags(flags)
-        except BaseException:
-            undo()
+        except BaseException as error:
+            _advise(error)
+            if undo is not None:
+                undo()
             raise
         finally:
             for matrix in self.engine.matrices.values():
@@ -281,8 +284,15 @@ class Coupling:
             if parameter.grad is None:
                 parameter.grad = grad
         self._hidden = []
-        # where this fails, the cores have been stepped and `recover` tries again
-        self.engine.refold()
+        try:
+            self.engine.refold()
+        except BaseException as error:
+            # the frame is kept, so that `recover` tries again
+            error.add_note(
+                "tnadapt: the optimizer has stepped the cores, but not all matrices were refolded from them. That is tried "
+                "again by the next step, state_dict() or fold(): make room (torch.cuda.empty_cache()), and do not repeat the batch"
+            )
+            raise
         self._frame = None
         watched, self._verify = self._verify, []
         if changed:
@@ -357,6 +367,20 @@ class Coupling:
             if value != owner[key]:
                 changed.append(key)
         return changed
+
+
+def _advise(error: BaseException) -> None:
+    """Say what can be done about an error that is not ours and stopped a step before anything was changed."""
+    if isinstance(error, torch.OutOfMemoryError):
+        error.add_note(
+            "tnadapt: out of memory before the optimizer stepped; model, optimizer and cores are what they were before the "
+            "step. Expand fewer matrices (top_n, added_parameters), lower the order or max_bond, or use smaller batches"
+        )
+    elif dist.is_available() and isinstance(error, dist.DistError):
+        error.add_note(
+            "tnadapt: the ranks could not agree before the optimizer stepped; on this rank nothing was changed. Restart all "
+            "ranks from the last whole checkpoint"
+        )
 
 
 def _zero_entry(parameter: Tensor, entry: dict[str, Any], target: Tensor) -> dict[str, Any]:

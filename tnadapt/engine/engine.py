@@ -260,9 +260,9 @@ class Engine:
         if not grads:
             return
         held = [local(grad) for grad in grads.values()]
-        # a shard without elements has no largest one
-        largest = torch.stack(torch._foreach_norm([g if g.numel() else g.new_zeros(1) for g in held], float("inf")))
-        broken = ~torch.isfinite(largest)
+        # the extremes of a tensor with a NaN are NaN; a shard without elements has none
+        extremes = [torch.stack(torch.aminmax(g if g.numel() else g.new_zeros(1))) for g in held]
+        broken = ~torch.isfinite(torch.stack(extremes)).all(1)
         if any(is_sharded(grad) for grad in grads.values()):
             broken = agree_any(broken, self.process_group)
         if bool(broken.any()):
@@ -378,6 +378,11 @@ class Engine:
         """Check the saved optimizer state of the cores of one matrix."""
         if len(states) != len(cores):
             raise ValueError(f"the optimizer state of {name} is damaged: {len(states)} states of {len(cores)} cores")
+        if self.elementwise and (any(set(s) != set(states[0]) for s in states) or not same_scalars(states)):
+            raise ValueError(
+                f"the optimizer state of {name} is damaged: that of its cores, which are stepped together, differs in step "
+                "counts or entries; resume from an earlier checkpoint"
+            )
         for core, state in zip(cores, states, strict=True):
             for key, value in state.items():
                 if not isinstance(value, Tensor) or value.dim() == 0:

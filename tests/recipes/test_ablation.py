@@ -1,0 +1,209 @@
+"""The recipe with another factorization, expansion or backend, and the driver that varies them and reports."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+pytest.importorskip("matplotlib")
+pytest.importorskip("rich")
+
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from recipes import ablate
+from recipes import llama31_gsm8k as recipe
+from tnadapt import MPO, SVD
+from tnadapt.factorizations import CP, Tucker
+from tnadapt.report.provenance import config_hash
+
+pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning"), pytest.mark.filterwarnings("ignore::FutureWarning")]
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A random Llama of one layer, in a folder."""
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = AutoTokenizer.from_pretrained(recipe.HERE / "embedded" / "model")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=24,
+        max_position_embeddings=512,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+TINY = {"train_size": 4, "eval_size": 2, "max_steps": 2, "batch": 2, "micro_batch": 2, "max_new_tokens": 2, "order": 4}
+
+
+def config(**changes: Any) -> recipe.Config:
+    return dataclasses.replace(recipe.Config(method="lora-over-mpo"), **changes)
+
+
+def arguments(model: str, root: Path) -> list[str]:
+    given = [part for name, value in TINY.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    return ["--runs", str(root), "--model", model, *given]
+
+
+def made(each: recipe.Config) -> Any:
+    make = recipe.METHODS[each.method].factorization
+    assert make is not None
+    return make(each)
+
+
+# -- what the fields mean ---------------------------------------------------------------------------------------------
+
+
+def test_the_methods_keep_their_own_factorization_by_default() -> None:
+    assert made(config()) == MPO(order=10)
+    assert made(config(method="lora-over-mpo-r", order=4, gauge="spread")) == MPO(order=4, gauge="spread")
+    assert made(config(method="lora-over-svd")) == SVD()
+
+
+def test_a_factorization_an_expansion_and_a_backend_in_their_place() -> None:
+    assert made(config(factorization="svd", gauge="right")) == SVD(gauge="right")
+    assert made(config(factorization="tucker", order=2, gauge="spread")) == Tucker(gauge="spread")
+    assert made(config(factorization="cp")) == CP(order=10)
+    assert made(config(factorization="cp", gauge="spread")) == CP(order=10, gauge="spread")
+    assert made(config(expansion=3.0)) == MPO(expansion=3.0)
+    assert made(config(method="lora-over-svd", factorization="tucker", expansion=2.0)) == Tucker(expansion=2.0)
+    assert made(config(backend="opt_einsum")) == MPO(order=10, backend="opt_einsum")
+
+
+def test_runs_from_before_these_fields_stay_valid() -> None:
+    """The settings of a run with the defaults have neither changed nor grown."""
+    settings = recipe.Config().resolved().settings()
+    assert {"factorization", "expansion", "backend"}.isdisjoint(settings)
+    fixed = {**settings, "lr": 0.003, "core_lr": None}
+    assert config_hash(fixed) == "bb883219"
+    assert config(expansion=2.0).settings()["expansion"] == 2.0
+    hashes = {
+        config_hash(each.resolved().settings())
+        for each in (config(), config(factorization="cp"), config(expansion=2.0), config(backend="tensorly"))
+    }
+    assert len(hashes) == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--factorization", "qr"], "--factorization is 'qr': choose one of svd, mpo, tucker, cp"),
+        (["--backend", "numpy"], "--backend is 'numpy': choose one of torch, opt_einsum, tensorly, tensornetwork"),
+        (["--expansion", "0.5"], "expansion=0.5: an exact factorization has at least"),
+        (["--factorization", "cp", "--gauge", "right"], "gauge='right' is unknown to CP"),
+        (["--factorization", "svd", "--expansion", "2"], "--expansion is 2.0: an SVD has one structure only"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_before_any_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit):
+        recipe.main(["--method", "lora-over-mpo", "--runs", str(tmp_path / "runs"), *options])
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+# -- runs -------------------------------------------------------------------------------------------------------------
+
+
+def test_backends_train_the_same_adapter(tmp_path: Path, tiny_model: str) -> None:
+    curves = {}
+    for backend in ("torch", "opt_einsum", "tensorly", "tensornetwork"):
+        if backend != "torch":
+            pytest.importorskip(backend)
+        each = config(model=tiny_model, backend=backend, **TINY)
+        result = recipe.run(each, tmp_path, quiet=True)
+        curves[backend] = [loss for _, loss in result["curve"]]
+    for backend, curve in curves.items():
+        assert curve == pytest.approx(curves["torch"], rel=1e-4), backend
+
+
+def test_the_driver_varies_factorization_and_expansion(tmp_path: Path, tiny_model: str) -> None:
+    common = [*arguments(tiny_model, tmp_path), "--methods", "lora-over-mpo", "--report", str(tmp_path / "report")]
+    ablate.main(["vary", *common, "--factor", "factorization", "tucker", "cp", "--factor", "expansion", "3"])
+    rows = json.loads((tmp_path / "report" / "rows.json").read_text())["rows"]
+    assert [(row["factor"], row["value"], row["errors"]) for row in rows] == [
+        ("factorization", "tucker", []),
+        ("factorization", "cp", []),
+        ("expansion", 3.0, []),
+    ]
+    assert len({row["trained_parameters"][0] for row in rows}) == 3
+
+
+def fake_run(_: Path, settings: dict[str, Any], *__: Any, **___: Any) -> dict[str, Any]:
+    """A result without a run, other for other rates and factorizations; one setting fails."""
+    given = recipe.Config(**settings).resolved()
+    if given.factorization == "cp":
+        return {"config": settings, "error": "RuntimeError: no luck"}
+    accuracy = {None: 0.2, "mpo": 0.3, "tucker": 0.4}[given.factorization] + 10 * (given.lr or 0)
+    metrics = {"accuracy": accuracy, "loss": 1 - accuracy, "trained_parameters": 100 * (given.expansion or 1)}
+    metrics |= {"training_seconds": 1.0, "problems": 500}
+    return {
+        "name": f"run-{settings}",
+        "plan": "MPO(order=10): 1 matrix",
+        "config": dataclasses.asdict(given),
+        "metrics": metrics,
+    }
+
+
+def test_every_value_at_every_rate_goes_into_one_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ablate, "run_one", fake_run)
+    report = tmp_path / "report"
+    vary = ["vary", "--runs", str(tmp_path), "--report", str(report), "--methods", "lora-over-mpo"]
+    factors = ["--factor", "method", "lora", "--factor", "factorization", "mpo", "tucker", "cp"]
+    ablate.main([*vary, *factors, "--lrs", "1e-3", "1e-2"])
+    ablate.main([*vary, "--factor", "expansion", "1", "2"])
+    ablate.main([*vary, "--factor", "expansion", "1", "3"])  # 1 in place of the row before
+    rows = json.loads((report / "rows.json").read_text())["rows"]
+    own = recipe.LEARNING_RATES["laptop"]["lora-over-mpo"][0]
+    assert [(row["factor"], row["value"], row["lr"]) for row in rows] == [
+        *[("method", "lora", lr) for lr in (1e-3, 1e-2)],
+        *[("factorization", value, lr) for value in ("mpo", "tucker", "cp") for lr in (1e-3, 1e-2)],
+        *[("expansion", value, own) for value in (1.0, 2.0, 3.0)],
+    ]
+    assert [row["value"] for row in rows if row["errors"]] == ["cp", "cp"]
+    assert len([*csv.reader((report / "table.csv").open())]) == 1 + len(rows)
+    text = (report / "report.md").read_text()
+    for part in (
+        "## method",
+        "## factorization",
+        "## expansion",
+        "own best rate: 10.0 points apart, tucker",
+        "FAILED: cp",
+        "| MPO(order=10) |",
+    ):
+        assert part in text
+    pictures = {path.name for path in report.glob("*.png")}
+    assert pictures == {"method-by-lr.png", "factorization.png", "factorization-by-lr.png", "expansion.png"}
+    assert all(f"]({name})" in text for name in pictures)
+
+
+def test_what_the_report_says_of_a_factor() -> None:
+    by_the_rate = {"svd": {0.01: 0.3, 0.02: 0.6}, "mpo": {0.01: 0.6, 0.02: 0.3}}
+    text = "\n".join(ablate.verdict("factorization", by_the_rate, 500))
+    assert "they lie up to 30.0 points apart" in text
+    assert "own best rate: 0.0 points apart" in text
+    assert "what factorization seems to change, the rate explains" in text
+    assert "Best at an end of the grid, so that another rate may be better still: svd, mpo" in text
+    itself = {"svd": {0.01: 0.3, 0.02: 0.4, 0.04: 0.3}, "mpo": {0.01: 0.5, 0.02: 0.6, 0.04: 0.5}}
+    text = "\n".join(ablate.verdict("factorization", itself, 500))
+    assert "20.0 points apart, mpo being the best" in text
+    assert "factorization matters beyond the rate" in text
+    assert "end of the grid" not in text
+    assert ablate.verdict("factorization", {"svd": {0.01: 0.3}}, 500) == []

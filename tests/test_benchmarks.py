@@ -1,0 +1,118 @@
+"""The benchmarks of performance run, at the smallest size, and write what the docs are made of."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from tnadapt.report.provenance import read_json
+
+pytest.importorskip("rich")
+pytest.importorskip("tqdm")
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def load(monkeypatch):
+    """Import a benchmark as its script would be."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module
+
+
+def run(script: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", "--quick", *arguments])
+    threads = torch.get_num_threads()
+    try:
+        script.main()
+    finally:
+        torch.set_num_threads(threads)
+
+
+def result(file: Path) -> dict[str, Any]:
+    found: dict[str, Any] = read_json(file)
+    assert found["provenance"]["packages"]["torch"]
+    return found
+
+
+def test_scaling(load, monkeypatch, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("peft")
+    scaling = load("scaling")
+    run(scaling, monkeypatch, "--threads", "1", "--output", str(tmp_path))
+    factors = result(tmp_path / "scaling.json")["factors"]
+    assert [f["factor"] for f in factors] == list(scaling.FACTORS)
+    assert all(len(f["points"]) == 2 for f in factors)
+    assert (tmp_path / "scaling.png").stat().st_size > 0
+    printed = capsys.readouterr().out
+    assert "<!-- scaling -->" in printed
+    assert all(f["title"] in printed for f in factors)
+
+
+def test_fits_of_scaling(load):
+    scaling = load("scaling")
+    found = scaling.summarize("order", {x: [3.0 * x**1.5] * 3 for x in (1, 2, 4, 8)})
+    assert math.isclose(found["power_law"]["exponent"], 1.5)
+    assert math.isclose(found["power_law"]["factor"], 3.0)
+    found = scaling.summarize("order", {x: [5.0 + 0.25 * x] * 3 for x in (1, 2, 4, 8)})
+    assert math.isclose(found["line"]["intercept"], 5.0)
+    assert math.isclose(found["line"]["slope"], 0.25)
+    assert math.isclose(found["line"]["r2"], 1.0)
+    # noise can make a small cost negative: no power law then, and no error
+    assert math.isnan(scaling.summarize("order", {1: [-1.0], 2: [1.0]})["power_law"]["exponent"])
+
+
+def test_expansion(load, monkeypatch, tmp_path, capsys):
+    expansion = load("expansion")
+    run(expansion, monkeypatch, "--threads", "1", "--output", str(tmp_path))
+    rows = result(tmp_path / "expansion.json")["rows"]
+    assert {row["way"] for row in rows} == set(expansion.WAYS)
+    # one matrix in each of the 8 groups
+    assert all(row["matrices"] == 8 and row["seconds"] > 0 for row in rows)
+    assert "<!-- expansion -->" in capsys.readouterr().out
+
+
+def test_groups_of_expansion_are_those_of_llama(load):
+    expansion = load("expansion")
+    found, _ = importlib.import_module("tnadapt").find_lora_matrices(expansion.adapters(2, "cpu"))
+    assert found["layers.1.self_attn.v_proj.B"].shape == (1024, 8)
+    assert found["layers.0.self_attn.k_proj.A"].shape == (8, 4096)
+    assert len({matrix.group for matrix in found.values()}) == 8
+
+
+def test_profile_step(load, monkeypatch, tmp_path, capsys):
+    pytest.importorskip("peft")
+    profile_step = load("profile_step")
+    run(profile_step, monkeypatch, "--threads", "1", "--output", str(tmp_path))
+    (case,) = result(tmp_path / "profile_step.json")["cases"]
+    assert case["case"] == "t5-cpu-short"
+    # every phase is there still, under its name in the engine
+    assert [row["phase"] for row in case["rows"]] == profile_step.ORDER
+    assert all(row["seconds"] > 0 for row in case["rows"] if row["phase"] != profile_step.SCHEDULE)
+    assert "<!-- profile-t5-cpu-short -->" in capsys.readouterr().out
+
+
+def test_stopwatch_leaves_inner_phases_out(load):
+    pytest.importorskip("peft")
+    watch = load("profile_step").Watch(lambda: None)
+    ticks = iter([0.0, 1.0, 3.0, 6.0])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules["profile_step"].time, "perf_counter", lambda: next(ticks))
+        with watch.phase("outer"), watch.phase("inner"):
+            pass
+    assert dict(watch.seconds) == {"outer": 1.0 + 3.0, "inner": 2.0}
+
+
+def test_import_time(load, monkeypatch, tmp_path, capsys):
+    import_time = load("import_time")
+    run(import_time, monkeypatch, "--output", str(tmp_path))
+    rows = result(tmp_path / "import_time.json")["rows"]
+    assert all(series["quartiles"][0] <= series["quartiles"][1] for series in rows.values())
+    assert "<!-- import-time -->" in capsys.readouterr().out
