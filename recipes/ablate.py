@@ -312,11 +312,12 @@ def verdict(factor: str, scores: dict[Any, dict[float, float]], problems: int) -
         top = max(best, key=lambda value: best[value])
         lines.append(f"- Each at its own best rate: {100 * apart:.1f} points apart, {top} being the best.")
         lines.append(f"- The rate alone moves one and the same value by up to {100 * rates:.1f} points.")
-        what = (
-            f"{factor} matters beyond the rate"
-            if apart > noise
-            else f"what {factor} seems to change, the rate explains"
-        )
+        if apart > noise:
+            what = f"{factor} matters beyond the rate"
+        elif at_one and max(at_one.values()) > noise:
+            what = f"what {factor} seems to change at one rate, the rate explains"
+        else:
+            what = f"{factor} changes nothing beyond chance"
         lines.append(
             f"- Two accuracies on {problems} problems differ by chance by up to {100 * noise:.1f} points (two standard "
             f"errors at 50 %): here {what}."

@@ -1,12 +1,14 @@
 """Peak memory of an optimizer step above that of plain LoRA, as the allocator saw it, against the sum that is documented.
 
-    cores + their optimizer state + max(core gradients, kept prefixes) + what the matrices were folded to
-          + scratch: 3 x the matrices of the largest cohort
+    cores + their optimizer state + max(core gradients, kept prefixes)
+          + what the matrices were folded to, one copy of them
+          + the largest cohort's scratch: its prefixes, 2 x its matrices, 2 x a square of its bond for each matrix
           - the optimizer state that plain LoRA has of the expanded matrices
 
-On the CPU the memory of core gradients is kept for optimizers that work element by element, so that it is added to the
-prefixes there. The optimizer's own scratch (one copy of the numbers it steps for Adam with foreach) counts as it does for
-plain parameters. All numbers are those of the expanded matrices.
+A cohort's gradients and prefixes are both there while it is pulled back, and cohorts come one after the other; `stated`
+follows them. On the CPU the memory of core gradients is kept for optimizers that work element by element, so that it is
+added to the prefixes there. The optimizer's own scratch (for Adam with foreach a copy of the numbers that it steps at
+once) is that of the largest cohort, while plain LoRA has it of all matrices.
 """
 
 from __future__ import annotations
@@ -73,19 +75,23 @@ def measured(make: Any, order: int | None) -> tuple[int, int, LoraOver | None]:
 def stated(over: LoraOver, state: int, scratch: float, kept: bool) -> tuple[int, float]:
     """The sum above, between two steps and at most during one."""
     cohorts = list(over._engine.cohorts.values())
-    cores = sum(cohort.buffer.numel() for cohort in cohorts)
-    matrices = sum(matrix.parameter.numel() for matrix in over.matrices.values())
-    prefixes = sum(
-        part.numel()
+    cores = [cohort.buffer.numel() for cohort in cohorts]
+    matrices = [len(cohort.members) * SIZE * RANK for cohort in cohorts]
+    prefixes = [
+        sum(part.numel() for part in cohort._context.partial if not shares_storage(part, cohort.buffer))
         for cohort in cohorts
-        for part in cohort._context.partial
-        if part.untyped_storage().data_ptr() != cohort.buffer.untyped_storage().data_ptr()
-    )
-    largest = max(len(cohort.members) * SIZE * RANK for cohort in cohorts)
-    always = (1 + state) * cores + matrices - state * matrices
-    rest = always + prefixes + (cores if kept else 0)
-    inside = max(prefixes + (cores if kept else 0) + 3 * largest, cores + scratch * cores - scratch * matrices)
-    return BYTES * rest, BYTES * (always + inside)
+    ]
+    bonds = [len(cohort.members) * max(shape[0] for shape in cohort.structure.core_shapes) ** 2 for cohort in cohorts]
+    always = (1 + state) * sum(cores) + (1 - state) * sum(matrices)
+    stages = [sum(cores) + scratch * max(cores) - scratch * sum(matrices)]
+    for k in range(len(cohorts)):
+        present = sum(cores) if kept else sum(cores[: k + 1])
+        stages.append(present + sum(prefixes[k:]) + 2 * matrices[k] + 2 * bonds[k] - scratch * sum(matrices))
+    return BYTES * (always + sum(prefixes) + (sum(cores) if kept else 0)), BYTES * (always + max(stages))
+
+
+def shares_storage(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
 @pytest.mark.parametrize("kept", [True, False], ids=["CPU", "elsewhere"])
@@ -103,6 +109,6 @@ def test_peak_above_plain_lora(
     want_rest, want_peak = stated(over, state, scratch, kept)
     record_property("between steps", f"{rest - plain_rest} stated {want_rest}")
     record_property("peak", f"{peak - plain_peak} stated {want_peak}")
-    print(f"{name} order {order}: peak {peak - plain_peak} / {want_peak:.0f} = {(peak - plain_peak) / want_peak:.3f}, rest {(rest - plain_rest) / want_rest:.3f}")
+    print(f"{name}, order {order}: peak {(peak - plain_peak) / want_peak:.3f} of what is stated")
     assert rest - plain_rest == pytest.approx(want_rest, rel=0.01)
     assert peak - plain_peak == pytest.approx(want_peak, rel=0.05)

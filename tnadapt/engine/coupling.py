@@ -240,7 +240,7 @@ class Coupling:
         moved = False
         for matrix in self.engine.matrices.values():
             current: Any = matrix.linear.weight
-            if is_sharded(matrix.parameter) and not is_sharded(current):
+            if current is not matrix.parameter and is_sharded(matrix.parameter) and not is_sharded(current):
                 # FSDP2 holds the gathered parameter in its place (after an evaluation, say); the shard is what is trained
                 current = matrix.parameter
             if id(current) not in owners:

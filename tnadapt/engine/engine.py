@@ -260,9 +260,10 @@ class Engine:
         if not grads:
             return
         held = [local(grad) for grad in grads.values()]
-        # the extremes of a tensor with a NaN are NaN; a shard without elements has none
-        extremes = [torch.stack(torch.aminmax(g if g.numel() else g.new_zeros(1))) for g in held]
-        broken = ~torch.isfinite(torch.stack(extremes)).all(1)
+        # a finite norm has finite entries, and all norms are one call; where the squares overflow, look at each entry
+        broken = ~torch.isfinite(torch.stack(torch._foreach_norm(held)))
+        if bool(broken.any()):
+            broken = ~torch.stack([torch.isfinite(g).all() for g in held])
         if any(is_sharded(grad) for grad in grads.values()):
             broken = agree_any(broken, self.process_group)
         if bool(broken.any()):
