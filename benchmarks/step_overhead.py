@@ -189,7 +189,7 @@ def synchronize(case: Case) -> None:
 def make_batch(case: Case, vocabulary: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, vocabulary, (case.batch, case.sequence), generator=generator).to(case.device)
-    labels = ids[:, :8] if case.model == "t5-base" else ids
+    labels = ids[:, :8].contiguous() if case.model == "t5-base" else ids
     return {"input_ids": ids, "labels": labels}
 
 

@@ -117,7 +117,7 @@ METHODS = {
 # (rate of the LoRA matrices, rate of the cores; None: the cores take their matrix's) when no --lr is given.
 # laptop: chosen on the validation split by
 #   python recipes/ablate.py tune --methods lora lora-over-svd lora-over-mpo lora-over-mpo-r \
-#       --lrs 1.25e-3 2.5e-3 5e-3 1e-2 2e-2 4e-2 --eval-split validation --workers 2
+#       --lrs 1.25e-3 2.5e-3 5e-3 1e-2 2e-2 4e-2 --core-ratios 1 0.5 --eval-split validation --workers 2
 # paper: the paper's table. It gives none for LoRA, a baseline that it takes from GoRA (arXiv:2502.12171): 5e-5 there.
 LEARNING_RATES: dict[str, dict[str, tuple[float, float | None]]] = {
     "laptop": {

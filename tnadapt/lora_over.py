@@ -17,16 +17,18 @@ from tnadapt.engine import (
     HANDOVERS,
     Coupling,
     Engine,
+    WrappedLoading,
     agree_any,
+    check_matrices,
+    check_rates,
     gather_objects,
     is_distributed,
     is_elementwise,
-    local,
-    obstacle_to_gathering,
+    shown,
     unwrap,
 )
 from tnadapt.factorizations import Factorization
-from tnadapt.lora_matrices import LoraMatrix, Skipped, find_lora_matrices
+from tnadapt.lora_matrices import LoraMatrix, find_lora_matrices
 from tnadapt.schedulers import Scheduler, Static
 
 __all__ = ["Event", "FoldReport", "LoraOver"]
@@ -81,6 +83,12 @@ class LoraOver:
     gradients of expanded matrices are pulled back to their cores, the cores are stepped by the same optimizer, and the
     matrices are refolded in place.
 
+    Memory above plain LoRA, for the matrices that are expanded: cores, their optimizer state, max(core gradients, kept
+    prefixes), one copy of the matrices (what cores folded to last), and the scratch of the largest cohort (its prefixes, its
+    matrices twice, and two squares of the largest bond for each of them); less the optimizer state that plain LoRA would have
+    of these matrices. On the CPU core gradients are kept between steps and so come on top of the prefixes, except for
+    optimizers that look at shapes.
+
     Args:
         model: any model with LoRA pairs on linear layers (PEFT, `OverParamAdapter`, or one's own `lora_A`/`lora_B`).
         optimizer: the torch optimizer that holds the LoRA parameters; accelerate's wrapper is unwrapped.
@@ -124,8 +132,9 @@ class LoraOver:
         if handover not in HANDOVERS:
             raise ValueError(f"handover={handover!r} is unknown; choose one of {', '.join(HANDOVERS)}")
         matrices, skipped = find_lora_matrices(model, groups)
-        _check_matrices(matrices, skipped, inner)
-        _check_rates(inner, core_lr, core_weight_decay)
+        check_matrices(matrices, skipped, inner)
+        _require_unattached(matrices)
+        check_rates(inner, core_lr, core_weight_decay)
         if max_update is not None and not max_update > 0:
             raise ValueError(f"max_update={max_update!r} must be positive, or None for no cap")
         for matrix in matrices.values():
@@ -165,7 +174,7 @@ class LoraOver:
             self._handles.append(inner.register_load_state_dict_pre_hook(self._stage_hook))
             self._handles.append(inner.register_load_state_dict_post_hook(self._commit_hook))
         else:
-            self._handles.append(_WrappedLoading(inner, self._stage_hook, self._commit_hook))
+            self._handles.append(WrappedLoading(inner, self._stage_hook, self._commit_hook))
         _attached.add(self)
 
     # -- what is going on ---------------------------------------------------------------------------------------------
@@ -226,9 +235,7 @@ class LoraOver:
         chosen = list(self.expanded if names is None else names)
         unknown = [name for name in chosen if name not in self.matrices or not self.matrices[name].expanded]
         if unknown:
-            raise ValueError(
-                f"cannot fold {', '.join(unknown[:5])}: not expanded; expanded are {_shown(self.expanded)}"
-            )
+            raise ValueError(f"cannot fold {', '.join(unknown[:5])}: not expanded; expanded are {shown(self.expanded)}")
         self._warn_changed()
         trained = self.trained_parameters
         self._fold_now(chosen)
@@ -329,7 +336,7 @@ class LoraOver:
         strangers = [name for name in state["pending"] if name not in self.matrices]
         if strangers:
             raise ValueError(
-                f"the state names {_shown(strangers)}, which this model has not; load it into its own model"
+                f"the state names {shown(strangers)}, which this model has not; load it into its own model"
             )
         self._engine.validate_state(state["engine"])
         if set(state["expanded"]) != {*state["engine"]["members"], *state["pending"]}:
@@ -407,7 +414,7 @@ class LoraOver:
         released, chosen = self._choose(step)
         strangers = [name for name in released if name not in self.matrices or not self.matrices[name].expanded]
         if strangers:
-            raise ValueError(f"{self.scheduler.label} released {_shown(strangers)}, which is not expanded")
+            raise ValueError(f"{self.scheduler.label} released {shown(strangers)}, which is not expanded")
         if released:
             self._fold_now(released, step)
         names = _checked_names(chosen, self.matrices, self.scheduler)
@@ -502,10 +509,12 @@ class LoraOver:
         names = [name for name in names if self.matrices[name].expanded]
         if names:
             warnings.warn(
-                f"{_shown(names)} changed outside the optimizer (a loaded adapter, a hand edit); unfolding anew, with "
+                f"{shown(names)} changed outside the optimizer (a loaded adapter, a hand edit); unfolding anew, with "
                 "fresh optimizer state for the cores",
                 stacklevel=2,
             )
+            # what the optimizer knows of them is from before their first expansion
+            self._coupling.forget([self.matrices[name] for name in names])
             self._engine.drop(names)
             self._engine.expand(names, self._coupling.group_of)
 
@@ -523,94 +532,24 @@ class LoraOver:
         changed = self.changed_outside()
         if changed:
             warnings.warn(
-                f"{_shown(changed)} changed outside the optimizer since the last step (load_best_model_at_end does that); "
+                f"{shown(changed)} changed outside the optimizer since the last step (load_best_model_at_end does that); "
                 "the model keeps these values, not those of the cores",
                 stacklevel=3,
             )
 
 
-class _WrappedLoading:
-    """The loading hooks of an optimizer whose class loads in its own way and may not call torch's hooks (bitsandbytes)."""
-
-    def __init__(
-        self,
-        optimizer: torch.optim.Optimizer,
-        before: Callable[[Any, dict[str, Any]], dict[str, Any]],
-        after: Callable[[Any], None],
-    ) -> None:
-        self._optimizer = optimizer
-        original = optimizer.load_state_dict
-
-        def load_state_dict(state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-            original(before(optimizer, state_dict), *args, **kwargs)
-            after(optimizer)
-
-        optimizer.load_state_dict = load_state_dict  # type: ignore[method-assign]
-
-    def remove(self) -> None:
-        """Give the optimizer its own method back."""
-        vars(self._optimizer).pop("load_state_dict", None)
-
-
-def _check_matrices(
-    matrices: Mapping[str, LoraMatrix], skipped: list[Skipped], optimizer: torch.optim.Optimizer
-) -> None:
-    if not matrices:
-        reasons = "; ".join(f"{s.name}: {s.reason}" for s in skipped[:3])
-        raise ValueError(
-            "the model has no LoRA matrices that can be expanded"
-            + (f" ({reasons})" if reasons else "")
-            + ": add adapters first, with peft.get_peft_model or OverParamAdapter.from_linear"
-        )
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    missing = [name for name, matrix in matrices.items() if id(matrix.parameter) not in held]
-    if missing:
-        raise ValueError(
-            f"the optimizer does not hold {len(missing)} of {len(matrices)} LoRA matrices, such as {_shown(missing)}; make it "
-            "from [p for p in model.parameters() if p.requires_grad] after the adapters are in place"
-        )
-    for name, matrix in matrices.items():
-        obstacle = obstacle_to_gathering(matrix.parameter)
-        if obstacle is not None:
-            raise TypeError(f"{name} cannot be trained through cores: {obstacle}")
-    in_backward = [n for n, m in matrices.items() if getattr(m.parameter, "_in_backward_optimizers", None)]
-    if in_backward:
-        raise TypeError(
-            f"{_shown(in_backward)} is stepped by an optimizer in backward, before gradients could be pulled back; "
-            "step the optimizer in the loop instead"
-        )
+def _require_unattached(matrices: Mapping[str, LoraMatrix]) -> None:
     if _find_attached(matrices):
         gc.collect()  # hooks make a cycle: one whose optimizer is gone may still be waiting for the collector
         if _find_attached(matrices):
             raise ValueError(
                 "a LoraOver is attached to these LoRA matrices already; call its fold() or detach() before attaching another"
             )
-    broken = [
-        n for n, m in matrices.items() if not m.parameter.is_meta and not bool(torch.isfinite(local(m.parameter)).all())
-    ]
-    if broken:
-        raise ValueError(f"{_shown(broken)} holds NaN or infinity; load a good adapter before attaching")
 
 
 def _find_attached(matrices: Mapping[str, LoraMatrix]) -> bool:
     mine = {id(matrix.parameter) for matrix in matrices.values()}
     return any(mine & {id(matrix.parameter) for matrix in other.matrices.values()} for other in _attached)
-
-
-def _check_rates(optimizer: torch.optim.Optimizer, core_lr: float | None, core_weight_decay: float | None) -> None:
-    base = optimizer.defaults.get("lr")
-    if core_lr is not None:
-        if not core_lr > 0:
-            raise ValueError(f"core_lr={core_lr!r} must be positive; leave it out to train cores at the matrices' rate")
-        if base is None or not float(base) > 0:
-            raise ValueError(
-                f"core_lr is relative to optimizer.defaults['lr'], which is {base!r}; make the optimizer with a positive lr"
-            )
-    if core_weight_decay is not None:
-        if not core_weight_decay >= 0:
-            raise ValueError(f"core_weight_decay={core_weight_decay!r} must not be negative")
-        if "weight_decay" not in optimizer.defaults:
-            raise ValueError(f"core_weight_decay is set, but {type(optimizer).__name__} has no weight_decay")
 
 
 def _first_difference(one: Any, other: Any) -> str:
@@ -625,14 +564,8 @@ def _checked_names(chosen: Iterable[str], matrices: Mapping[str, LoraMatrix], sc
     names = list(dict.fromkeys(chosen))
     strangers = [name for name in names if name not in matrices]
     if strangers:
-        raise ValueError(f"{scheduler.label} selected {_shown(strangers)}, which is not among {_shown(list(matrices))}")
+        raise ValueError(f"{scheduler.label} selected {shown(strangers)}, which is not among {shown(list(matrices))}")
     again = [name for name in names if matrices[name].expanded]
     if again:
-        raise ValueError(f"{scheduler.label} selected {_shown(again)}, which is expanded already")
+        raise ValueError(f"{scheduler.label} selected {shown(again)}, which is expanded already")
     return names
-
-
-def _shown(names: Iterable[str], limit: int = 3) -> str:
-    listed = list(names)
-    more = f" and {len(listed) - limit} more" if len(listed) > limit else ""
-    return (", ".join(listed[:limit]) or "nothing") + more

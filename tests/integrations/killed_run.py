@@ -4,6 +4,8 @@ In FOLDER/passed an optimizer with `LoraOver` attached is given to the trainer, 
 run resumes from the newest whole checkpoint of its folder, if any, and dies without notice at the end of the step KILL_AT,
 while a checkpoint of that step is being written; with 0 it goes on to its end and writes `final.pt`. Printed is how each
 ended: the exit code, negative for a signal.
+
+`FOLDER WAY STEPS` is one such run in this very process, of STEPS steps, for others to kill: "ready" is printed before.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ from tnadapt.integrations.transformers import LoraOverCallback, last_complete_ch
 from .tiny import arguments, dataset, lora_model, lora_parameters, lora_weights, mpo, rounds
 
 STEPS = 10
+#: of a run that is killed by a clock
+LONG = 80
 WAYS = ("passed", "callback")
 
 
@@ -43,13 +47,15 @@ class KillWhileWriting(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def run(way: str, folder: Path, kill_at: int = 0) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
+def run(
+    way: str, folder: Path, kill_at: int = 0, steps: int = STEPS
+) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
     """The weights that the run ended with, and what each round of expansion knew."""
     torch.set_num_threads(1)
     model = lora_model(lora_dropout=0.1)
     args = arguments(
         folder,
-        max_steps=STEPS,
+        max_steps=steps,
         save_strategy="steps",
         save_steps=1,
         gradient_accumulation_steps=2,
@@ -65,7 +71,7 @@ def run(way: str, folder: Path, kill_at: int = 0) -> tuple[dict[str, torch.Tenso
         callbacks.append(LoraOverCallback(mpo(), scheduler, core_lr=1e-2))
     trainer = Trainer(model, args, train_dataset=dataset(64), optimizers=(optimizer, None), callbacks=callbacks)
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder))
-    assert trainer.state.global_step == STEPS
+    assert trainer.state.global_step == steps
     return lora_weights(model), scheduler.rounds
 
 
@@ -83,6 +89,9 @@ def run_in_child(way: str, folder: Path, kill_at: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-if __name__ == "__main__":
+if __name__ == "__main__" and len(sys.argv) == 4:
+    print("ready", file=sys.stderr, flush=True)
+    torch.save(run(sys.argv[2], Path(sys.argv[1]), steps=int(sys.argv[3])), Path(sys.argv[1]) / "final.pt")
+elif __name__ == "__main__":
     for way in WAYS:
         print(way, run_in_child(way, Path(sys.argv[1]) / way, int(sys.argv[2])), file=sys.stderr)

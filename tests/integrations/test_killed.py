@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import pytest
 import torch
 
 from tnadapt.integrations.transformers import last_complete_checkpoint
@@ -18,11 +22,19 @@ from . import killed_run
 AFTER_EXPANSION, BETWEEN = 4, 6
 
 
+ROOT = Path(__file__).parent.parent.parent
+
+
+def command_of(*arguments: object) -> dict[str, object]:
+    return {
+        "args": [sys.executable, "-m", "integrations.killed_run", *map(str, arguments)],
+        "cwd": ROOT,
+        "env": {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"},
+    }
+
+
 def in_new_process(folder: Path, kill_at: int) -> str:
-    root = Path(__file__).parent.parent.parent
-    command = [sys.executable, "-m", "integrations.killed_run", str(folder), str(kill_at)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}"}
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(**command_of(folder, kill_at), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stderr
 
@@ -44,3 +56,43 @@ def test_killed_twice_and_resumed(tmp_path: Path) -> None:
         assert not different, way
         assert [chosen["step"] for chosen in rounds] == [3, 6]
         assert rounds_again == rounds
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", killed_run.WAYS)
+def test_killed_twenty_times_at_random(way: str, tmp_path: Path) -> None:
+    """By a clock that knows nothing of the run: while it starts, steps, expands and writes. Ten times each way, twenty in all."""
+    whole, rounds = killed_run.run(way, tmp_path / "whole", steps=killed_run.LONG)
+    folder = tmp_path / way
+    folder.mkdir()
+    draw = random.Random(way)
+    kills, incomplete, reached = 0, 0, []
+    while kills < 10:
+        child = subprocess.Popen(
+            **command_of(folder, way, killed_run.LONG), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
+        )
+        assert child.stderr is not None
+        try:
+            # the imports take most of a run's time: the clock starts when they are done
+            assert b"ready\n" in iter(child.stderr.readline, b"")
+            time.sleep(draw.uniform(0.2, 3.0))
+        finally:
+            child.kill()
+            child.communicate()
+        kills += child.returncode == -signal.SIGKILL
+        assert child.returncode in (-signal.SIGKILL, 0), "it failed by itself"
+        newest = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rsplit("-", 1)[1]))
+        complete = last_complete_checkpoint(folder)
+        incomplete += bool(newest) and (complete is None or Path(complete) != newest[-1])
+        reached.append(0 if complete is None else int(complete.rsplit("-", 1)[1]))
+        if reached[-1] > killed_run.LONG * 0.8 and kills < 10:  # from the start again: there is more to kill
+            shutil.rmtree(folder)
+            folder.mkdir()
+    print(f"{way}: whole checkpoints after each kill {reached}, {incomplete} times half a checkpoint was the newest")
+    done = subprocess.run(**command_of(folder, way, killed_run.LONG), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    resumed, rounds_again = torch.load(folder / "final.pt")
+    assert set(resumed) == set(whole)
+    assert not [name for name in whole if not torch.equal(resumed[name], whole[name])]
+    assert rounds_again == rounds
+    assert max(reached) > 0, "some were killed after a checkpoint"

@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ START, EXPANDS, ORDINARY, RELEASES = 1, 3, 4, 5
 class Plan(Scheduler):
     """Expands and releases at fixed steps, counts what it has seen, and raises where it is told to."""
 
-    ROUNDS = {
+    ROUNDS: ClassVar[dict[int, Any]] = {
         0: ((), ("experts.0.A",)),
         EXPANDS: ((), ("experts.1.A", "experts.1.B", "experts.0.B")),
         RELEASES: (("experts.0.A", "experts.1.B"), ("experts.2.A", "experts.2.B")),
@@ -100,9 +100,7 @@ class Run:
             "norms": {name: norm.clone() for name, norm in engine.update_norms.items()},
             "rate": self.over.core_rate(),
             "scales": [matrix.grad_scale for matrix in self.over.matrices.values()],
-            "state": {
-                name: copy.deepcopy(self.optimizer.state.get(p)) for name, p in self.model.named_parameters()
-            },
+            "state": {name: copy.deepcopy(self.optimizer.state.get(p)) for name, p in self.model.named_parameters()},
             "history": [(e.step, e.action, e.names) for e in self.over.history],
             "step": self.over.step,
             "trained": self.over.trained_parameters,
@@ -383,10 +381,10 @@ def test_agreement_that_fails(monkeypatch: pytest.MonkeyPatch, clean: Any, step:
         with (
             monkeypatch.context() as patched,
             failing_call(monkeypatch, module, name, 1, lambda: dist.DistBackendError("timed out")),
-            pytest.raises(RuntimeError, match="timed out"),
         ):
             patched.setattr(module, "is_distributed", lambda group=None: True)
-            run.optimizer.step()
+            with pytest.raises(RuntimeError, match="timed out"):
+                run.optimizer.step()
 
     survives(run, step, fault)
     require_same_end(clean(), run)

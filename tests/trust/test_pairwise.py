@@ -148,9 +148,7 @@ def made(case: Case) -> nn.Module:
         if type(module).__name__ == "Linear4bit":
             module.compute_dtype = dtype
             module.weight.quant_state.dtype = dtype
-        elif not list(module.children()) and "base_layer" not in name:
-            module.to(dtype)
-        elif type(module) in (nn.Linear, nn.Embedding):
+        elif (not list(module.children()) and "base_layer" not in name) or type(module) in (nn.Linear, nn.Embedding):
             module.to(dtype)
     if case.variant != "4-bit base":
         model.to(dtype)
@@ -245,7 +243,9 @@ def tolerance(case: Case, size: float) -> float:
 
     Rounding of the matrix itself, and that of optimizers that round: Muon iterates in bfloat16, 8-bit moments have steps
     of about a percent. Either changes a step by a share of the rate."""
-    relative = {torch.float32: 2e-5, torch.bfloat16: 2 * 2.0**-8, torch.float16: 2 * 2.0**-10}[PRECISIONS[case.precision]]
+    relative = {torch.float32: 2e-5, torch.bfloat16: 2 * 2.0**-8, torch.float16: 2 * 2.0**-10}[
+        PRECISIONS[case.precision]
+    ]
     if case.precision == "bf16 autocast":
         relative = 2e-4  # a rounding of float32 can become one of bfloat16 in the forward pass
     share = {"Muon": 2e-3, "8-bit AdamW": 2e-2}.get(case.optimizer, 0.0)
@@ -256,7 +256,9 @@ def run(case: Case) -> dict[str, float]:
     """Train by LoraOver and by the oracle; the largest differences, in units of their tolerance."""
     model, oracle = made(case), Oracle(case)
     optimizer = optimizer_of(case, model)
-    over = LoraOver(model, optimizer, MPO(order=ORDER), TaylorRuntime(top_n=3, split=2, every=2), groups=lambda m: m.kind)
+    over = LoraOver(
+        model, optimizer, MPO(order=ORDER), TaylorRuntime(top_n=3, split=2, every=2), groups=lambda m: m.kind
+    )
     names = {id(p): name for name, p in model.named_parameters()}
     start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     fp16 = case.precision == "fp16 with GradScaler"

@@ -82,6 +82,9 @@ def score_against(
         axes[0].plot(places, [100 * score for _, score in points], "o-", label=name)
     if logarithmic and numeric:
         axes[0].set_xscale("log")
+        values = sorted({value for points in lines.values() for value, _ in points})
+        axes[0].set_xticks(values, [f"{value:g}" for value in values])
+        axes[0].minorticks_off()
     axes[0].set_xlabel(factor)
     axes[0].set_ylabel("accuracy in %")
     axes[0].grid(alpha=0.3)
