@@ -53,7 +53,9 @@ VALUE_ERRORS: list[tuple[Callable[..., Factorization], dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("make", "arguments", "message"), VALUE_ERRORS, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(
+    ("make", "arguments", "message"), VALUE_ERRORS, ids=lambda value: getattr(value, "__name__", str(value)[:40])
+)
 def test_bad_descriptions(make: Callable[..., Factorization], arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make(**arguments)
