@@ -17,7 +17,7 @@ test-all: lint
 
 # The report in docs/ablation: 36 short runs, two at once. What is finished is not run again.
 ABLATION_LRS ?= 5e-3 1e-2 2e-2
-EXPANSION_LRS ?= 5e-3 1e-2
+EXPANSION_LRS ?= 5e-3 1e-2 2e-2
 SELECTION_LR ?= 1e-2
 VARY := $(BIN)/python recipes/ablate.py vary --eval-split validation --workers 2 --report docs/ablation
 

@@ -313,7 +313,7 @@ def verdict(factor: str, scores: dict[Any, dict[float, float]], problems: int) -
         lines.append(f"- Each at its own best rate: {100 * apart:.1f} points apart, {top} being the best.")
         lines.append(f"- The rate alone moves one and the same value by up to {100 * rates:.1f} points.")
         if apart > noise:
-            what = f"{factor} matters beyond the rate"
+            what = f"{factor} seems to matter beyond the rate; more seeds must tell"
         elif at_one and max(at_one.values()) > noise:
             what = f"what {factor} seems to change at one rate, the rate explains"
         else:
