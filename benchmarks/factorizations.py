@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from tnadapt.backends import BACKENDS
 from tnadapt.factorizations import CP, MPO, SVD, Factorization, Tucker
@@ -111,7 +112,7 @@ def timings(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     jobs = [(name, make, shape) for shape in shapes for name, make in FACTORIZATIONS.items()]
     jobs.append(("MPO(sites=unequal)", lambda backend: MPO(sites=UNEQUAL, max_bond=64, backend=backend), UNEQUAL_SHAPE))
     rows = []
-    for name, make, shape in jobs:
+    for name, make, shape in tqdm(jobs, unit="case"):
         for batch in batches:
             for backend in arguments.backends:
                 found = measure(make(backend), shape, batch, arguments.seconds)

@@ -2,12 +2,13 @@
 
     python benchmarks/step_overhead.py --case t5-cpu            # T5-Base shape, 3+3 layers, batch 16x64
     python benchmarks/step_overhead.py --case t5-cpu-short      # 2+2 layers, one 32-token sequence per step: the worst case
+    python benchmarks/step_overhead.py --case llama31-cpu       # a sixteenth of Llama 3.1-8B's width: does it run
     python benchmarks/step_overhead.py --case llama31-gpu       # Llama 3.1-8B, attention LoRA, 512 tokens, batch 64
     python benchmarks/step_overhead.py --case llama2-gpu --case t5-gpu --case t5-gpu-short
 
 Every variant is a copy of one model with random weights that shares the frozen base, so that an 8B model is in memory
 once. A round times one step of each variant, in an order that rotates; a ratio is a variant's time over plain LoRA's of the
-same round, and the table gives the median of the ratios with their quartiles. `--gpu` cases need CUDA.
+same round, and the table gives the median of the ratios with their quartiles. The `-gpu` cases need CUDA.
 
 Variants: plain PEFT LoRA; tnadapt with SVD, MPO, and MPO expanded in rounds (timed after the last one); the paper's way,
 autograd through one contraction per matrix in each forward (torch parametrizations); PEFT's DoRA and AdaLoRA.
@@ -53,13 +54,13 @@ class Case:
     order: int
     rounds: int
     device: str
-    goal: float
+    goal: float | None  # times plain LoRA
 
 
 CASES = {
     "t5-cpu": Case("t5-base", 3, 16, 16, 64, 16, 3, "cpu", 1.05),
     "t5-cpu-short": Case("t5-base", 2, 1, 1, 32, 16, 2, "cpu", 1.30),
-    "llama31-cpu": Case("llama-3.1-8b/16", 4, 4, 4, 64, 10, 4, "cpu", 1.05),
+    "llama31-cpu": Case("llama-3.1-8b/16", 4, 4, 4, 64, 10, 4, "cpu", None),
     "llama31-gpu": Case("llama-3.1-8b", 32, 64, 8, 512, 10, 8, "cuda", 1.02),
     "llama2-gpu": Case("llama-2-7b", 32, 32, 4, 1024, 9, 8, "cuda", 1.02),
     "t5-gpu": Case("t5-base", 12, 32, 32, 128, 16, 8, "cuda", 1.10),
@@ -267,7 +268,7 @@ def show(result: dict[str, Any], console: Console) -> None:
         )
     console.print(table)
     ours = [row["ratio"] for row in result["rows"] if row["variant"] in ("svd", "mpo", "mpo-r")]
-    if ours:
+    if ours and result["goal"] is not None:
         verdict = "met" if max(ours) <= result["goal"] else "MISSED"
         console.print(
             f"goal: at most {result['goal']:.2f}x plain LoRA; the slowest of ours takes {max(ours):.3f}x: {verdict}"

@@ -54,7 +54,8 @@ from transformers.trainer_utils import set_seed
 from tnadapt import MPO, SVD, LoraOver, Static, TaylorRuntime, plan
 from tnadapt.backends import BACKENDS
 from tnadapt.factorizations import CP, Factorization, Tucker
-from tnadapt.report.folders import RunFolder, newest_checkpoint
+from tnadapt.integrations.transformers import last_complete_checkpoint
+from tnadapt.report.folders import RunFolder
 from tnadapt.report.options import add_options, check_fields, given_options
 from tnadapt.report.provenance import config_hash, environment, read_json, write_text
 from tnadapt.report.results import compare, expansions, write_report
@@ -508,7 +509,7 @@ def train_model(
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(LossBar)
     start = time.perf_counter()
-    trainer.train(resume_from_checkpoint=newest_checkpoint(work / "checkpoints"))
+    trainer.train(resume_from_checkpoint=last_complete_checkpoint(work / "checkpoints"))
     state = trainer.state
     curve = [(entry["step"], entry["loss"]) for entry in state.log_history if "loss" in entry]
     tail = [loss for _, loss in curve[-5:]]

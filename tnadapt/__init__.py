@@ -1,13 +1,14 @@
 """Train LoRA adapters through tensor networks and fold them back to plain LoRA."""
 
 from tnadapt.adapter import OverParamAdapter
-from tnadapt.factorizations import MPO, SVD, Factorization
+from tnadapt.factorizations import CP, MPO, SVD, Factorization, Tucker
 from tnadapt.lora_matrices import LoraMatrix, find_lora_matrices
 from tnadapt.lora_over import Event, FoldReport, LoraOver
 from tnadapt.planning import Plan, plan
 from tnadapt.schedulers import Budget, LossAblation, Scheduler, Static, TaylorRuntime, ablation_scores, predefined
 
 __all__ = [
+    "CP",
     "MPO",
     "SVD",
     "Budget",
@@ -22,6 +23,7 @@ __all__ = [
     "Scheduler",
     "Static",
     "TaylorRuntime",
+    "Tucker",
     "ablation_scores",
     "find_lora_matrices",
     "plan",

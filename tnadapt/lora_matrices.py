@@ -183,6 +183,10 @@ def _lora_weights(model: nn.Module) -> Iterator[_Weight]:
         if all(isinstance(half, nn.Module) and not isinstance(half, nn.ModuleDict) for half in pair):
             for side, half in zip(_SIDES, pair, strict=True):
                 yield from _weight_of(path, "", True, side, half)
+        elif all(isinstance(half, nn.Parameter) for half in pair):
+            for side, half in zip(_SIDES, pair, strict=True):
+                obstacle = "it is a bare parameter, not the weight of an nn.Linear called lora_A or lora_B"
+                yield _Weight(path, "", True, side, module, half, obstacle)
         elif all(isinstance(half, nn.ModuleDict) for half in pair):
             active = getattr(module, "active_adapters", None)
             for adapter in pair[0]:

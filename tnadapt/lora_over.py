@@ -133,15 +133,20 @@ class LoraOver:
             raise ValueError(f"handover={handover!r} is unknown; choose one of {', '.join(HANDOVERS)}")
         matrices, skipped = find_lora_matrices(model, groups)
         check_matrices(matrices, skipped, inner)
-        _require_unattached(matrices)
+        _require_unattached(matrices, inner)
         check_rates(inner, core_lr, core_weight_decay)
         if max_update is not None and not max_update > 0:
             raise ValueError(f"max_update={max_update!r} must be positive, or None for no cap")
+        if max_update is not None and any(group.get("lr") is None for group in inner.param_groups):
+            raise ValueError(
+                f"max_update is relative to the learning rate, which {type(inner).__name__} sets itself (lr=None); give it one"
+            )
         for matrix in matrices.values():
             matrix.added_parameters = factorization.added_parameters(matrix.shape)
         scheduler.attach(matrices)
         pending = _checked_names(scheduler.select(0, matrices), matrices, scheduler)
 
+        self.optimizer = inner
         self.factorization = factorization
         self.scheduler = scheduler
         self.matrices = matrices
@@ -203,8 +208,10 @@ class LoraOver:
         return self._coupling is not None
 
     def core_rate(self) -> float | None:
-        """Learning rate of the cores (those of the first optimizer group) in the last step; None before any."""
-        return None if self._coupling is None else self._coupling.core_rate
+        """Learning rate of the cores in the last step (of the first that were expanded, where groups differ); None before
+        any."""
+        rate = None if self._coupling is None else self._coupling.core_rate
+        return None if rate is None else float(rate)
 
     def update_norms(self) -> dict[str, float]:
         """Frobenius norm of the last update of every expanded matrix (one host synchronisation)."""
@@ -249,6 +256,8 @@ class LoraOver:
         `state_dict()`; the matrices keep their values. Detaching twice does nothing."""
         if self._coupling is None:
             return
+        # what the optimizer knows of expanded matrices is from before their expansion
+        self._coupling.forget([matrix for matrix in self.matrices.values() if matrix.expanded])
         self._coupling.remove()
         self._coupling = None
         for handle in self._handles:
@@ -256,12 +265,28 @@ class LoraOver:
         self._handles = []
         _attached.discard(self)
 
+    def recover(self) -> None:
+        """Take the cores back after a step that died inside the optimizer, so that its groups are the user's own again.
+        The next step, `state_dict` and `fold` do it too."""
+        if self._coupling is not None:
+            self._coupling.recover()
+
+    def __deepcopy__(self, memo: Any) -> LoraOver:
+        raise TypeError(
+            "a LoraOver cannot be copied: it belongs to one optimizer. Attach a new one to the copied model and its optimizer, "
+            "and give it this one's state_dict()"
+        )
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a LoraOver cannot be pickled: save its state_dict(), or that of the optimizer, which has it")
+
     # -- state --------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs: tensors and plain containers, so `torch.load(weights_only=True)` reads it.
 
-        It rides in `optimizer.state_dict()` too, under the key "tnadapt". Tensors are references, as in torch's own.
+        It rides in `optimizer.state_dict()` too, under the key "tnadapt": attach first and load afterwards, since an
+        optimizer without `LoraOver` drops what it does not know. Tensors are references, as in torch's own.
         """
         if self._coupling is not None:
             self._coupling.recover()
@@ -272,7 +297,11 @@ class LoraOver:
             "pending": list(self._pending),
             "expanded": list(self.expanded),
             "engine": self._engine.state_dict(),
-            "scheduler": {"label": type(self.scheduler).__name__, "state": self.scheduler.state_dict()},
+            "scheduler": {
+                "label": type(self.scheduler).__name__,
+                "settings": self.scheduler.label,
+                "state": self.scheduler.state_dict(),
+            },
             "history": [{"step": e.step, "action": e.action, "names": list(e.names)} for e in self.history],
         }
 
@@ -293,6 +322,14 @@ class LoraOver:
             self.scheduler.load_state_dict(before)
             raise
         self._ranks_agree = False
+        self._coupling.reset_checks()
+        self._changed = []
+        if state["scheduler"]["settings"] != self.scheduler.label:
+            warnings.warn(
+                f"the state was saved with {state['scheduler']['settings']}, this run has {self.scheduler.label}: what is "
+                "expanded already stays, and the rest follows the new settings",
+                stacklevel=2,
+            )
         self.step = int(state["step"])
         self._pending = list(state["pending"])
         for name in self._pending:
@@ -362,7 +399,7 @@ class LoraOver:
         self._staged = rest.pop(_STATE_KEY, None)
         if self._staged is not None:
             self._validate(self._staged)
-        elif self.step > 0 and self._engine.cohorts:
+        elif self.step > 0:
             warnings.warn(
                 "the optimizer state that is being loaded has no tnadapt part (it was saved without LoraOver): the cores "
                 "stay as they are, and are unfolded anew where the matrices have changed",
@@ -494,14 +531,17 @@ class LoraOver:
         assert self._coupling is not None
         names: list[str] = []
         earlier, self._changed = self._changed, []
+        # what only one rank has seen must not make it compare alone
+        alone_differs = is_distributed(self.process_group)
         for flags, members in earlier:
             names += [name for name, changed in zip(members, flags.tolist(), strict=True) if changed]
         for cohort in self._engine.cohorts.values():
-            if cohort.device.type != "cpu" and step % _COMPARE_EVERY != 1:
+            here = cohort.device.type == "cpu" or (not alone_differs and self._engine.touched(cohort))
+            if not here and step % _COMPARE_EVERY != 1:
                 continue
             members = tuple(m.matrix.name for m in cohort.members)
             flags = agree_any(self._engine.changed_outside(cohort), self.process_group)
-            if cohort.device.type == "cpu":
+            if here:
                 if bool(flags.any()):
                     names += [name for name, changed in zip(members, flags.tolist(), strict=True) if changed]
             else:
@@ -538,18 +578,22 @@ class LoraOver:
             )
 
 
-def _require_unattached(matrices: Mapping[str, LoraMatrix]) -> None:
-    if _find_attached(matrices):
+def _require_unattached(matrices: Mapping[str, LoraMatrix], optimizer: torch.optim.Optimizer) -> None:
+    if _find_attached(matrices, optimizer):
         gc.collect()  # hooks make a cycle: one whose optimizer is gone may still be waiting for the collector
-        if _find_attached(matrices):
+        if _find_attached(matrices, optimizer):
             raise ValueError(
-                "a LoraOver is attached to these LoRA matrices already; call its fold() or detach() before attaching another"
+                "a LoraOver is attached to these LoRA matrices, or to this optimizer, already; call its fold() or detach() "
+                "before attaching another, and give each of several models an optimizer of its own"
             )
 
 
-def _find_attached(matrices: Mapping[str, LoraMatrix]) -> bool:
+def _find_attached(matrices: Mapping[str, LoraMatrix], optimizer: torch.optim.Optimizer) -> bool:
     mine = {id(matrix.parameter) for matrix in matrices.values()}
-    return any(mine & {id(matrix.parameter) for matrix in other.matrices.values()} for other in _attached)
+    return any(
+        other.optimizer is optimizer or mine & {id(matrix.parameter) for matrix in other.matrices.values()}
+        for other in _attached
+    )
 
 
 def _first_difference(one: Any, other: Any) -> str:

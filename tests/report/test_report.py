@@ -83,19 +83,6 @@ def test_a_finished_run_of_another_configuration_is_refused(tmp_path: Path) -> N
         folder.finished({"lr": 2.0})
 
 
-def test_newest_checkpoint_passes_over_one_that_was_cut_off(tmp_path: Path) -> None:
-    assert folders.newest_checkpoint(tmp_path) is None
-    for step, state in ((9, "{}"), (10, '{"step":'), (100, None)):
-        path = tmp_path / f"checkpoint-{step}"
-        path.mkdir()
-        if state is not None:
-            (path / "trainer_state.json").write_text(state)
-    assert folders.newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-9")
-
-
-# -- provenance -------------------------------------------------------------------------------------------------------
-
-
 def test_environment_is_json_and_names_versions_and_hardware(tmp_path: Path) -> None:
     found = json.loads(json.dumps(provenance.environment(tmp_path)))
     assert found["packages"]["torch"]

@@ -105,6 +105,8 @@ class Cohort:
         self.stepped = False
         #: what the cores folded to last, [n, rows, cols]
         self.written: Tensor | None = None
+        #: torch's count of writes to each matrix, after it was refolded
+        self.versions: list[int] = []
         #: largest norm of a member's update in the coming step; None for no limit
         self.limit: float | None = None
         #: what `grad` is written to: on the CPU, where the system would take the pages back after each step and zero them

@@ -60,7 +60,7 @@ class Coupling:
         self._core_weight_decay = core_weight_decay
         self._max_update = max_update
         #: rate of the first cores in the last step; None before it, or where the optimizer sets its own
-        self.core_rate: float | None = None
+        self.core_rate: float | Tensor | None = None
         self._frame: FrameType | None = None
         self._loans: list[tuple[dict[str, Any], dict[str, Any], list[Piece]]] = []
         self._hidden: list[tuple[nn.Parameter, Tensor]] = []
@@ -135,6 +135,10 @@ class Coupling:
                 return parameter, entry
         return None
 
+    def reset_checks(self) -> None:
+        """Forget what earlier steps left to be checked: another state has been loaded."""
+        self._nonfinite = []
+
     def recover(self) -> None:
         """Clean up after a step that died inside the optimizer: take loans back and refold from the cores as they are."""
         if self._frame is None or _on_stack(self._frame):
@@ -203,8 +207,7 @@ class Coupling:
         self._loans, self._hidden, self._verify = loans, hidden, watched
         self._verified |= fresh
         if loans:
-            rate = loans[0][1].get("lr")
-            self.core_rate = None if rate is None else float(rate)
+            self.core_rate = loans[0][1].get("lr")
         for parameter, _ in hidden:
             parameter.grad = None
         for _, group, pieces in loans:
@@ -251,15 +254,18 @@ class Coupling:
                 moved = True
             moved = moved or matrix.expanded
         if moved:
-            self.engine.follow_devices()
+            self.engine.follow(lambda matrix: owners[id(matrix.parameter)])
 
     def _moves_nothing(self) -> bool:
         """Whether this step is a GradScaler's overflow, or an initialising step: all rates zero and all gradients too."""
         found_inf = getattr(self.optimizer, "found_inf", None)
         if found_inf is not None and bool(found_inf.item()):
             return True
-        if any(group.get("lr") is None or float(group["lr"]) != 0.0 for group in self.optimizer.param_groups):
-            return False
+        for group in self.optimizer.param_groups:
+            rate = group.get("lr")
+            # a rate on a device is not read: that would wait for it in every step
+            if rate is None or (isinstance(rate, Tensor) and rate.device.type != "cpu") or float(rate) != 0.0:
+                return False
         grads = [m.parameter.grad for m in self.engine.matrices.values() if m.parameter.grad is not None]
         moving = torch.tensor(any(bool(local(g).any()) for g in grads))
         if any(is_sharded(g) for g in grads):

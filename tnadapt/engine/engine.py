@@ -101,15 +101,18 @@ class Engine:
         if not self.factorization.structure(matrices[0].shape).exact:
             residual = values.to(cores[0].dtype) - self.factorization.fold(cores)
         states = [self._known_state(m) for m in matrices]
-        warm = warm_state(self.factorization, cores, states)
-        separate = warm is not None and not same_scalars(states)
+        known = [k for k, state in enumerate(states) if state]
+        warm = warm_state(self.factorization, [core[known] for core in cores], [states[k] for k in known])
+        handed = {} if warm is None else dict(zip(known, warm, strict=True))
+        # stepped as one tensor only where all have the same step count behind them, or none has any
+        separate = bool(handed) and (len(known) < len(states) or not same_scalars(states))
         return [
             Member(
                 matrix,
                 round_number,
                 separate,
                 [core[k] for core in cores],
-                state=None if warm is None else warm[k],
+                state=handed.get(k),
                 residual=None if residual is None else residual[k],
             )
             for k, matrix in enumerate(matrices)
@@ -169,18 +172,19 @@ class Engine:
             self.matrices[name].expanded = False
             self.update_norms.pop(name, None)
 
-    def follow_devices(self) -> None:
-        """Move cores to where their matrices are now."""
+    def follow(self, group_of: Callable[[LoraMatrix], int]) -> None:
+        """Put cores where their matrices are now: on their device, and with the optimizer group that holds them."""
+        moving: dict[_Key, list[Member]] = {}
         for key, cohort in list(self.cohorts.items()):
-            devices = {m.matrix.parameter.device for m in cohort.members}
-            if devices == {cohort.device}:
+            structure, dtype, device, group = key
+            homes = [(m.matrix.parameter.device, group_of(m.matrix)) for m in cohort.members]
+            if all(home == (device, group) for home in homes):
                 continue
-            structure, dtype, _, group = key
             del self.cohorts[key]
-            for device in devices:
-                members = [m for m in cohort.extract() if m.matrix.parameter.device == device]
-                moved = cohort.with_members(members, device)
-                self.cohorts[(structure, dtype, device, group)] = moved
+            for member, home in zip(cohort.extract(), homes, strict=True):
+                moving.setdefault((structure, dtype, *home), []).append(member)
+        for key, members in moving.items():
+            self._place(key, members)
 
     def fingerprint(self) -> Tensor:
         """One number per cohort that other values of the cores would change."""
@@ -304,7 +308,13 @@ class Engine:
                 norms = torch.linalg.vector_norm(values - before, dim=(1, 2)).unbind(0)
                 self.update_norms.update(zip((m.matrix.name for m in cohort.members), norms, strict=True))
             write_whole([m.matrix.parameter for m in cohort.members], values)
+            cohort.versions = [m.matrix.parameter._version for m in cohort.members]
             cohort.stepped = False
+
+    def touched(self, cohort: Cohort) -> bool:
+        """Whether somebody wrote a matrix since it was refolded, as far as torch counts writes: those through `.data` it does
+        not. Does not wait for the device."""
+        return cohort.versions != [m.matrix.parameter._version for m in cohort.members]
 
     @torch.no_grad()
     def changed_outside(self, cohort: Cohort) -> Tensor:
@@ -315,10 +325,15 @@ class Engine:
         folded = cohort.written
         assert folded is not None
         parameters = [m.matrix.parameter.detach() for m in cohort.members]
-        eps = torch.finfo(parameters[0].dtype).eps * len(cohort.structure.core_shapes) * 4
-        allowed = eps * folded.abs().amax((1, 2))
+        # folding rounds in the cores' dtype once per core, writing once in the matrix's
+        eps = torch.finfo(folded.dtype).eps * len(cohort.structure.core_shapes) * 4
         if not any(is_sharded(p) for p in parameters):
-            return ~((torch.stack(parameters).to(folded.dtype) - folded).abs().amax((1, 2)) <= allowed)
+            values = torch.stack(parameters)
+            if cohort.device.type == "cpu" and torch.equal(values, folded.to(values.dtype)):
+                return torch.zeros(len(parameters), dtype=torch.bool)
+            allowed = (eps + torch.finfo(values.dtype).eps) * folded.abs().amax((1, 2))
+            return ~((values.to(folded.dtype) - folded).abs().amax((1, 2)) <= allowed)
+        allowed = (eps + torch.finfo(parameters[0].dtype).eps) * folded.abs().amax((1, 2))
         # a comparison holds of every element of a shard without elements, and of none that is NaN
         within = [
             ((local(p).to(folded.dtype) - part).abs() <= bound).all()

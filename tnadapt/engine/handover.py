@@ -41,7 +41,7 @@ def warm_state(
         cores: stacked cores of n matrices, each [n, *core_k].
         states: what the optimizer holds of each matrix.
     """
-    if any(not state for state in states) or any(set(state) != set(states[0]) for state in states):
+    if not states or any(not state for state in states) or any(set(state) != set(states[0]) for state in states):
         return None
     shape = factorization.fold(cores).shape[1:]
     result: list[list[dict[str, Any]]] = [[{} for _ in cores] for _ in states]

@@ -103,20 +103,5 @@ def _read(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def newest_checkpoint(folder: Path) -> str | None:
-    """The newest whole checkpoint of a Hugging Face Trainer in ``folder``; None if there is none.
-
-    The Trainer writes its state last, so a checkpoint without a readable state was cut off.
-    """
-    numbered = {int(path.name.rpartition("-")[2]): path for path in folder.glob("checkpoint-*")}
-    for _, path in sorted(numbered.items(), reverse=True):
-        try:
-            read_json(path / "trainer_state.json")
-        except (OSError, ValueError):
-            continue
-        return str(path)
-    return None
-
-
 def _now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S%z")

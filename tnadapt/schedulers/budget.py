@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from tnadapt.lora_matrices import LoraMatrix
-from tnadapt.schedulers.base import Scheduler
+from tnadapt.schedulers.base import Scheduler, by_group
 from tnadapt.schedulers.scores import check_finite, check_reduction, taylor_scores, to_floats
 
 __all__ = ["Budget"]
@@ -59,6 +59,10 @@ class Budget(Scheduler):
         self._decided: tuple[int, tuple[str, ...], tuple[str, ...]] = (0, (), ())
 
     def attach(self, matrices: Mapping[str, LoraMatrix]) -> None:
+        if self._scores:
+            raise ValueError(
+                "Budget: this scheduler has scores of another run; make a new one (to resume, load its state later)"
+            )
         costs = [m.added_parameters for m in matrices.values() if m.added_parameters > 0]
         if not costs:
             raise ValueError("Budget: expanding adds no parameters to any matrix; choose an order or sites that do")
@@ -104,13 +108,10 @@ class Budget(Scheduler):
     def _shares(self, matrices: Mapping[str, LoraMatrix]) -> list[tuple[int, list[LoraMatrix]]]:
         if not self.per_group:
             return [(self.added_parameters, list(matrices.values()))]
-        groups: dict[str, list[LoraMatrix]] = {}
-        for matrix in matrices.values():
-            groups.setdefault(matrix.group, []).append(matrix)
         total = sum(m.added_parameters for m in matrices.values())
         return [
             (self.added_parameters * sum(m.added_parameters for m in members) // total, members)
-            for members in groups.values()
+            for members in by_group(matrices).values()
         ]
 
     def scores(self) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -41,6 +42,15 @@ class LossAblation(Scheduler):
             raise ValueError(
                 f"LossAblation: {len(missing)} of {len(matrices)} matrices have no score, such as "
                 f"{', '.join(missing[:3])}; score a model with the same adapters (ablation_scores)"
+            )
+
+        small = {g: len(m) for g, m in by_group(matrices).items() if len(m) < self.top_n}
+        if small:
+            shown = ", ".join(f"{group} ({size})" for group, size in list(small.items())[:3])
+            warnings.warn(
+                f"LossAblation: top_n={self.top_n} exceeds the size of {len(small)} groups, such as {shown}; these are "
+                "expanded whole",
+                stacklevel=4,
             )
 
     def select(self, step: int, matrices: Mapping[str, LoraMatrix]) -> Iterable[str]:

@@ -69,7 +69,7 @@ class TaylorRuntime(Scheduler):
         self.rounds: list[dict[str, Any]] = []
 
     def attach(self, matrices: Mapping[str, LoraMatrix]) -> None:
-        if self.rounds_done:
+        if self.rounds_done or self._scores:
             raise ValueError(
                 f"TaylorRuntime: this scheduler has {self.rounds_done} of {self.split} rounds behind it; make a new one for "
                 "another run (to resume, load the saved state after attaching)"
