@@ -584,7 +584,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for result in results:
         print(f"{result['label']}: {result['folder']}/report.md")
     laptop = options.preset == "laptop"
-    committed = read_json(COMMITTED) if laptop and COMMITTED.exists() else None
+    embedded = preset.model == preset.data == EMBEDDED and preset.test_data is None
+    committed = read_json(COMMITTED) if laptop and embedded and COMMITTED.exists() else None
     paper = None if laptop else {method.label: method.paper for method in METHODS.values()}
     print(f"comparison: {compare(results, options.runs, committed, paper)}")
 
