@@ -234,23 +234,15 @@ def test_the_command_line_compares_methods(
     (tmp_path / "committed.json").write_text(json.dumps(committed))
     monkeypatch.setattr(recipe, "COMMITTED", tmp_path / "committed.json")
     settings = dataclasses.asdict(tiny(tiny_model))
-    given = [
-        "model",
-        "train_size",
-        "eval_size",
-        "max_steps",
-        "batch",
-        "micro_batch",
-        "max_new_tokens",
-        "every",
-        "top_n",
-    ]
+    given = ["train_size", "eval_size", "max_steps", "batch", "micro_batch", "max_new_tokens", "every", "top_n"]
     options = [part for name in given for part in (f"--{name.replace('_', '-')}", str(settings[name]))]
     recipe.main(["--method", "lora", "lora-over-mpo-r", "--runs", str(tmp_path), *options])
     printed = capsys.readouterr().out
     assert "55.0 ± 7.1 %" in printed
     assert "comparison-" in printed
     assert len([*tmp_path.glob("comparison-*.png")]) == 1
+    recipe.main(["--method", "lora", "--runs", str(tmp_path), "--model", tiny_model, *options])
+    assert "55.0 ± 7.1 %" not in capsys.readouterr().out, "the table is of the embedded model"
 
 
 def test_the_tuner_marks_the_best_rate_and_warns_at_the_edge(
