@@ -31,9 +31,10 @@ from tnadapt.factorizations import Factorization
 from tnadapt.lora_matrices import LoraMatrix, find_lora_matrices
 from tnadapt.schedulers import Scheduler, Static
 
-__all__ = ["Event", "FoldReport", "LoraOver"]
+__all__ = ["STATE_KEY", "Event", "FoldReport", "LoraOver"]
 
-_STATE_KEY = "tnadapt"
+#: key of our part in the state dict of an optimizer
+STATE_KEY = "tnadapt"
 _STATE_VERSION = 1
 #: optimizer steps between two comparisons of matrices with their cores, off the CPU
 _COMPARE_EVERY = 50
@@ -314,6 +315,11 @@ class LoraOver:
         if self._coupling is None:
             raise RuntimeError("this LoraOver is folded or detached; attach a new one and load the state into that")
         self._validate(state)
+        self._load(state)
+
+    def _load(self, state: Mapping[str, Any]) -> None:
+        """Replace everything by a validated state."""
+        assert self._coupling is not None
         before = self.scheduler.state_dict()
         self.scheduler.load_state_dict(state["scheduler"]["state"])
         try:
@@ -328,7 +334,7 @@ class LoraOver:
             warnings.warn(
                 f"the state was saved with {state['scheduler']['settings']}, this run has {self.scheduler.label}: what is "
                 "expanded already stays, and the rest follows the new settings",
-                stacklevel=2,
+                stacklevel=3,
             )
         self.step = int(state["step"])
         self._pending = list(state["pending"])
@@ -391,12 +397,12 @@ class LoraOver:
     def _save_hook(self, _: Any, optimizer_state: dict[str, Any]) -> dict[str, Any]:
         if self._coupling is not None:
             self._coupling.fill_missing(optimizer_state)
-        return {**optimizer_state, _STATE_KEY: self.state_dict()}
+        return {**optimizer_state, STATE_KEY: self.state_dict()}
 
     def _stage_hook(self, _: Any, optimizer_state: dict[str, Any]) -> dict[str, Any]:
         """Validate ours before torch replaces anything; ours is replaced after torch has validated its own."""
         rest = dict(optimizer_state)
-        self._staged = rest.pop(_STATE_KEY, None)
+        self._staged = rest.pop(STATE_KEY, None)
         if self._staged is not None:
             self._validate(self._staged)
         elif self.step > 0:
@@ -410,7 +416,7 @@ class LoraOver:
     def _commit_hook(self, _: Any) -> None:
         staged, self._staged = self._staged, None
         if staged is not None:
-            self.load_state_dict(staged)
+            self._load(staged)
 
     # -- the decisions of a step --------------------------------------------------------------------------------------
 
@@ -532,11 +538,11 @@ class LoraOver:
         names: list[str] = []
         earlier, self._changed = self._changed, []
         # what only one rank has seen must not make it compare alone
-        alone_differs = is_distributed(self.process_group)
+        several_ranks = is_distributed(self.process_group)
         for flags, members in earlier:
             names += [name for name, changed in zip(members, flags.tolist(), strict=True) if changed]
         for cohort in self._engine.cohorts.values():
-            here = cohort.device.type == "cpu" or (not alone_differs and self._engine.touched(cohort))
+            here = cohort.device.type == "cpu" or (not several_ranks and self._engine.touched(cohort))
             if not here and step % _COMPARE_EVERY != 1:
                 continue
             members = tuple(m.matrix.name for m in cohort.members)

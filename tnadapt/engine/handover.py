@@ -52,7 +52,7 @@ def warm_state(
                 return None
             stacked = torch.stack(values).to(cores[0].dtype)
             per_core = (
-                _pull_linear(factorization, cores, stacked)
+                factorization.pull_back(cores, stacked)
                 if key in _LINEAR
                 else _pull_squares(factorization, cores, stacked)
             )
@@ -77,10 +77,6 @@ def same_scalars(states: Sequence[Mapping[str, Any]]) -> bool:
         }
 
     return all(scalars(state) == scalars(states[0]) for state in states)
-
-
-def _pull_linear(factorization: Factorization, cores: Sequence[Tensor], moment: Tensor) -> Sequence[Tensor]:
-    return factorization.pull_back(cores, moment)
 
 
 def _pull_squares(factorization: Factorization, cores: Sequence[Tensor], moment: Tensor) -> Sequence[Tensor]:

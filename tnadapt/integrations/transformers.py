@@ -21,7 +21,7 @@ except ImportError as error:
     ) from error
 
 from tnadapt.factorizations import Factorization
-from tnadapt.lora_over import FoldReport, LoraOver
+from tnadapt.lora_over import STATE_KEY, FoldReport, LoraOver
 from tnadapt.schedulers import Scheduler
 
 __all__ = ["LoraOverCallback", "checkpoint_fault", "last_complete_checkpoint"]
@@ -32,7 +32,6 @@ _OWN_FILE = "tnadapt.pt"
 _SCHEDULER_FILE = "scheduler.pt"
 _TRAINER_STATE_FILE = "trainer_state.json"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-_STATE_KEY = "tnadapt"
 #: what Trainer writes the model or the adapter to, whole or as the index of its shards
 _WEIGHT_FILES = tuple(
     name + ending
@@ -248,7 +247,7 @@ def _read_state(folder: Path) -> Any:
         return torch.load(own, map_location="cpu", weights_only=True)
     saved = None
     if file.is_file():
-        saved = torch.load(file, map_location="cpu", weights_only=True, mmap=True).get(_STATE_KEY)
+        saved = torch.load(file, map_location="cpu", weights_only=True, mmap=True).get(STATE_KEY)
     if saved is None:
         raise ValueError(
             f"{folder} was saved without LoraOver, or was not finished ({_OWN_FILE} comes last under FSDP), so there are no "

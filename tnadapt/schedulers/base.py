@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from tnadapt.lora_matrices import LoraMatrix
 
-__all__ = ["Scheduler", "by_group"]
+__all__ = ["Scheduler", "by_group", "warn_small_groups"]
 
 
 class Scheduler(ABC):
@@ -56,3 +57,16 @@ def by_group(matrices: Mapping[str, LoraMatrix]) -> dict[str, list[LoraMatrix]]:
     for matrix in matrices.values():
         groups.setdefault(matrix.group, []).append(matrix)
     return groups
+
+
+def warn_small_groups(owner: str, top_n: int, matrices: Mapping[str, LoraMatrix]) -> None:
+    """Warn once where groups have fewer than `top_n` matrices; called from `attach`, so that it points at whoever attaches."""
+    groups = by_group(matrices)
+    small = {group: len(members) for group, members in groups.items() if len(members) < top_n}
+    if small:
+        shown = ", ".join(f"{group} ({size})" for group, size in list(small.items())[:3])
+        warnings.warn(
+            f"{owner}: top_n={top_n} exceeds the size of {len(small)} of {len(groups)} groups, such as {shown}; these are "
+            "expanded whole",
+            stacklevel=5,
+        )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import sys
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -12,7 +11,7 @@ import torch
 from torch import nn
 
 from tnadapt.lora_matrices import LoraMatrix, find_lora_matrices
-from tnadapt.schedulers.base import Scheduler, by_group
+from tnadapt.schedulers.base import Scheduler, by_group, warn_small_groups
 
 __all__ = ["LossAblation", "ablation_scores", "predefined"]
 
@@ -44,14 +43,7 @@ class LossAblation(Scheduler):
                 f"{', '.join(missing[:3])}; score a model with the same adapters (ablation_scores)"
             )
 
-        small = {g: len(m) for g, m in by_group(matrices).items() if len(m) < self.top_n}
-        if small:
-            shown = ", ".join(f"{group} ({size})" for group, size in list(small.items())[:3])
-            warnings.warn(
-                f"LossAblation: top_n={self.top_n} exceeds the size of {len(small)} groups, such as {shown}; these are "
-                "expanded whole",
-                stacklevel=4,
-            )
+        warn_small_groups("LossAblation", self.top_n, matrices)
 
     def select(self, step: int, matrices: Mapping[str, LoraMatrix]) -> Iterable[str]:
         if step != 0:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from tnadapt.lora_matrices import LoraMatrix
-from tnadapt.schedulers.base import Scheduler, by_group
+from tnadapt.schedulers.base import Scheduler, by_group, warn_small_groups
 from tnadapt.schedulers.scores import check_finite, check_reduction, taylor_scores, to_floats
 
 __all__ = ["TaylorRuntime", "round_sizes"]
@@ -74,14 +73,7 @@ class TaylorRuntime(Scheduler):
                 f"TaylorRuntime: this scheduler has {self.rounds_done} of {self.split} rounds behind it; make a new one for "
                 "another run (to resume, load the saved state after attaching)"
             )
-        small = {g: len(m) for g, m in by_group(matrices).items() if len(m) < self.top_n}
-        if small:
-            shown = ", ".join(f"{group} ({size})" for group, size in list(small.items())[:3])
-            warnings.warn(
-                f"TaylorRuntime: top_n={self.top_n} exceeds the size of {len(small)} of {len(by_group(matrices))} groups, "
-                f"such as {shown}; these are expanded whole",
-                stacklevel=4,
-            )
+        warn_small_groups("TaylorRuntime", self.top_n, matrices)
 
     def due(self, step: int) -> bool:
         return step > 0 and step % self.every == 0 and self.rounds_done < self.split
