@@ -55,8 +55,8 @@ PHASES: list[tuple[Any, str, str]] = [
     (Engine, "lend", "lend cores"),
     (Coupling, "_prepare", "lend cores"),
     (Cohort, "fold", "refold"),
-    (Engine, "refold", "update norms"),
-    (tnadapt.engine.engine, "write_whole", "write matrices"),
+    (Engine, "refold", "norms and checksums"),
+    (tnadapt.engine.engine, "write_rows", "write matrices"),
     (Coupling, "_finish", "take cores back"),
 ]
 STEP = "the optimizer itself, on cores and the rest"
@@ -169,7 +169,7 @@ def profile(name: str, case: Case, repeats: int, warmup: int, trace: Path | None
         profiler.export_chrome_trace(str(trace))
     medians = {label: statistics.median(seconds) for label, seconds in series.items()}
     rows = [{"phase": label, "seconds": statistics.median(p.get(label, 0.0) for p in phases)} for label in ORDER]
-    cohorts = len({matrix.shape for matrix in ours.over.matrices.values()})
+    cohorts = len(ours.over._engine.cohorts)
     return {
         "case": name,
         "model": case.model,

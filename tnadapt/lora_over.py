@@ -85,10 +85,9 @@ class LoraOver:
     matrices are refolded in place.
 
     Memory above plain LoRA, for the matrices that are expanded: cores, their optimizer state, max(core gradients, kept
-    prefixes), one copy of the matrices (what cores folded to last), and the scratch of the largest cohort (its prefixes, its
-    matrices twice, and two squares of the largest bond for each of them); less the optimizer state that plain LoRA would have
-    of these matrices. On the CPU core gradients are kept between steps and so come on top of the prefixes, except for
-    optimizers that look at shapes.
+    prefixes), and the scratch of the largest cohort (its matrices twice, and beyond order 2 two squares of the largest bond
+    for each of them); less the optimizer state that plain LoRA would have of these matrices. Gradients and prefixes share one
+    memory, which stays between steps. Sharded matrices and those of lower precision than their cores have a copy besides.
 
     Args:
         model: any model with LoRA pairs on linear layers (PEFT, `OverParamAdapter`, or one's own `lora_A`/`lora_B`).
@@ -532,27 +531,26 @@ class LoraOver:
     # -- matrices changed by others -----------------------------------------------------------------------------------
 
     def _follow_outside_changes(self, step: int) -> None:
-        """Unfold anew what somebody else wrote (a loaded adapter, a hand edit). Compared at every step on the CPU; off
+        """Unfold anew what somebody else wrote (a loaded adapter, a hand edit). Looked for at every step on the CPU; off
         it every few steps, and read one step later so that the device is not waited for."""
         assert self._coupling is not None
-        names: list[str] = []
+        suspects: set[str] = set()
         earlier, self._changed = self._changed, []
         # what only one rank has seen must not make it compare alone
         several_ranks = is_distributed(self.process_group)
         for flags, members in earlier:
-            names += [name for name, changed in zip(members, flags.tolist(), strict=True) if changed]
+            suspects |= {name for name, flag in zip(members, flags.tolist(), strict=True) if flag}
         for cohort in self._engine.cohorts.values():
             here = cohort.device.type == "cpu" or (not several_ranks and self._engine.touched(cohort))
             if not here and step % _COMPARE_EVERY != 1:
                 continue
             members = tuple(m.matrix.name for m in cohort.members)
-            flags = agree_any(self._engine.changed_outside(cohort), self.process_group)
-            if here:
-                if bool(flags.any()):
-                    names += [name for name, changed in zip(members, flags.tolist(), strict=True) if changed]
-            else:
+            flags = agree_any(self._engine.may_be_changed(cohort), self.process_group)
+            if not here:
                 self._changed.append((flags, members))
-        names = [name for name in names if self.matrices[name].expanded]
+            elif bool(flags.any()):
+                suspects |= {name for name, flag in zip(members, flags.tolist(), strict=True) if flag}
+        names = self._changed_among(suspects) if suspects else []
         if names:
             warnings.warn(
                 f"{shown(names)} changed outside the optimizer (a loaded adapter, a hand edit); unfolding anew, with "
@@ -563,6 +561,16 @@ class LoraOver:
             self._coupling.forget([self.matrices[name] for name in names])
             self._engine.drop(names)
             self._engine.expand(names, self._coupling.group_of)
+
+    def _changed_among(self, suspects: set[str]) -> list[str]:
+        """Those of `suspects` that were changed on any rank; all ranks suspect the same."""
+        names: list[str] = []
+        for cohort in self._engine.cohorts.values():
+            members = [m.matrix.name for m in cohort.members]
+            if suspects & set(members):
+                flags = agree_any(self._engine.changed_outside(cohort), self.process_group)
+                names += [name for name, flag in zip(members, flags.tolist(), strict=True) if flag]
+        return names
 
     def changed_outside(self) -> tuple[str, ...]:
         """Names of expanded matrices that hold something else than what their cores fold to, because somebody wrote them

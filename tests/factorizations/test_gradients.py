@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tnadapt.backends.torch_backend import sweeps_from_left
+from tnadapt.backends.kernels import sweeps_from_left
 from tnadapt.factorizations import Factorization
+from tnadapt.factorizations.sites import rows_from_sites, rows_to_sites, to_sites
 
 from .variants import CASES, EVERY, make_matrix, random_cores, reference_fold, shapes
 
@@ -58,23 +61,36 @@ def test_unfolded_cores(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_kept_context_and_given_buffers(name: str) -> None:
-    """What the engine calls: the same numbers from a kept context, written into the buffers that it owns."""
+def test_workspace(name: str) -> None:
+    """What the engine calls: the same numbers at every repetition, whether contracted before or not, and as the cores change."""
     factorization, shape = CASES[name]
-    cores = random_cores(factorization, shape, (3,))
-    grad = make_matrix((3, *shape), seed=2)
-    expected = factorization.pull_back(cores, grad)
-    matrix, context = factorization.fold_keeping(cores)
-    assert torch.equal(matrix, factorization.fold(cores))
-    assert not matrix.requires_grad
-    buffers = [torch.full_like(core, float("nan")) for core in cores]
-    factorization.pull_back_keeping(cores, grad, context, out=buffers)
-    for buffer, want in zip(buffers, expected, strict=True):
-        assert_close(buffer, want)
-    _, context = factorization.fold_keeping(cores)
-    for actual, want in zip(factorization.pull_back_keeping(cores, grad, context), expected, strict=True):
-        assert actual.is_contiguous()
-        assert_close(actual, want)
+    sites = factorization.structure(shape).sites
+    fused = stack_fused(factorization, random_cores(factorization, shape, (3,)))
+    workspace = factorization.workspace(fused)
+    for seed, contracts in enumerate((True, False, True, True)):
+        for core, new in zip(
+            fused, stack_fused(factorization, random_cores(factorization, shape, (3,), seed=seed)), strict=True
+        ):
+            core.copy_(new)
+        cores = [core.view(3, *own) for core, own in zip(fused, factorization.core_shapes(shape), strict=True)]
+        grad = make_matrix((3, *shape), seed=seed)
+        if contracts:
+            rows = torch.full((3, grad[0].numel()), float("nan"), dtype=grad.dtype)
+            rows_from_sites(workspace.contract(), sites, rows)
+            assert not rows.requires_grad
+            assert torch.equal(rows.view(grad.shape), factorization.fold(cores))
+        flat = torch.full((3, grad[0].numel()), float("nan"), dtype=grad.dtype)
+        rows_to_sites(grad.flatten(1), sites, flat)
+        assert torch.equal(flat, to_sites(grad, sites).flatten(1))
+        found = torch.split(workspace.pull_back(flat), [core.numel() for core in cores])
+        for actual, want in zip(found, factorization.pull_back(cores, grad), strict=True):
+            assert actual.is_contiguous()
+            assert_close(actual.view(want.shape), want)
+
+
+def stack_fused(factorization: Factorization, cores: Sequence[Tensor]) -> list[Tensor]:
+    shapes = factorization.fused_shapes([tuple(core.shape[1:]) for core in cores])
+    return [core.reshape(-1, *shape) for core, shape in zip(cores, shapes, strict=True)]
 
 
 def test_low_precision_gradient() -> None:

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from tnadapt.backends import get_backend
+from tnadapt.backends.kernels import ChainKernel, CPKernel, TuckerKernel
 from tnadapt.factorizations import CP, MPO, Tucker
 from tnadapt.factorizations.precision import ieee_matmul
+from tnadapt.factorizations.sites import from_sites, to_sites
 
 from .variants import CASES, make_matrix
 
@@ -37,14 +39,19 @@ def test_autocast_does_not_lower_the_precision(name: str) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         again = factorization.unfold(matrix)
         folded, grads = factorization.fold(cores), factorization.pull_back(cores, grad)
-        kept, context = factorization.fold_keeping([core[None] for core in cores])
-        kept_grads = factorization.pull_back_keeping([core[None] for core in cores], grad[None], context)
+        fused = factorization.fused_shapes(factorization.core_shapes(shape))
+        workspace = factorization.workspace([core.view(1, *own) for core, own in zip(cores, fused, strict=True)])
+        sites = factorization.structure(shape).sites
+        kept = from_sites(workspace.contract(), sites)
+        kept_grads = torch.split(
+            workspace.pull_back(to_sites(grad[None], sites).flatten(1)), [c.numel() for c in cores]
+        )
     assert torch.equal(folded, expected)
     assert torch.equal(kept[0], expected)
     assert folded.dtype == torch.float32
     assert all(map(torch.equal, again, cores))
     assert all(map(torch.equal, grads, expected_grads))
-    assert all(torch.equal(got[0], want) for got, want in zip(kept_grads, expected_grads, strict=True))
+    assert all(torch.equal(got.view(want.shape), want) for got, want in zip(kept_grads, expected_grads, strict=True))
 
 
 USERS = {
@@ -66,21 +73,23 @@ def test_tf32_is_off_inside_and_back_afterwards(user: str, settings: None, monke
     USERS[user]()
     before, seen = state(), []
     backend = get_backend("torch")
-    for operation in ("chain_contract", "chain_contract_keeping", "chain_pull_back", "tucker_contract", "cp_contract"):
-        original = getattr(backend, operation)
+    watched: list[tuple[Any, str]] = [(backend, f"{kind}_contract") for kind in ("chain", "tucker", "cp")]
+    watched += [(kind, "pull_back") for kind in (ChainKernel, TuckerKernel, CPKernel)]
+    for owner, operation in watched:
+        original = getattr(owner, operation)
 
         def spy(*args: Any, original: Any = original, **kwargs: Any) -> Any:
             seen.append(state())
             return original(*args, **kwargs)
 
-        monkeypatch.setattr(backend, operation, spy)
+        monkeypatch.setattr(owner, operation, spy)
     matrix = make_matrix((24, 8), dtype=torch.float32)
     for factorization in (MPO(order=3), Tucker(), CP()):
         cores = factorization.unfold(matrix)
         factorization.fold(cores)
         factorization.pull_back(cores, matrix)
         assert state() == before
-    assert len(seen) >= 5
+    assert len(seen) == 6
     assert not any("tf32" in inside[1:] or "bf16" in inside[1:] for inside in seen)
     with pytest.raises(ValueError, match="belong"):
         MPO(order=3).fold([torch.ones(1, 2, 2, 3), torch.ones(4, 2, 2, 1)])

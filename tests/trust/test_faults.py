@@ -17,6 +17,7 @@ from engine.models import Experts, everything, expert_loss, same, trainable
 from torch import nn
 
 from tnadapt import MPO, LoraOver, TaylorRuntime
+from tnadapt.backends.kernels import ChainKernel
 from tnadapt.backends.torch_backend import TorchBackend
 from tnadapt.schedulers import Budget, Scheduler
 
@@ -192,9 +193,12 @@ def spread(count: int) -> list[int]:
     return sorted({1, 2, (count + 1) // 2, count} & set(range(1, count + 1)))
 
 
+OWNERS = {"pull_back": ChainKernel, "contract": ChainKernel, "chain_decompose": TorchBackend}
+
+
 @pytest.mark.parametrize("elementwise", [True, False])
 @pytest.mark.parametrize("step", [START, EXPANDS, ORDINARY, RELEASES])
-@pytest.mark.parametrize("operation", ["chain_pull_back", "chain_contract_keeping", "chain_decompose"])
+@pytest.mark.parametrize("operation", ["pull_back", "contract", "chain_decompose"])
 def test_out_of_memory(
     monkeypatch: pytest.MonkeyPatch, clean: Any, operation: str, step: int, elementwise: bool
 ) -> None:
@@ -203,7 +207,7 @@ def test_out_of_memory(
     probe.gradients(step)
     count = 0
 
-    with failing_call(monkeypatch, TorchBackend, operation, -1, out_of_memory) as calls:
+    with failing_call(monkeypatch, OWNERS[operation], operation, -1, out_of_memory) as calls:
 
         def look(*_: Any) -> None:
             nonlocal count
@@ -211,7 +215,7 @@ def test_out_of_memory(
 
         probe.optimizer.register_step_pre_hook(look)
         probe.optimizer.step()
-    if operation == "chain_pull_back" or (operation == "chain_decompose" and step != ORDINARY):
+    if operation == "pull_back" or (operation == "chain_decompose" and step != ORDINARY):
         assert count, "the fault would not happen"
     for k in spread(count):
         run = Run(elementwise=elementwise).go(range(1, step))
@@ -219,7 +223,7 @@ def test_out_of_memory(
 
         def fault(run: Run = run, k: int = k) -> None:
             with (
-                failing_call(monkeypatch, TorchBackend, operation, k, out_of_memory),
+                failing_call(monkeypatch, OWNERS[operation], operation, k, out_of_memory),
                 pytest.raises(torch.OutOfMemoryError) as raised,
             ):
                 run.optimizer.step()
@@ -244,15 +248,15 @@ def test_out_of_memory_in_the_refold(monkeypatch: pytest.MonkeyPatch, clean: Any
         inside = True
 
     handle = run.optimizer.register_step_pre_hook(about_to_step)
-    original, calls = TorchBackend.chain_contract_keeping, itertools.count(1)
+    original, calls = ChainKernel.contract, itertools.count(1)
 
-    def full(self: Any, cores: Any) -> Any:
+    def full(self: Any) -> Any:
         if inside and next(calls) == k:
             raise out_of_memory()
-        return original(self, cores)
+        return original(self)
 
     with monkeypatch.context() as patched:
-        patched.setattr(TorchBackend, "chain_contract_keeping", full)
+        patched.setattr(ChainKernel, "contract", full)
         with pytest.raises(torch.OutOfMemoryError) as raised:
             run.optimizer.step()
     assert "do not repeat the batch" in raised.value.__notes__[0]

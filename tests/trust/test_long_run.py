@@ -49,7 +49,7 @@ def require_folded(over: LoraOver) -> int:
     Expanding alone writes no matrix: where nothing of a cohort has had a gradient since, they agree to rounding."""
     exact = 0
     for cohort in over._engine.cohorts.values():
-        folded = cohort.factorization.fold(cohort.stacked(cohort.buffer))
+        folded = [cohort.factorization.fold([core[None] for core in member.cores])[0] for member in cohort.extract()]
         stepped = any(member.matrix.parameter.grad is not None for member in cohort.members)
         for member, value in zip(cohort.members, folded, strict=True):
             if stepped:

@@ -3,53 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from tnadapt.backends.kernels import Kernel, flatten
 from tnadapt.backends.torch_backend import TorchBackend
 
 __all__ = ["AutogradBackend"]
 
 
 class AutogradBackend(TorchBackend):
-    """A backend whose library contracts but has no kernel for pulling back: the context is the autograd graph."""
+    """A backend whose library contracts but has no kernel for pulling back."""
 
-    def chain_contract_keeping(self, cores: Sequence[Tensor]) -> tuple[Tensor, Any]:
-        return _record(self.chain_contract, cores)
+    def chain_kernel(self, cores: Sequence[Tensor]) -> Kernel:
+        return AutogradKernel(self.chain_contract, cores)
 
-    def chain_pull_back(
-        self, cores: Sequence[Tensor], grad: Tensor, context: Any, out: Sequence[Tensor] | None = None
-    ) -> list[Tensor]:
-        grads = _replay(context, grad)
-        if out is None:
-            return grads
-        return [target.copy_(g) for target, g in zip(out, grads, strict=True)]
+    def tucker_kernel(self, factors: Sequence[Tensor], core: Tensor) -> Kernel:
+        return AutogradKernel(lambda tensors: self.tucker_contract(tensors[:-1], tensors[-1]), [*factors, core])
 
-    def tucker_contract_keeping(self, factors: Sequence[Tensor], core: Tensor) -> tuple[Tensor, Any]:
-        return _record(lambda leaves: self.tucker_contract(leaves[:-1], leaves[-1]), [*factors, core])
-
-    def tucker_pull_back(
-        self, factors: Sequence[Tensor], core: Tensor, grad: Tensor, context: Any
-    ) -> tuple[list[Tensor], Tensor]:
-        *grads, last = _replay(context, grad)
-        return grads, last
-
-    def cp_contract_keeping(self, factors: Sequence[Tensor]) -> tuple[Tensor, Any]:
-        return _record(self.cp_contract, factors)
-
-    def cp_pull_back(self, factors: Sequence[Tensor], grad: Tensor, context: Any) -> list[Tensor]:
-        return _replay(context, grad)
+    def cp_kernel(self, factors: Sequence[Tensor]) -> Kernel:
+        return AutogradKernel(self.cp_contract, factors)
 
 
-def _record(contract: Callable[[Sequence[Tensor]], Tensor], tensors: Sequence[Tensor]) -> tuple[Tensor, Any]:
-    with torch.enable_grad():
-        leaves = [tensor.detach().requires_grad_() for tensor in tensors]
-        result = contract(leaves)
-    return result.detach(), (leaves, result)
+class AutogradKernel:
+    """Keeps the autograd graph of a contraction between contracting and pulling back."""
 
+    def __init__(self, contract: Callable[[Sequence[Tensor]], Tensor], tensors: Sequence[Tensor]) -> None:
+        self._contract, self._tensors = contract, tensors
+        self._graph: tuple[list[Tensor], Tensor] | None = None
 
-def _replay(context: Any, grad: Tensor) -> list[Tensor]:
-    leaves, result = context
-    return [g.contiguous() for g in torch.autograd.grad(result, leaves, grad)]
+    def contract(self) -> Tensor:
+        """The library's contraction, [n, P]."""
+        with torch.enable_grad():
+            leaves = [tensor.detach().requires_grad_() for tensor in self._tensors]
+            result = self._contract(leaves)
+        self._graph = leaves, result
+        return result.detach()
+
+    def pull_back(self, grad: Tensor) -> Tensor:
+        """Gradients of `sum(grad * contract())`, in memory of their own."""
+        if self._graph is None:
+            self.contract()
+        assert self._graph is not None
+        (leaves, result), self._graph = self._graph, None
+        return flatten(torch.autograd.grad(result, leaves, grad))

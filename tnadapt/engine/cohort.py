@@ -1,8 +1,10 @@
 """Storage of the cores: one flat buffer per cohort, laid out by site, that folds and pulls back as one batch.
 
-A cohort is the expanded matrices of one structure, device and optimizer group. Letters: n = members, k = site (or core),
-core_k = shape of core k. The buffer holds `[site 0: n x core_0][site 1: n x core_1]...`, so the stacked cores of a site
-are one contiguous tensor however many rounds of expansion brought the members in.
+A cohort is the expanded matrices of one device and optimizer group whose cores can be contracted as one batch: those of one
+structure, and of structures that differ only in which share of a site is rows and which is columns, such as the `A` and
+`B` of transposed shapes. Letters: n = members, k = site (or core), core_k = shape of core k, numel = entries of a matrix. The
+buffer holds `[site 0: n x core_0][site 1: n x core_1]...`, so the stacked cores of a site are one contiguous tensor however
+many rounds of expansion brought the members in.
 
 What the optimizer steps are *pieces*: contiguous ranges of the buffer, lent as Parameters with a state of their own.
 - whole: the buffer itself, for an elementwise optimizer while all members came in one round;
@@ -20,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tnadapt.factorizations import Factorization, Structure
+from tnadapt.factorizations import Factorization, Structure, Workspace, rows_from_sites, rows_to_sites
 from tnadapt.lora_matrices import LoraMatrix
 
 #: rounds of shortening a step at most; two are enough unless a step goes far beyond its limit
@@ -72,55 +74,62 @@ def matrix_view_shape(core_shape: Sequence[int]) -> tuple[int, int]:
 
 
 class Cohort:
-    """The cores of matrices that share structure, dtype, device and optimizer group, and the work on all of them."""
+    """The cores of matrices that are contracted and stepped together, and the work on all of them.
+
+    Args:
+        members: matrices whose structures have the same fused shapes (see `Factorization.fused_shapes`).
+    """
 
     def __init__(
         self,
         factorization: Factorization,
-        structure: Structure,
         dtype: torch.dtype,
         device: torch.device,
         elementwise: bool,
         members: Sequence[Member],
     ) -> None:
         self.factorization = factorization
-        self.structure = structure
         self.dtype = dtype
         self.device = device
         self.elementwise = elementwise
-        # members of one round stay together, so that their ranges are contiguous
-        ordered = sorted(members, key=lambda member: member.round)
+        # members of one round stay together, so that their ranges are contiguous, and in it those of one shape
+        ordered = sorted(members, key=lambda member: (member.round, member.matrix.shape))
         #: which matrices, without tensors
         self.members = [replace(member, cores=(), state=None, residual=None) for member in ordered]
-        self.buffer = torch.empty(len(ordered) * structure.num_parameters, dtype=dtype, device=device)
+        self.structures: list[Structure] = [factorization.structure(member.matrix.shape) for member in ordered]
+        #: shapes of the cores with each site as one mode; all members have the same
+        self.fused_shapes = factorization.fused_shapes(self.structures[0].core_shapes)
+        self.buffer = torch.empty(
+            sum(structure.num_parameters for structure in self.structures), dtype=dtype, device=device
+        )
         for k, site in enumerate(self.stacked(self.buffer)):
             for row, member in zip(site, ordered, strict=True):
-                row.copy_(member.cores[k])
-        residuals = [member.residual for member in ordered if member.residual is not None]
-        #: what the cores of each member miss, [n, rows, cols]; None where the structure is exact
+                row.copy_(member.cores[k].reshape(row.shape))
+        residuals = [member.residual.reshape(-1) for member in ordered if member.residual is not None]
+        #: what the cores of each member miss, [n, numel]; None where the structure is exact
         self.residual = torch.stack(residuals).to(device) if residuals else None
         self.pieces = self._make_pieces(ordered)
+        self._runs = self._shapes()
         self.grad: Tensor | None = None
         #: whether the cores are lent, or were stepped and not folded since
         self.stepped = False
-        #: what the cores folded to last, [n, rows, cols]
+        #: what the cores folded to last, [n, numel], where the parameters do not tell (sharded, or of lower precision)
         self.written: Tensor | None = None
+        #: of what the cores folded to last; None where that has not been written to the parameters as it is
+        self.checksums: Tensor | None = None
         #: torch's count of writes to each matrix, after it was refolded
         self.versions: list[int] = []
         #: largest norm of a member's update in the coming step; None for no limit
         self.limit: float | None = None
-        #: what `grad` is written to: on the CPU, where the system would take the pages back after each step and zero them
-        #: again for the next, it is kept; only torch's own optimizers, which copy what they keep of a gradient, get it twice
-        self._grad_memory: Tensor | None = None
         self._before_step: Tensor | None = None
-        self._context: Any = None
+        self._workspace: Workspace | None = None
 
     # -- layout -------------------------------------------------------------------------------------------------------
 
     def stacked(self, buffer: Tensor) -> list[Tensor]:
-        """Views of `buffer` per site: [n, *core_k]."""
+        """Views of `buffer` per site, with rows and columns of the site as one mode: [n, *fused_k]."""
         n, offset, views = len(self.members), 0, []
-        for shape in self.structure.core_shapes:
+        for shape in self.fused_shapes:
             size = n * math.prod(shape)
             views.append(buffer[offset : offset + size].view(n, *shape))
             offset += size
@@ -129,19 +138,19 @@ class Cohort:
     def _make_pieces(self, members: Sequence[Member]) -> list[Piece]:
         n, rounds = len(members), self._rounds()
         if self.elementwise and len(rounds) == 1 and not any(m.separate for m in members):
-            states = [s for k in range(len(self.structure.core_shapes)) for m in members for s in _state_of(m, k)]
+            states = [s for k in range(len(self.fused_shapes)) for m in members for s in _state_of(m, k)]
             return [self._piece(0, (self.buffer.numel(),), range(n), states)]
         pieces: list[Piece] = []
         offset = 0
-        for k, shape in enumerate(self.structure.core_shapes):
+        for k, shape in enumerate(self.fused_shapes):
             size = math.prod(shape)
             for span in rounds:
                 if self.elementwise and not any(members[m].separate for m in span):
                     states = [s for m in span for s in _state_of(members[m], k)]
                     pieces.append(self._piece(offset + span.start * size, (len(span) * size,), span, states))
                     continue
-                view = (size,) if self.elementwise else matrix_view_shape(shape)
                 for m in span:
+                    view = (size,) if self.elementwise else matrix_view_shape(self.structures[m].core_shapes[k])
                     pieces.append(self._piece(offset + m * size, view, range(m, m + 1), _state_of(members[m], k)))
             offset += n * size
         return pieces
@@ -152,9 +161,9 @@ class Cohort:
         return [
             replace(
                 member,
-                cores=[site[m] for site in sites],
+                cores=[site[m].view(shape) for site, shape in zip(sites, self.structures[m].core_shapes, strict=True)],
                 state=self.core_states(m),
-                residual=None if self.residual is None else self.residual[m],
+                residual=None if self.residual is None else self.residual[m].view(member.matrix.shape),
             )
             for m, member in enumerate(self.members)
         ]
@@ -163,18 +172,18 @@ class Cohort:
         """Optimizer state of each core of member `m`; entries of the cores' size are views into the stacked state."""
         states: list[dict[str, Any]] = []
         offset = 0
-        for shape in self.structure.core_shapes:
+        for shape in self.fused_shapes:
             size = math.prod(shape)
             start = offset + m * size
             piece = next(p for p in self.pieces if p.start <= start < p.start + p.numel)
-            states.append({key: _part(value, piece, start, shape) for key, value in piece.state.items()})
+            states.append({key: _part(value, piece, start, size) for key, value in piece.state.items()})
             offset += len(self.members) * size
         return states
 
     def with_members(self, members: Sequence[Member], device: torch.device | None = None) -> Cohort:
         """A cohort like this one with other members (or elsewhere); this one stays as it is."""
         device = self.device if device is None else device
-        return Cohort(self.factorization, self.structure, self.dtype, device, self.elementwise, members)
+        return Cohort(self.factorization, self.dtype, device, self.elementwise, members)
 
     def with_separate(self, names: Iterable[str]) -> Cohort:
         """A cohort that steps the cores of the rounds of these members apart (a member without gradient must not move)."""
@@ -191,6 +200,16 @@ class Cohort:
                 spans.append(range(m, m + 1))
         return spans
 
+    def _shapes(self) -> list[tuple[slice, Structure]]:
+        """Runs of members of one shape."""
+        runs: list[tuple[slice, Structure]] = []
+        for m, structure in enumerate(self.structures):
+            if runs and runs[-1][1] == structure:
+                runs[-1] = slice(runs[-1][0].start, m + 1), structure
+            else:
+                runs.append((slice(m, m + 1), structure))
+        return runs
+
     def _piece(self, start: int, shape: tuple[int, ...], members: range, states: list[dict[str, Any]]) -> Piece:
         parameter = nn.Parameter(self.buffer[start : start + math.prod(shape)].view(shape))
         return Piece(start, shape, members, parameter, _join(states, parameter))
@@ -198,21 +217,27 @@ class Cohort:
     # -- the work of a step -------------------------------------------------------------------------------------------
 
     def fold(self) -> Tensor:
-        """All members folded, residuals added: [n, rows, cols]. Keeps what the next pull-back reuses."""
-        matrix, self._context = self.factorization.fold_keeping(self.stacked(self.buffer))
-        self.written = matrix if self.residual is None else matrix + self.residual
-        return self.written
+        """All members folded, residuals added: [n, numel]. Keeps what the next pull-back reuses."""
+        flat = self._ready_workspace().contract()
+        rows = torch.empty_like(flat)
+        for run, structure in self._runs:
+            rows_from_sites(flat[run], structure.sites, rows[run])
+        return rows if self.residual is None else rows.add_(self.residual)
 
     def pull_back(self, grads: Tensor) -> None:
-        """Compute core gradients from matrix gradients [n, rows, cols] into a buffer laid out like the cores."""
-        if self._context is None:
-            self.fold()
-        context, self._context = self._context, None
-        grad = torch.empty_like(self.buffer) if self._grad_memory is None else self._grad_memory
-        if self.elementwise and self.device.type == "cpu":
-            self._grad_memory = grad
-        self.factorization.pull_back_keeping(self.stacked(self.buffer), grads, context, self.stacked(grad))
-        self.grad = grad
+        """Compute core gradients from matrix gradients [n, numel], laid out like the cores."""
+        flat = torch.empty_like(grads)
+        for run, structure in self._runs:
+            rows_to_sites(grads[run], structure.sites, flat[run])
+        self.grad = self._ready_workspace().pull_back(flat)
+        if not self.elementwise:
+            # torch's own optimizers copy what they keep of a gradient, others may not: their memory is not used again
+            self._workspace = None
+
+    def _ready_workspace(self) -> Workspace:
+        if self._workspace is None:
+            self._workspace = self.factorization.workspace(self.stacked(self.buffer))
+        return self._workspace
 
     def lend(self, active: Callable[[Member], bool]) -> list[Piece]:
         """Give pieces whose members are `active` their gradients; the others are not stepped."""
@@ -224,17 +249,16 @@ class Cohort:
         self.stepped = True
         return lent
 
-    def shorten(self, before: Tensor) -> Tensor:
-        """Move the cores of members whose matrix went further from `before` than `limit` back towards where they were,
-        until it is not; returns all members folded. The step of the cores is scaled, so its direction is kept; since the
+    def shorten(self, values: Tensor, before: Tensor) -> Tensor:
+        """Move the cores of members whose matrix went further from `before` to `values` than `limit` back towards where they
+        were, until it is not; returns all members folded. The step of the cores is scaled, so its direction is kept; since the
         matrix is not linear in that, it may take a few rounds."""
         assert self.limit is not None
         assert self._before_step is not None
-        assert self.written is not None
-        values, start, stepped = self.written, self._before_step, self.buffer.clone()
+        start, stepped = self._before_step, self.buffer.clone()
         scale = torch.ones(len(self.members), dtype=self.dtype, device=self.device)
         for _ in range(_SHORTENINGS):
-            norms = torch.linalg.vector_norm(values - before, dim=(1, 2))
+            norms = torch.linalg.vector_norm(values - before, dim=1)
             if bool((norms <= self.limit * (1 + 1e-3)).all()):
                 break
             scale = scale * (self.limit / norms).clamp(max=1.0)
@@ -255,11 +279,10 @@ def _state_of(member: Member, k: int) -> list[dict[str, Any]]:
     return [] if member.state is None else [member.state[k]]
 
 
-def _part(value: Any, piece: Piece, start: int, shape: tuple[int, ...]) -> Any:
+def _part(value: Any, piece: Piece, start: int, size: int) -> Any:
     """The share of one core in an entry of its piece's state."""
     if not isinstance(value, Tensor):
         return value
-    size = math.prod(shape)
     if value.numel() == piece.numel != size:
         return value.view(-1)[start - piece.start : start - piece.start + size]
     return value if value.dim() > 0 else value.clone()

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from tnadapt.engine.cohort import Piece
 from tnadapt.engine.engine import Engine
 from tnadapt.engine.tensors import agree_any, is_sharded, local, obstacle_to_gathering
-from tnadapt.factorizations import Structure
 from tnadapt.lora_matrices import LoraMatrix
 
 __all__ = ["Coupling"]
@@ -216,12 +215,12 @@ class Coupling:
                     self.optimizer.state[piece.parameter] = piece.state
             self.optimizer.param_groups.append(group)
 
-    def _limit(self, index: int, structure: Structure) -> float | None:
-        """Largest norm of the update of a matrix in group `index`."""
+    def _limit(self, index: int, numel: int) -> float | None:
+        """Largest norm of the update of a matrix of `numel` entries in group `index`."""
         rate = self.optimizer.param_groups[index].get("lr")
         if self._max_update is None or rate is None:
             return None
-        return self._max_update * float(rate) * self._ratio * math.sqrt(math.prod(structure.shape))
+        return self._max_update * float(rate) * self._ratio * math.sqrt(numel)
 
     def _core_group(self, index: int, pieces: list[Piece]) -> dict[str, Any]:
         """A group for cores: the matrices' group as it is now, with the cores' rate and decay."""

@@ -6,7 +6,9 @@ way is undone by putting the old ones back (`snapshot`, `restore`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,19 +19,21 @@ from tnadapt.engine.handover import same_scalars, warm_state
 from tnadapt.engine.tensors import (
     agree_any,
     broadcast_from_first,
+    checksums,
     is_distributed,
     is_sharded,
     local,
     local_parts,
-    stack_whole,
-    write_whole,
+    stack_rows,
+    write_rows,
 )
-from tnadapt.factorizations import Factorization, Structure, core_dtype
+from tnadapt.factorizations import Factorization, core_dtype
 from tnadapt.lora_matrices import LoraMatrix
 
 __all__ = ["Engine"]
 
-_Key = tuple[Structure, torch.dtype, torch.device, int]
+#: fused shapes of the cores, their dtype and device, index of the optimizer group
+_Key = tuple[tuple[tuple[int, ...], ...], torch.dtype, torch.device, int]
 
 
 class Engine:
@@ -72,23 +76,29 @@ class Engine:
             ValueError: a matrix holds NaN or infinity; nothing has changed then.
             RuntimeError: ranks hold different values of a matrix; nothing has changed then, on any rank.
         """
-        new: dict[_Key, list[LoraMatrix]] = {}
+        new: dict[tuple[tuple[int, int], _Key], list[LoraMatrix]] = {}
         for name in names:
             matrix = self.matrices[name]
-            structure = self.factorization.structure(matrix.shape)
-            key = (structure, core_dtype(matrix.parameter.dtype), matrix.parameter.device, group_of(matrix))
-            new.setdefault(key, []).append(matrix)
-        members = {key: self._unfold(matrices, self._rounds) for key, matrices in new.items()}
+            new.setdefault((matrix.shape, self._key(matrix, group_of(matrix))), []).append(matrix)
+        unfolded = [(key, self._unfold(matrices, self._rounds)) for (_, key), matrices in new.items()]
+        members: dict[_Key, list[Member]] = {}
+        for key, added in unfolded:
+            members.setdefault(key, []).extend(added)
         for key, added in members.items():
-            self._place(key, added)
+            self._place(key, _stepped_alike(added))
         self._rounds += 1
         for added in members.values():
             for member in added:
                 member.matrix.expanded = True
 
+    def _key(self, matrix: LoraMatrix, group: int) -> _Key:
+        shapes = self.factorization.fused_shapes(self.factorization.structure(matrix.shape).core_shapes)
+        return shapes, core_dtype(matrix.parameter.dtype), matrix.parameter.device, group
+
     def _unfold(self, matrices: Sequence[LoraMatrix], round_number: int) -> list[Member]:
-        values = self._same_on_all_ranks(matrices, stack_whole([m.parameter.detach() for m in matrices]))
-        finite = torch.isfinite(values).flatten(1).all(1).tolist()
+        rows = self._same_on_all_ranks(matrices, stack_rows([m.parameter.detach() for m in matrices]))
+        values = rows.view(-1, *matrices[0].shape)
+        finite = torch.isfinite(rows).all(1).tolist()
         broken = [m.name for m, ok in zip(matrices, finite, strict=True) if not ok]
         if broken:
             raise ValueError(
@@ -104,13 +114,11 @@ class Engine:
         known = [k for k, state in enumerate(states) if state]
         warm = warm_state(self.factorization, [core[known] for core in cores], [states[k] for k in known])
         handed = {} if warm is None else dict(zip(known, warm, strict=True))
-        # stepped as one tensor only where all have the same step count behind them, or none has any
-        separate = bool(handed) and (len(known) < len(states) or not same_scalars(states))
         return [
             Member(
                 matrix,
                 round_number,
-                separate,
+                False,
                 [core[k] for core in cores],
                 state=handed.get(k),
                 residual=None if residual is None else residual[k],
@@ -123,7 +131,7 @@ class Engine:
         if self._state_of is None or not self.elementwise:
             return {}
         state = {
-            key: stack_whole([value])[0] if isinstance(value, Tensor) and is_sharded(value) else value
+            key: stack_rows([value]).view(value.shape) if isinstance(value, Tensor) and is_sharded(value) else value
             for key, value in self._state_of(matrix).items()
         }
         # zeros are no moments: torch.distributed.checkpoint makes such entries by an empty step
@@ -138,7 +146,7 @@ class Engine:
         broadcast_from_first([first], self.process_group)
         # what is not finite on all ranks alike is reported by the caller
         known, mine = first.nan_to_num(), values.nan_to_num()
-        same = (mine - known).abs().amax((1, 2)) <= torch.finfo(known.dtype).eps * 4 * known.abs().amax((1, 2))
+        same = (mine - known).abs().amax(1) <= torch.finfo(known.dtype).eps * 4 * known.abs().amax(1)
         differs = agree_any(~same, self.process_group)
         if bool(differs.any()):
             names = [m.name for m, flag in zip(matrices, differs.tolist(), strict=True) if flag]
@@ -156,8 +164,8 @@ class Engine:
         if present is not None:
             self.cohorts[key] = present.with_members([*present.extract(), *members])
         else:
-            structure, dtype, device, _ = key
-            self.cohorts[key] = Cohort(self.factorization, structure, dtype, device, self.elementwise, members)
+            _, dtype, device, _ = key
+            self.cohorts[key] = Cohort(self.factorization, dtype, device, self.elementwise, members)
 
     def drop(self, names: Iterable[str]) -> None:
         """Forget the cores of these matrices; the matrices keep their values."""
@@ -176,13 +184,13 @@ class Engine:
         """Put cores where their matrices are now: on their device, and with the optimizer group that holds them."""
         moving: dict[_Key, list[Member]] = {}
         for key, cohort in list(self.cohorts.items()):
-            structure, dtype, device, group = key
+            shapes, dtype, device, group = key
             homes = [(m.matrix.parameter.device, group_of(m.matrix)) for m in cohort.members]
             if all(home == (device, group) for home in homes):
                 continue
             del self.cohorts[key]
             for member, home in zip(cohort.extract(), homes, strict=True):
-                moving.setdefault((structure, dtype, *home), []).append(member)
+                moving.setdefault((shapes, dtype, *home), []).append(member)
         for key, members in moving.items():
             self._place(key, members)
 
@@ -239,11 +247,12 @@ class Engine:
         return flags
 
     def _stack_gradients(self, cohort: Cohort) -> Tensor:
+        """Gradients of a cohort's matrices, [n, numel]; zeros where there is none."""
         grads = [member.matrix.parameter.grad for member in cohort.members]
-        stacked = stack_whole([grad.detach() for grad in grads if grad is not None]).to(cohort.dtype)
+        stacked = stack_rows([grad for grad in grads if grad is not None]).to(cohort.dtype)
         if len(stacked) == len(grads):
             return stacked
-        full = torch.zeros((len(grads), *cohort.structure.shape), dtype=cohort.dtype, device=cohort.device)
+        full = torch.zeros((len(grads), stacked.shape[1]), dtype=cohort.dtype, device=cohort.device)
         full[[k for k, grad in enumerate(grads) if grad is not None]] = stacked
         return full
 
@@ -251,7 +260,7 @@ class Engine:
         # a finite sum has finite terms: one fast pass; where it overflows, look at each entry
         if bool(torch.isfinite(grads.sum())):
             return
-        finite = torch.isfinite(grads).flatten(1).all(1).tolist()
+        finite = torch.isfinite(grads).all(1).tolist()
         broken = [m.matrix.name for m, ok in zip(cohort.members, finite, strict=True) if not ok]
         if broken:
             self._raise_nonfinite(broken)
@@ -282,13 +291,13 @@ class Engine:
             "clip gradients, skip this batch (zero_grad and go on), or use a GradScaler for float16"
         )
 
-    def lend(self, limit_of: Callable[[int, Structure], float | None]) -> list[tuple[int, list[Piece]]]:
+    def lend(self, limit_of: Callable[[int, int], float | None]) -> list[tuple[int, list[Piece]]]:
         """Pieces to step now, with their gradients in place, and the index of the optimizer group they belong to.
 
-        `limit_of` gives the largest norm that the update of a matrix of an optimizer group may have.
+        `limit_of` gives the largest norm that the update of a matrix of so many entries may have in an optimizer group.
         """
         for key, cohort in self.cohorts.items():
-            cohort.limit = limit_of(key[3], key[0])
+            cohort.limit = limit_of(key[3], math.prod(cohort.members[0].matrix.shape))
         return [
             (key[3], cohort.lend(lambda member: member.matrix.parameter.grad is not None))
             for key, cohort in self.cohorts.items()
@@ -302,16 +311,26 @@ class Engine:
             if not cohort.stepped:
                 continue
             cohort.clear_grad()
-            before = cohort.written
+            parameters = [m.matrix.parameter for m in cohort.members]
             values = cohort.fold()
-            if before is not None and cohort.limit is not None:
-                values = cohort.shorten(before)
+            before = stack_rows(parameters) if _tells(parameters, cohort) else cohort.written
             if before is not None:
-                norms = torch.linalg.vector_norm(values - before, dim=(1, 2)).unbind(0)
+                if cohort.limit is not None:
+                    values = cohort.shorten(values, before)
+                norms = torch.linalg.vector_norm(before.sub_(values), dim=1).unbind(0)
                 self.update_norms.update(zip((m.matrix.name for m in cohort.members), norms, strict=True))
-            write_whole([m.matrix.parameter for m in cohort.members], values)
-            cohort.versions = [m.matrix.parameter._version for m in cohort.members]
+            write_rows(parameters, values)
+            self._remember(cohort, parameters, values)
             cohort.stepped = False
+
+    @staticmethod
+    def _remember(cohort: Cohort, parameters: Sequence[Tensor], values: Tensor) -> None:
+        """What is needed to see whether the matrices are what was written to them, `values` [n, numel]."""
+        if _tells(parameters, cohort):
+            cohort.written, cohort.checksums = None, checksums(values)
+        else:
+            cohort.written, cohort.checksums = values, None
+        cohort.versions = [p._version for p in parameters]
 
     def touched(self, cohort: Cohort) -> bool:
         """Whether somebody wrote a matrix since it was refolded, as far as torch counts writes: those through `.data` it does
@@ -319,23 +338,25 @@ class Engine:
         return cohort.versions != [m.matrix.parameter._version for m in cohort.members]
 
     @torch.no_grad()
+    def may_be_changed(self, cohort: Cohort) -> Tensor:
+        """Per member, whether the matrix may hold something else than what its cores fold to: [n] booleans, and cheap. False
+        is certain of all but writes that permute the bits of a matrix."""
+        parameters = [m.matrix.parameter for m in cohort.members]
+        if cohort.checksums is None or not _tells(parameters, cohort):
+            return self.changed_outside(cohort)
+        return checksums(stack_rows(parameters)) != cohort.checksums
+
+    @torch.no_grad()
     def changed_outside(self, cohort: Cohort) -> Tensor:
         """Per member, whether the matrix (where it is sharded: this rank's shard) differs from what its cores fold to by
         more than rounding: [n] booleans."""
-        if cohort.written is None:
-            cohort.fold()
-        folded = cohort.written
-        assert folded is not None
+        folded = cohort.fold() if cohort.written is None else cohort.written
         parameters = [m.matrix.parameter.detach() for m in cohort.members]
         # folding rounds in the cores' dtype once per core, writing once in the matrix's
-        eps = torch.finfo(folded.dtype).eps * len(cohort.structure.core_shapes) * 4
+        eps = torch.finfo(folded.dtype).eps * len(cohort.fused_shapes) * 4
+        allowed = (eps + torch.finfo(parameters[0].dtype).eps) * folded.abs().amax(1)
         if not any(is_sharded(p) for p in parameters):
-            values = torch.stack(parameters)
-            if cohort.device.type == "cpu" and torch.equal(values, folded.to(values.dtype)):
-                return torch.zeros(len(parameters), dtype=torch.bool)
-            allowed = (eps + torch.finfo(values.dtype).eps) * folded.abs().amax((1, 2))
-            return ~((values.to(folded.dtype) - folded).abs().amax((1, 2)) <= allowed)
-        allowed = (eps + torch.finfo(parameters[0].dtype).eps) * folded.abs().amax((1, 2))
+            return ~((stack_rows(parameters).to(folded.dtype) - folded).abs().amax(1) <= allowed)
         # a comparison holds of every element of a shard without elements, and of none that is NaN
         within = [
             ((local(p).to(folded.dtype) - part).abs() <= bound).all()
@@ -420,17 +441,29 @@ class Engine:
         grouped: dict[_Key, list[Member]] = {}
         for name, entry in state["members"].items():
             matrix = self.matrices[name]
-            structure = self.factorization.structure(matrix.shape)
-            key = (structure, core_dtype(matrix.parameter.dtype), matrix.parameter.device, group_of(matrix))
-            grouped.setdefault(key, []).append(
+            grouped.setdefault(self._key(matrix, group_of(matrix)), []).append(
                 Member(matrix, entry["round"], entry["separate"], entry["cores"], entry["state"], entry["residual"])
             )
         made = {}
         for key, members in grouped.items():
-            structure, dtype, device, _ = key
-            made[key] = Cohort(self.factorization, structure, dtype, device, self.elementwise, members)
+            _, dtype, device, _ = key
+            made[key] = Cohort(self.factorization, dtype, device, self.elementwise, members)
         self.cohorts = made
         self._rounds = int(state["rounds"])
         self.update_norms.clear()
         for name, matrix in self.matrices.items():
             matrix.expanded = name in state["members"]
+
+
+def _tells(parameters: Sequence[Tensor], cohort: Cohort) -> bool:
+    """Whether the parameters hold what was written to them as it was: whole, and in the precision of the cores."""
+    return all(not is_sharded(p) and p.dtype == cohort.dtype for p in parameters)
+
+
+def _stepped_alike(members: Sequence[Member]) -> list[Member]:
+    """Members that come in one round into one cohort: stepped as one tensor only where all bring the same step counts, or
+    none brings any."""
+    known = [member.state[0] for member in members if member.state]
+    alike = all(state.keys() == known[0].keys() for state in known) and same_scalars(known)
+    together = not known or (len(known) == len(members) and alike)
+    return [replace(member, separate=member.separate or not together) for member in members]

@@ -1,29 +1,33 @@
 """Whole matrices from parameters that may be sharded over ranks (FSDP2), and agreement between ranks.
 
 A sharded parameter is a DTensor: a local shard, a mesh of ranks and a placement per dimension of the mesh. Matrices of one
-layout are stacked as shards and gathered by one collective, however many they are.
+layout and shape are stacked as shards and gathered by one collective, however many they are.
+Matrices of one size are handled as rows: [n, numel], each matrix row-major.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors
 
 __all__ = [
     "agree_any",
     "broadcast_from_first",
+    "checksums",
     "gather_objects",
     "is_distributed",
     "is_sharded",
     "local",
     "local_parts",
     "obstacle_to_gathering",
-    "stack_whole",
-    "write_whole",
+    "stack_rows",
+    "write_rows",
 ]
 
 _Layout = tuple[Any, tuple[Any, ...]]  # mesh and placements
@@ -60,50 +64,64 @@ def obstacle_to_gathering(tensor: Tensor) -> str | None:
     return None
 
 
-def stack_whole(tensors: Sequence[Tensor]) -> Tensor:
-    """Tensors of one shape stacked to [n, *shape], gathered where they are DTensors: one collective per layout."""
+def stack_rows(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors of one size copied to rows [n, numel], gathered where they are DTensors: one collective per layout and shape."""
     if not any(is_sharded(t) for t in tensors):
-        return torch.stack(list(tensors))
+        if len(tensors) == 1:  # of one tensor it gives a view
+            return tensors[0].reshape(1, -1).clone()
+        flat: Tensor = _flatten_dense_tensors(tensors)  # type: ignore[no-untyped-call]
+        return flat.view(len(tensors), -1)
     rows: dict[int, Tensor] = {}
-    for layout, indices in _by_layout(tensors):
+    for layout, indices in _alike(tensors):
         if layout is None:
             stacked = torch.stack([tensors[k] for k in indices])
         else:
             stacked = _gather([tensors[k] for k in indices], layout)
-        if len(indices) == len(tensors):
-            return stacked
-        rows.update(zip(indices, stacked.unbind(0), strict=True))
+        rows.update(zip(indices, stacked.flatten(1).unbind(0), strict=True))
     return torch.stack([rows[k] for k in range(len(tensors))])
 
 
-def local_parts(parameters: Sequence[Tensor], values: Tensor) -> list[Tensor]:
-    """The rows of `values` [n, rows, cols], each cut to what this rank holds of the parameter it belongs to."""
+def local_parts(parameters: Sequence[Tensor], rows: Tensor) -> list[Tensor]:
+    """`rows` [n, numel] in the shapes of the parameters they belong to, each cut to what this rank holds of its parameter."""
     if not any(is_sharded(p) for p in parameters):
-        return list(values.unbind(0))
+        runs: list[Tensor] = []
+        start = 0
+        for shape, run in groupby(p.shape for p in parameters):
+            stop = start + len(list(run))
+            runs += rows[start:stop].view(-1, *shape).unbind(0)
+            start = stop
+        return runs
     parts: dict[int, Tensor] = {}
-    for layout, indices in _by_layout(parameters):
-        chosen = values if len(indices) == len(parameters) else values[indices]
+    for layout, indices in _alike(parameters):
+        chosen = rows[indices].view(len(indices), *parameters[indices[0]].shape)
         if layout is not None:
             chosen = _shard(chosen, layout)
         parts.update(zip(indices, chosen.unbind(0), strict=True))
     return [parts[k] for k in range(len(parameters))]
 
 
-def write_whole(parameters: Sequence[Tensor], values: Tensor) -> None:
-    """Write `values` [n, rows, cols] into the parameters in place, or each rank's shard of them where they are sharded."""
-    torch._foreach_copy_([local(p) for p in parameters], local_parts(parameters, values))
+def write_rows(parameters: Sequence[Tensor], rows: Tensor) -> None:
+    """Write `rows` [n, numel] into the parameters in place, or each rank's shard of them where they are sharded."""
+    torch._foreach_copy_([local(p) for p in parameters], local_parts(parameters, rows))
+
+
+def checksums(rows: Tensor) -> Tensor:
+    """A number per row of [n, numel] that a change of any one entry changes: the sum of its bits, read as integers."""
+    size = rows.shape[1] * rows.element_size()
+    word = next(word for word in (torch.int64, torch.int32, torch.int16) if size % word.itemsize == 0)
+    return rows.view(word).sum(1)
 
 
 def _layout(tensor: Tensor) -> _Layout:
     return tensor.device_mesh, tuple(tensor.placements)  # type: ignore[attr-defined]
 
 
-def _by_layout(tensors: Sequence[Tensor]) -> list[tuple[_Layout | None, list[int]]]:
-    """Indices of the tensors that are sharded alike (None: not at all)."""
-    found: dict[_Layout | None, list[int]] = {}
+def _alike(tensors: Sequence[Tensor]) -> list[tuple[_Layout | None, list[int]]]:
+    """Indices of the tensors that have one shape and are sharded alike (None: not at all)."""
+    found: dict[tuple[_Layout | None, torch.Size], list[int]] = {}
     for k, tensor in enumerate(tensors):
-        found.setdefault(_layout(tensor) if is_sharded(tensor) else None, []).append(k)
-    return list(found.items())
+        found.setdefault((_layout(tensor) if is_sharded(tensor) else None, tensor.shape), []).append(k)
+    return [(layout, indices) for (layout, _), indices in found.items()]
 
 
 def _stacked_placements(placements: Sequence[Any]) -> list[Any]:

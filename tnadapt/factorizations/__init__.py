@@ -3,8 +3,10 @@
 from tnadapt.factorizations.base import Factorization, core_dtype
 from tnadapt.factorizations.cp import CP, CP_GAUGES
 from tnadapt.factorizations.mpo import GAUGES, MPO, SVD
+from tnadapt.factorizations.sites import rows_from_sites, rows_to_sites
 from tnadapt.factorizations.structure import Shape, Structure, full_bonds, near_square, paper_sites
 from tnadapt.factorizations.tucker import TUCKER_GAUGES, Tucker
+from tnadapt.factorizations.workspace import Workspace
 
 __all__ = [
     "CP",
@@ -17,8 +19,11 @@ __all__ = [
     "Shape",
     "Structure",
     "Tucker",
+    "Workspace",
     "core_dtype",
     "full_bonds",
     "near_square",
     "paper_sites",
+    "rows_from_sites",
+    "rows_to_sites",
 ]

@@ -10,13 +10,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
-from tnadapt.backends import TorchBackend, get_backend
+from tnadapt.backends import Kernel, TorchBackend, get_backend
 from tnadapt.factorizations.precision import full_precision
+from tnadapt.factorizations.sites import from_sites, to_sites
 from tnadapt.factorizations.structure import (
     Shape,
     Sites,
@@ -27,6 +28,7 @@ from tnadapt.factorizations.structure import (
     nearest_sites,
     resolve_sites,
 )
+from tnadapt.factorizations.workspace import Workspace
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -142,8 +144,21 @@ class Factorization(ABC):
         """Cores of finite matrices in the sweep's dtype, each [n, *core_k]."""
 
     @abstractmethod
-    def _fold(self, cores: Sequence[Tensor]) -> Float[Tensor, "n rows cols"]:
-        """Contract cores [n, *core_k]; differentiable."""
+    def _contract(self, fused: Sequence[Tensor]) -> Float[Tensor, "n numel"]:
+        """Contract fused cores (see `fused_shapes`), one mode per site in their order; differentiable."""
+
+    @abstractmethod
+    def _kernel(self, fused: Sequence[Tensor]) -> Kernel:
+        """`_contract` for fused cores that keep their memory."""
+
+    @abstractmethod
+    def _sites_of(self, shapes: Sequence[tuple[int, ...]]) -> Sites:
+        """The sites of cores of these shapes (without batch)."""
+
+    @abstractmethod
+    def fused_shapes(self, shapes: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:
+        """Shapes of the cores with rows and columns of a site as one mode. Matrices whose cores agree in these, such as
+        the `A` and `B` of transposed shapes, are contracted as one batch."""
 
     @abstractmethod
     def _check_cores(self, shapes: Sequence[tuple[int, ...]]) -> None:
@@ -231,11 +246,11 @@ class Factorization(ABC):
             ValueError: the cores do not belong together.
         """
         flat, batch = self._flatten(cores)
-        matrix = self._fold(flat)
+        shapes = [tuple(core.shape[1:]) for core in flat]
+        matrix = from_sites(self._contract(self._fuse(flat, shapes)), self._sites_of(shapes))
         return matrix.reshape(*batch, *matrix.shape[-2:])
 
     @torch.no_grad()
-    @full_precision
     def pull_back(self, cores: Sequence[Tensor], grad: Float[Tensor, "*batch rows cols"]) -> tuple[Tensor, ...]:
         """Gradient of `sum(grad * fold(cores))` with respect to each core: fold's vector-Jacobian product.
 
@@ -245,43 +260,26 @@ class Factorization(ABC):
             ValueError: the cores do not belong together, or `grad` has not the shape of the matrix.
         """
         flat, batch = self._flatten(cores)
-        matrix, context = self.fold_keeping(flat)
-        if grad.shape != (*batch, *matrix.shape[-2:]):
+        shapes = [tuple(core.shape[1:]) for core in flat]
+        sites = self._sites_of(shapes)
+        shape = math.prod(i for i, _ in sites), math.prod(j for _, j in sites)
+        if grad.shape != (*batch, *shape):
             raise ValueError(
-                f"the gradient has shape {tuple(grad.shape)}, but the cores fold to "
-                f"{(*batch, *matrix.shape[-2:])}; pass the gradient of the folded matrix"
+                f"the gradient has shape {tuple(grad.shape)}, but the cores fold to {(*batch, *shape)}; pass the gradient of "
+                "the folded matrix"
             )
-        grads = self.pull_back_keeping(flat, grad.reshape(matrix.shape).to(matrix.dtype), context)
-        return tuple(_own_memory(g.reshape(core.shape)) for g, core in zip(grads, cores, strict=True))
+        n = flat[0].shape[0]
+        split = to_sites(grad.reshape(n, *shape).to(flat[0].dtype), sites).reshape(n, -1)
+        fused = self._fuse([core.detach().contiguous() for core in flat], shapes)
+        grads = torch.split(self.workspace(fused).pull_back(split), [core.numel() for core in flat])
+        return tuple(_own_memory(g.view(core.shape)) for g, core in zip(grads, cores, strict=True))
 
-    # -- for the engine: stacked cores [n, *core_k], work shared between a fold and the pull-back that follows --------
+    def workspace(self, fused: Sequence[Tensor]) -> Workspace:
+        """For training loops: what contracts stacked cores [n, *fused_k] and pulls back through them again and again."""
+        return Workspace(self._kernel(fused), fused[0].device)
 
-    @torch.no_grad()
-    @full_precision
-    def fold_keeping(self, cores: Sequence[Tensor]) -> tuple[Float[Tensor, "n rows cols"], Any]:
-        """Fold stacked cores and keep what `pull_back_keeping` can reuse (here: the autograd graph)."""
-        with torch.enable_grad():
-            leaves = [core.detach().requires_grad_() for core in cores]
-            matrix = self._fold(leaves)
-        return matrix.detach(), (leaves, matrix)
-
-    @torch.no_grad()
-    @full_precision
-    def pull_back_keeping(
-        self,
-        cores: Sequence[Tensor],
-        grad: Float[Tensor, "n rows cols"],
-        context: Any,
-        out: Sequence[Tensor] | None = None,
-    ) -> Sequence[Tensor]:
-        """Pull `grad` back using the context of the fold before it, into `out` where given. Uses the context up."""
-        leaves, matrix = context
-        grads = torch.autograd.grad(matrix, leaves, grad)
-        if out is None:
-            return [g.contiguous() for g in grads]
-        for target, g in zip(out, grads, strict=True):
-            target.copy_(g)
-        return out
+    def _fuse(self, cores: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+        return [core.reshape(-1, *shape) for core, shape in zip(cores, self.fused_shapes(shapes), strict=True)]
 
     def _flatten(self, cores: Sequence[Tensor]) -> tuple[list[Tensor], torch.Size]:
         """Cores with their batch dimensions flattened into one, and those dimensions."""

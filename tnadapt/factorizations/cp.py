@@ -9,15 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
-from tnadapt.backends.torch_backend import cp_split
+from tnadapt.backends import Kernel
+from tnadapt.backends.kernels import cp_split
 from tnadapt.factorizations.base import Factorization, check_cap, power_of_two_scale, spread_exponents
-from tnadapt.factorizations.precision import full_precision
-from tnadapt.factorizations.sites import from_sites, to_sites
+from tnadapt.factorizations.sites import to_sites
 from tnadapt.factorizations.structure import Shape, Sites, Structure
 
 if TYPE_CHECKING:
@@ -132,30 +132,17 @@ class CP(Factorization):
         factors[largest] = factors[largest] * s.unsqueeze(1)
         return factors
 
-    def _fold(self, cores: Sequence[Tensor]) -> Float[Tensor, "n rows cols"]:
-        return from_sites(self.operations.cp_contract(_fused(cores)), _sites_of(cores))
+    def _contract(self, fused: Sequence[Tensor]) -> Float[Tensor, "n numel"]:
+        return self.operations.cp_contract(fused)
 
-    @torch.no_grad()
-    @full_precision
-    def fold_keeping(self, cores: Sequence[Tensor]) -> tuple[Float[Tensor, "n rows cols"], Any]:
-        flat, context = self.operations.cp_contract_keeping(_fused(cores))
-        return from_sites(flat, _sites_of(cores)), context
+    def _kernel(self, fused: Sequence[Tensor]) -> Kernel:
+        return self.operations.cp_kernel(fused)
 
-    @torch.no_grad()
-    @full_precision
-    def pull_back_keeping(
-        self,
-        cores: Sequence[Tensor],
-        grad: Float[Tensor, "n rows cols"],
-        context: Any,
-        out: Sequence[Tensor] | None = None,
-    ) -> Sequence[Tensor]:
-        flat = to_sites(grad, _sites_of(cores)).reshape(grad.shape[0], -1)
-        grads = self.operations.cp_pull_back(_fused(cores), flat, context)
-        shaped = [g.reshape(target.shape) for g, target in zip(grads, cores, strict=True)]
-        if out is None:
-            return [g.contiguous() for g in shaped]
-        return [target.copy_(g) for target, g in zip(out, shaped, strict=True)]
+    def _sites_of(self, shapes: Sequence[tuple[int, ...]]) -> Sites:
+        return tuple((i, j) for i, j, _ in shapes)
+
+    def fused_shapes(self, shapes: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:
+        return tuple((i * j, rank) for i, j, rank in shapes)
 
     def _core_dims(self, count: int) -> Sequence[int]:
         return [3] * count
@@ -187,15 +174,6 @@ def _scratch(modes: Sequence[int], rank: int, exact: bool) -> int:
     if exact or len(proper) <= 2:
         return max(fold, 2 * math.prod(modes))
     return max(fold, rank * (math.prod(proper) // min(proper)))
-
-
-def _fused(cores: Sequence[Tensor]) -> list[Tensor]:
-    """[n, i, j, R] -> [n, i*j, R]."""
-    return [core.reshape(core.shape[0], -1, core.shape[-1]) for core in cores]
-
-
-def _sites_of(cores: Sequence[Tensor]) -> Sites:
-    return tuple((core.shape[1], core.shape[2]) for core in cores)
 
 
 def _unit_vectors(tensor: Tensor) -> list[Tensor]:

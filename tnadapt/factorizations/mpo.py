@@ -10,14 +10,14 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
+from tnadapt.backends import Kernel
 from tnadapt.factorizations.base import Factorization, check_cap, spread_exponents
-from tnadapt.factorizations.precision import full_precision
-from tnadapt.factorizations.sites import from_sites, to_sites
+from tnadapt.factorizations.sites import to_sites
 from tnadapt.factorizations.structure import Shape, Sites, SitesArgument, Structure, full_bonds
 
 if TYPE_CHECKING:
@@ -118,32 +118,17 @@ class MPO(Factorization):
                 cores.append(eye[:, None, :].expand(tensor.shape[0], -1, 1, -1))
         return cores
 
-    def _fold(self, cores: Sequence[Tensor]) -> Float[Tensor, "n rows cols"]:
-        return from_sites(self.operations.chain_contract(_fused(cores)), _sites_of(cores))
+    def _contract(self, fused: Sequence[Tensor]) -> Float[Tensor, "n numel"]:
+        return self.operations.chain_contract(fused)
 
-    @torch.no_grad()
-    @full_precision
-    def fold_keeping(self, cores: Sequence[Tensor]) -> tuple[Float[Tensor, "n rows cols"], Any]:
-        flat, context = self.operations.chain_contract_keeping(_fused(cores))
-        return from_sites(flat, _sites_of(cores)), context
+    def _kernel(self, fused: Sequence[Tensor]) -> Kernel:
+        return self.operations.chain_kernel(fused)
 
-    @torch.no_grad()
-    @full_precision
-    def pull_back_keeping(
-        self,
-        cores: Sequence[Tensor],
-        grad: Float[Tensor, "n rows cols"],
-        context: Any,
-        out: Sequence[Tensor] | None = None,
-    ) -> Sequence[Tensor]:
-        sites = _sites_of(cores)
-        grads = self.operations.chain_pull_back(
-            _fused(cores),
-            to_sites(grad, sites).reshape(grad.shape[0], -1),
-            context,
-            None if out is None else [target.view(g.shape) for target, g in zip(out, _fused(cores), strict=True)],
-        )
-        return [g.view(core.shape) for g, core in zip(grads, cores, strict=True)] if out is None else out
+    def _sites_of(self, shapes: Sequence[tuple[int, ...]]) -> Sites:
+        return tuple((i, j) for _, i, j, _ in shapes)
+
+    def fused_shapes(self, shapes: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:
+        return tuple((left, i * j, right) for left, i, j, right in shapes)
 
     def _check_cores(self, shapes: Sequence[tuple[int, ...]]) -> None:
         if len(shapes) < 2:
@@ -181,15 +166,6 @@ def SVD(
 def _core_shapes(sites: Sites, inner: Sequence[int]) -> tuple[tuple[int, int, int, int], ...]:
     bonds = (1, *inner, 1)
     return tuple((bonds[k], i, j, bonds[k + 1]) for k, (i, j) in enumerate(sites))
-
-
-def _fused(cores: Sequence[Tensor]) -> list[Tensor]:
-    """[n, d, i, j, d'] -> [n, d, i*j, d']."""
-    return [core.reshape(core.shape[0], core.shape[1], -1, core.shape[-1]) for core in cores]
-
-
-def _sites_of(cores: Sequence[Tensor]) -> Sites:
-    return tuple((core.shape[2], core.shape[3]) for core in cores)
 
 
 def _identity_chain(tensor: Tensor, bonds: Sequence[int]) -> list[Tensor]:

@@ -22,14 +22,12 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def full_precision(method: F) -> F:
-    """Run a method of cores or matrices outside autocast and with exact float32 products. The device is that of the first
-    tensor among the arguments."""
+    """Run a method outside autocast and with exact float32 products. The device is that of its object, or of the first tensor
+    among the arguments."""
 
     @wraps(method)
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
-        tensors = next(iter((*args, *kwargs.values())), ())
-        first = tensors if isinstance(tensors, Tensor) else next(iter(tensors), None)
-        device = "cpu" if first is None else first.device.type
+        device = _device_of(self, args, kwargs)
         autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
         if not autocast and not _reduced():
             return method(self, *args, **kwargs)
@@ -40,6 +38,14 @@ def full_precision(method: F) -> F:
             return method(self, *args, **kwargs)
 
     return wrapped  # type: ignore[return-value]
+
+
+def _device_of(owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    if hasattr(owner, "device"):
+        return str(owner.device.type)
+    tensors = next(iter((*args, *kwargs.values())), ())
+    first = tensors if isinstance(tensors, Tensor) else next(iter(tensors), None)
+    return "cpu" if first is None else first.device.type
 
 
 class _Switch:

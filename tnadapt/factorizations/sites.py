@@ -1,21 +1,25 @@
 """A matrix as a tensor with one mode per site, and back.
 
-Letters: n = batch, m = sites, i/j = rows/columns of a site.
+Letters: n = batch, m = sites, i/j = rows/columns of a site. A row-major matrix as one row of numbers has its axes in the order
+i_1 ... i_m j_1 ... j_m; the cores have theirs in the order i_1 j_1 ... i_m j_m.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from functools import lru_cache
 
+import torch
 from torch import Tensor
 
 from tnadapt.factorizations.structure import Sites
 
-__all__ = ["from_sites", "to_sites"]
+__all__ = ["from_sites", "rows_from_sites", "rows_to_sites", "to_sites"]
 
 
 def to_sites(matrices: Tensor, sites: Sites) -> Tensor:
-    """[n, rows, cols] -> [n, i_1 j_1, ..., i_m j_m]: the order in which the cores have their modes."""
+    """[n, rows, cols] -> [n, i_1 j_1, ..., i_m j_m]: the order in which the cores have their modes. Differentiable."""
     n, m = matrices.shape[0], len(sites)
     split = matrices.reshape(n, *[i for i, _ in sites], *[j for _, j in sites])
     order = [axis for k in range(m) for axis in (1 + k, 1 + m + k)]
@@ -23,8 +27,51 @@ def to_sites(matrices: Tensor, sites: Sites) -> Tensor:
 
 
 def from_sites(flat: Tensor, sites: Sites) -> Tensor:
-    """The inverse of `to_sites`, from [n, i_1 j_1 * ... * i_m j_m]."""
+    """The inverse of `to_sites`, from [n, i_1 j_1 * ... * i_m j_m]. Differentiable."""
     n, m = flat.shape[0], len(sites)
     split = flat.reshape(n, *[size for site in sites for size in site])
     order = [1 + 2 * k for k in range(m)] + [2 + 2 * k for k in range(m)]
     return split.permute(0, *order).reshape(n, math.prod(i for i, _ in sites), math.prod(j for _, j in sites))
+
+
+def rows_to_sites(rows: Tensor, sites: Sites, out: Tensor) -> None:
+    """`to_sites` of matrices as rows [n, rows * cols], contiguous, written to `out` of that shape."""
+    sizes, axes, _, _ = _plan(sites)
+    _permute_into(rows, sizes, axes, out)
+
+
+def rows_from_sites(flat: Tensor, sites: Sites, out: Tensor) -> None:
+    """The inverse of `rows_to_sites`."""
+    _, _, sizes, axes = _plan(sites)
+    _permute_into(flat, sizes, axes, out)
+
+
+@lru_cache(maxsize=1024)
+def _plan(sites: Sites) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Sizes and permutation of the axes, there and back. Axes of size 1 are left out."""
+    by_rows = [(i, (k, 0)) for k, (i, _) in enumerate(sites)] + [(j, (k, 1)) for k, (_, j) in enumerate(sites)]
+    matrix = [(size, axis) for size, axis in by_rows if size > 1]
+    tensor = sorted(matrix, key=lambda entry: entry[1])
+    there = tuple(matrix.index(entry) for entry in tensor)
+    back = tuple(tensor.index(entry) for entry in matrix)
+    return tuple(size for size, _ in matrix), there, tuple(size for size, _ in tensor), back
+
+
+def _permute_into(source: Tensor, sizes: Sequence[int], axes: Sequence[int], out: Tensor) -> None:
+    n = source.shape[0]
+    split = source.view(n, *sizes)
+    target = out.view(n, *[sizes[axis] for axis in axes])
+    if axes and axes[-1] == len(axes) - 1:
+        word = _word(source, sizes[-1])
+        split, target = split.view(word), target.view(word)
+    target.copy_(split.permute(0, *[1 + axis for axis in axes]))
+
+
+def _word(tensor: Tensor, run: int) -> torch.dtype:
+    """The widest dtype of which runs of `run` numbers are made: the same memory is moved in fewer pieces."""
+    if tensor.device.type in ("cpu", "cuda"):
+        for word in (torch.complex128, torch.complex64):
+            ratio, rest = divmod(word.itemsize, tensor.dtype.itemsize)
+            if rest == 0 and ratio > 1 and run % ratio == 0 and tensor.storage_offset() % ratio == 0:
+                return word
+    return tensor.dtype

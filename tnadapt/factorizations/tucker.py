@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
+from tnadapt.backends import Kernel
 from tnadapt.factorizations.base import (
     Factorization,
     check_cap,
@@ -21,8 +22,7 @@ from tnadapt.factorizations.base import (
     power_of_two_scale,
     spread_exponents,
 )
-from tnadapt.factorizations.precision import full_precision
-from tnadapt.factorizations.sites import from_sites, to_sites
+from tnadapt.factorizations.sites import to_sites
 from tnadapt.factorizations.structure import Shape, Sites, Structure, is_count
 
 if TYPE_CHECKING:
@@ -128,30 +128,17 @@ class Tucker(Factorization):
             ]
         return cores
 
-    def _fold(self, cores: Sequence[Tensor]) -> Float[Tensor, "n rows cols"]:
-        return from_sites(self.operations.tucker_contract(_fused(cores), cores[-1]), _sites_of(cores))
+    def _contract(self, fused: Sequence[Tensor]) -> Float[Tensor, "n numel"]:
+        return self.operations.tucker_contract(fused[:-1], fused[-1])
 
-    @torch.no_grad()
-    @full_precision
-    def fold_keeping(self, cores: Sequence[Tensor]) -> tuple[Float[Tensor, "n rows cols"], Any]:
-        flat, context = self.operations.tucker_contract_keeping(_fused(cores), cores[-1])
-        return from_sites(flat, _sites_of(cores)), context
+    def _kernel(self, fused: Sequence[Tensor]) -> Kernel:
+        return self.operations.tucker_kernel(fused[:-1], fused[-1])
 
-    @torch.no_grad()
-    @full_precision
-    def pull_back_keeping(
-        self,
-        cores: Sequence[Tensor],
-        grad: Float[Tensor, "n rows cols"],
-        context: Any,
-        out: Sequence[Tensor] | None = None,
-    ) -> Sequence[Tensor]:
-        flat = to_sites(grad, _sites_of(cores)).reshape(grad.shape[0], -1)
-        factors, core = self.operations.tucker_pull_back(_fused(cores), cores[-1], flat, context)
-        grads = [g.reshape(target.shape) for g, target in zip([*factors, core], cores, strict=True)]
-        if out is None:
-            return [g.contiguous() for g in grads]
-        return [target.copy_(g) for target, g in zip(out, grads, strict=True)]
+    def _sites_of(self, shapes: Sequence[tuple[int, ...]]) -> Sites:
+        return tuple((i, j) for i, j, _ in shapes[:-1])
+
+    def fused_shapes(self, shapes: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:
+        return (*((i * j, rank) for i, j, rank in shapes[:-1]), tuple(shapes[-1]))
 
     def _core_dims(self, count: int) -> Sequence[int]:
         return [*[3] * (count - 1), count - 1]
@@ -190,15 +177,6 @@ def _checked_list(ranks: Sequence[int]) -> tuple[int, ...]:
     if not isinstance(ranks, Sequence) or not all(is_count(rank) for rank in ranks):
         raise ValueError(f"ranks={ranks!r}: give one integer of at least 1 for each site, or max_rank for a cap on all")
     return tuple(ranks)
-
-
-def _fused(cores: Sequence[Tensor]) -> list[Tensor]:
-    """Factors [n, i, j, R] -> [n, i*j, R]; the core tensor is left out."""
-    return [factor.reshape(factor.shape[0], -1, factor.shape[-1]) for factor in cores[:-1]]
-
-
-def _sites_of(cores: Sequence[Tensor]) -> Sites:
-    return tuple((factor.shape[1], factor.shape[2]) for factor in cores[:-1])
 
 
 def _identity_cores(tensor: Tensor, ranks: Sequence[int]) -> list[Tensor]:
