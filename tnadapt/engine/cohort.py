@@ -37,7 +37,7 @@ class Member:
 
     Attributes:
         matrix: the LoRA matrix.
-        round: number that members expanded together share; their optimizer state can be stacked.
+        round: number that members share which were expanded together with like optimizer state, so that it can be stacked.
         separate: whether its cores are stepped apart from those of its round.
         cores: its cores, before they enter the buffer.
         state: optimizer state of each core, where it brings one along.
@@ -243,9 +243,11 @@ class Cohort:
         """Give pieces whose members are `active` their gradients; the others are not stepped."""
         assert self.grad is not None
         self._before_step = None if self.limit is None else self.buffer.clone()
-        lent = [piece for piece in self.pieces if all(active(self.members[m]) for m in piece.members)]
+        moves = [active(member) for member in self.members]
+        lent = [piece for piece in self.pieces if all(moves[piece.members.start : piece.members.stop])]
         for piece in lent:
-            piece.parameter.grad = self.grad[piece.start : piece.start + piece.numel].view(piece.shape)
+            grad = self.grad[piece.start : piece.start + piece.parameter.numel()]
+            piece.parameter.grad = grad if len(piece.shape) == 1 else grad.view(piece.shape)
         self.stepped = True
         return lent
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -80,13 +79,16 @@ class Engine:
         for name in names:
             matrix = self.matrices[name]
             new.setdefault((matrix.shape, self._key(matrix, group_of(matrix))), []).append(matrix)
-        unfolded = [(key, self._unfold(matrices, self._rounds)) for (_, key), matrices in new.items()]
+        unfolded = [(key, self._unfold(matrices)) for (_, key), matrices in new.items()]
         members: dict[_Key, list[Member]] = {}
+        rounds: dict[tuple[Any, ...], int] = {}
         for key, added in unfolded:
+            for member in added:
+                member.round = rounds.setdefault(_what_is_behind(member), self._rounds + len(rounds))
             members.setdefault(key, []).extend(added)
         for key, added in members.items():
-            self._place(key, _stepped_alike(added))
-        self._rounds += 1
+            self._place(key, added)
+        self._rounds += len(rounds)
         for added in members.values():
             for member in added:
                 member.matrix.expanded = True
@@ -95,7 +97,7 @@ class Engine:
         shapes = self.factorization.fused_shapes(self.factorization.structure(matrix.shape).core_shapes)
         return shapes, core_dtype(matrix.parameter.dtype), matrix.parameter.device, group
 
-    def _unfold(self, matrices: Sequence[LoraMatrix], round_number: int) -> list[Member]:
+    def _unfold(self, matrices: Sequence[LoraMatrix]) -> list[Member]:
         rows = self._same_on_all_ranks(matrices, stack_rows([m.parameter.detach() for m in matrices]))
         values = rows.view(-1, *matrices[0].shape)
         finite = torch.isfinite(rows).all(1).tolist()
@@ -117,7 +119,7 @@ class Engine:
         return [
             Member(
                 matrix,
-                round_number,
+                self._rounds,
                 False,
                 [core[k] for core in cores],
                 state=handed.get(k),
@@ -460,10 +462,11 @@ def _tells(parameters: Sequence[Tensor], cohort: Cohort) -> bool:
     return all(not is_sharded(p) and p.dtype == cohort.dtype for p in parameters)
 
 
-def _stepped_alike(members: Sequence[Member]) -> list[Member]:
-    """Members that come in one round into one cohort: stepped as one tensor only where all bring the same step counts, or
-    none brings any."""
-    known = [member.state[0] for member in members if member.state]
-    alike = all(state.keys() == known[0].keys() for state in known) and same_scalars(known)
-    together = not known or (len(known) == len(members) and alike)
-    return [replace(member, separate=member.separate or not together) for member in members]
+def _what_is_behind(member: Member) -> tuple[Any, ...]:
+    """Names of what a member's cores bring of optimizer state, and its scalars (step counts): members that differ in these
+    cannot be stepped as one tensor."""
+    state = member.state[0] if member.state else {}
+    return tuple(
+        (key, None if value is None or (isinstance(value, Tensor) and value.dim() > 0) else float(value))
+        for key, value in sorted(state.items())
+    )
