@@ -123,3 +123,21 @@ def test_threads_that_overlap_restore_once(settings: None) -> None:
     thread.join()
     assert state() == before
     assert torch.get_float32_matmul_precision() == "high"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_decompositions_run_in_float64_on_the_cpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the matrix's dtype: what a sweep gets is float64, so the cores are exact to their own rounding."""
+    factorization, shape = CASES[name]
+    seen: list[torch.Tensor] = []
+    original = type(factorization)._unfold
+
+    def spy(self: Any, matrices: torch.Tensor, structure: Any) -> Any:
+        seen.append(matrices)
+        return original(self, matrices, structure)
+
+    monkeypatch.setattr(type(factorization), "_unfold", spy)
+    for dtype in (torch.bfloat16, torch.float32):
+        cores = factorization.unfold(make_matrix(shape, dtype=dtype))
+        assert {core.dtype for core in cores} == {torch.float32}
+    assert {(matrix.dtype, matrix.device.type) for matrix in seen} == {(torch.float64, "cpu")}

@@ -41,11 +41,6 @@ def core_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _sweep_device(device: torch.device) -> torch.device:
-    """Where to decompose in float64: on the matrix's device, or on the CPU where that device has no float64 (MPS)."""
-    return torch.device("cpu") if device.type == "mps" else device
-
-
 @dataclass(frozen=True, kw_only=True)
 class Factorization(ABC):
     """How a matrix becomes cores and back. Immutable; holds no tensors; equal descriptions are equal objects.
@@ -199,8 +194,9 @@ class Factorization(ABC):
     def unfold(self, matrix: Float[Tensor, "*batch rows cols"]) -> tuple[Tensor, ...]:
         """Decompose `matrix` (or a batch of them) into cores.
 
-        The sweep runs in float64; the cores are float32, or the matrix's dtype where that is wider, on its device. They
-        share memory neither with the matrix nor with each other.
+        The sweep runs in float64 on the CPU: LoRA matrices are small, libraries for GPUs decompose small matrices one after the
+        other, and not every device has float64. The cores are float32, or the matrix's dtype where that is wider, on its
+        device. They share memory neither with the matrix nor with each other.
 
         Raises:
             TypeError: the matrix is not real floating point.
@@ -224,7 +220,7 @@ class Factorization(ABC):
         batch = matrix.shape[:-2]
         structure = self.structure((matrix.shape[-2], matrix.shape[-1]))
         # copied even where nothing is converted: a core may be a view of what it was made from
-        flat = matrix.reshape(-1, *matrix.shape[-2:]).to(_sweep_device(matrix.device), torch.float64, copy=True)
+        flat = matrix.reshape(-1, *matrix.shape[-2:]).to("cpu", torch.float64, copy=True)
         dtype = core_dtype(matrix.dtype)
         cores = tuple(
             _own_memory(core.reshape(*batch, *shape).to(matrix.device, dtype))
