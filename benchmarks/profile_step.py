@@ -34,7 +34,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import tnadapt.engine.engine
-from tnadapt.engine import Coupling, Engine
+from tnadapt.engine import Coupling, Engine, Outside
 from tnadapt.engine.cohort import Cohort
 from tnadapt.lora_over import LoraOver
 from tnadapt.report.provenance import environment, write_json
@@ -48,6 +48,7 @@ PHASES: list[tuple[Any, str, str]] = [
     (Coupling, "_moves_nothing", "find parameters and groups"),
     (LoraOver, "_decide", SCHEDULE),
     (LoraOver, "_follow_outside_changes", "compare with outside changes"),
+    (Outside, "warn_of_switches", SCHEDULE),
     (Engine, "_stack_gradients", "stack gradients"),
     (Engine, "_require_finite", "check gradients"),
     (Cohort, "pull_back", "pull back"),

@@ -84,6 +84,7 @@ class Skipped:
 
     name: str
     reason: str
+    parameter: nn.Parameter | None = field(default=None, repr=False, compare=False)
 
 
 def canonical_name(name: str) -> str:
@@ -135,7 +136,7 @@ def find_lora_matrices(
         elif id(weight) in shared:
             reason = f"it shares storage with {shared[id(weight)]} (tied adapters)"
         if reason is not None:
-            skipped.append(Skipped(name, reason))
+            skipped.append(Skipped(name, reason, weight))
             continue
         owners[id(weight)] = name
         layer = next((int(part) for part in path.split(".") if part.isdigit()), None)

@@ -17,8 +17,8 @@ from tnadapt.engine import (
     HANDOVERS,
     Coupling,
     Engine,
+    Outside,
     WrappedLoading,
-    agree_any,
     check_matrices,
     check_rates,
     gather_objects,
@@ -36,8 +36,6 @@ __all__ = ["STATE_KEY", "Event", "FoldReport", "LoraOver"]
 #: key of our part in the state dict of an optimizer
 STATE_KEY = "tnadapt"
 _STATE_VERSION = 1
-#: optimizer steps between two comparisons of matrices with their cores, off the CPU
-_COMPARE_EVERY = 50
 
 _attached: weakref.WeakSet[LoraOver] = weakref.WeakSet()
 
@@ -173,7 +171,7 @@ class LoraOver:
         )
         self._staged: dict[str, Any] | None = None
         self._ranks_agree = False
-        self._changed: list[tuple[torch.Tensor, tuple[str, ...]]] = []
+        self._outside = Outside(self._engine, skipped, process_group)
         self._handles: list[Any] = [inner.register_state_dict_post_hook(self._save_hook)]
         if type(inner).load_state_dict is torch.optim.Optimizer.load_state_dict:
             self._handles.append(inner.register_load_state_dict_pre_hook(self._stage_hook))
@@ -328,7 +326,7 @@ class LoraOver:
             raise
         self._ranks_agree = False
         self._coupling.reset_checks()
-        self._changed = []
+        self._outside.pending = []
         if state["scheduler"]["settings"] != self.scheduler.label:
             warnings.warn(
                 f"the state was saved with {state['scheduler']['settings']}, this run has {self.scheduler.label}: what is "
@@ -426,19 +424,20 @@ class LoraOver:
         engine_before, scheduler_before = self._engine.snapshot(), self.scheduler.state_dict()
         pending, history, count = list(self._pending), list(self.history), self.step
         coupling = self._coupling
-        known, changed = coupling.known(self.matrices.values()), self._changed
+        known, looks = coupling.known(self.matrices.values()), self._outside.pending
 
         def undo() -> None:
             coupling.restore_known(known)
             self._engine.restore(engine_before)
             self._mark_pending(pending)
-            self.history, self.step, self._changed = history, count, changed
+            self.history, self.step, self._outside.pending = history, count, looks
             self.scheduler.load_state_dict(scheduler_before)
 
         try:
             if not self._ranks_agree and is_distributed(self.process_group):
                 self._require_agreement()
             self._follow_outside_changes(step)
+            self._outside.warn_of_switches(self.matrices.values(), coupling.holds)
             if self._pending:
                 names, self._pending = self._pending, []
                 self._engine.expand(names, self._coupling.group_of)
@@ -531,26 +530,9 @@ class LoraOver:
     # -- matrices changed by others -----------------------------------------------------------------------------------
 
     def _follow_outside_changes(self, step: int) -> None:
-        """Unfold anew what somebody else wrote (a loaded adapter, a hand edit). Looked for at every step on the CPU; off
-        it every few steps, and read one step later so that the device is not waited for."""
+        """Unfold anew what somebody else wrote (a loaded adapter, a hand edit)."""
         assert self._coupling is not None
-        suspects: set[str] = set()
-        earlier, self._changed = self._changed, []
-        # what only one rank has seen must not make it compare alone
-        several_ranks = is_distributed(self.process_group)
-        for flags, members in earlier:
-            suspects |= {name for name, flag in zip(members, flags.tolist(), strict=True) if flag}
-        for cohort in self._engine.cohorts.values():
-            here = cohort.device.type == "cpu" or (not several_ranks and self._engine.touched(cohort))
-            if not here and step % _COMPARE_EVERY != 1:
-                continue
-            members = tuple(m.matrix.name for m in cohort.members)
-            flags = agree_any(self._engine.may_be_changed(cohort), self.process_group)
-            if not here:
-                self._changed.append((flags, members))
-            elif bool(flags.any()):
-                suspects |= {name for name, flag in zip(members, flags.tolist(), strict=True) if flag}
-        names = self._changed_among(suspects) if suspects else []
+        names = self._outside.changed(step)
         if names:
             warnings.warn(
                 f"{shown(names)} changed outside the optimizer (a loaded adapter, a hand edit); unfolding anew, with "
@@ -562,25 +544,10 @@ class LoraOver:
             self._engine.drop(names)
             self._engine.expand(names, self._coupling.group_of)
 
-    def _changed_among(self, suspects: set[str]) -> list[str]:
-        """Those of `suspects` that were changed on any rank; all ranks suspect the same."""
-        names: list[str] = []
-        for cohort in self._engine.cohorts.values():
-            members = [m.matrix.name for m in cohort.members]
-            if suspects & set(members):
-                flags = agree_any(self._engine.changed_outside(cohort), self.process_group)
-                names += [name for name, flag in zip(members, flags.tolist(), strict=True) if flag]
-        return names
-
     def changed_outside(self) -> tuple[str, ...]:
         """Names of expanded matrices that hold something else than what their cores fold to, because somebody wrote them
         (`load_best_model_at_end`, a hand edit). Waits for the device."""
-        return tuple(
-            m.matrix.name
-            for cohort in self._engine.cohorts.values()
-            for m, flag in zip(cohort.members, self._engine.changed_outside(cohort).tolist(), strict=True)
-            if flag
-        )
+        return self._outside.changed_now()
 
     def _warn_changed(self) -> None:
         changed = self.changed_outside()

@@ -151,7 +151,7 @@ def plan(
             expanded = min(count, budget)
             budget -= expanded
             rows.append(PlanRow(group, count, expanded, factorization.structure(shape)))
-    return Plan(factorization, tuple(rows), tuple(skipped))
+    return Plan(factorization, tuple(rows), tuple(Skipped(s.name, s.reason) for s in skipped))
 
 
 def _why_little(structure: Structure) -> str:

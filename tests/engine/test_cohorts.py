@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 
+import peft
 import pytest
 import torch
 from hypothesis import given
@@ -135,3 +136,51 @@ def test_no_copy_of_matrices_that_tell_what_was_written() -> None:
     assert all(cohort.written is None for cohort in over._engine.cohorts.values())
     _, _, low = trained(torch.bfloat16)
     assert all(cohort.written is not None for cohort in low._engine.cohorts.values())
+
+
+def two_adapters() -> nn.Module:
+    torch.manual_seed(0)
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(12, 12)), peft.LoraConfig(r=4, target_modules=["0"]))
+    model.add_adapter("other", peft.LoraConfig(r=4, target_modules=["0"]))
+    return model
+
+
+def test_switching_adapters_is_said_once() -> None:
+    """The matrices of the adapter left behind rest, those of the new one are trained as plain LoRA: neither without a word."""
+    model = two_adapters()
+    optimizer = torch.optim.SGD([p for n, p in model.named_parameters() if "lora_" in n], lr=1e-2)
+    over = LoraOver(model, optimizer, MPO(order=3))
+    assert [s.name for s in over.skipped] == ["0.other.A", "0.other.B"]
+
+    def train() -> list[str]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                model(torch.ones(2, 12)).square().sum().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        return [str(warning.message) for warning in caught]
+
+    assert train() == []
+    kept = {name: matrix.parameter.detach().clone() for name, matrix in over.matrices.items()}
+    model.set_adapter("other")
+    rest, woken = train()
+    assert "0.A, 0.B" in rest
+    assert "rest" in rest
+    assert "0.other.A, 0.other.B" in woken
+    assert "plain LoRA" in woken
+    assert all(torch.equal(over.matrices[name].parameter, value) for name, value in kept.items())
+    model.set_adapter("default")
+    assert train() == []
+    assert not all(torch.equal(over.matrices[name].parameter, value) for name, value in kept.items())
+
+
+def test_a_switch_that_the_optimizer_does_not_step_is_nobodys_business() -> None:
+    model = two_adapters()
+    optimizer = torch.optim.SGD([p for n, p in model.named_parameters() if "default" in n], lr=1e-2)
+    over = LoraOver(model, optimizer, MPO(order=3))
+    over.skipped[0].parameter.requires_grad_(True).grad = torch.ones(4, 12)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(torch.ones(2, 12)).square().sum().backward()
+        optimizer.step()

@@ -8,6 +8,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any, ClassVar
 
 import pytest
@@ -16,9 +17,10 @@ import torch.distributed as dist
 from engine.models import Experts, everything, expert_loss, same, trainable
 from torch import nn
 
-from tnadapt import MPO, LoraOver, TaylorRuntime
+from tnadapt import MPO, LoraOver, TaylorRuntime, lora_over
 from tnadapt.backends.kernels import ChainKernel
 from tnadapt.backends.torch_backend import TorchBackend
+from tnadapt.engine import outside
 from tnadapt.schedulers import Budget, Scheduler
 
 STEPS = 7
@@ -374,10 +376,11 @@ def test_broadcast_that_fails(monkeypatch: pytest.MonkeyPatch, clean: Any, step:
     require_same_end(clean(), run)
 
 
-@pytest.mark.parametrize("name", ["agree_any", "gather_objects"])
+@pytest.mark.parametrize(("module", "name"), [(outside, "agree_any"), (lora_over, "gather_objects")])
 @pytest.mark.parametrize("step", [EXPANDS, RELEASES])
-def test_agreement_that_fails(monkeypatch: pytest.MonkeyPatch, clean: Any, step: int, name: str) -> None:
-    module = __import__("tnadapt.lora_over", fromlist=["lora_over"])
+def test_agreement_that_fails(
+    monkeypatch: pytest.MonkeyPatch, clean: Any, step: int, module: ModuleType, name: str
+) -> None:
     run = Run().go(range(1, step))
     run.gradients(step)
 
@@ -386,7 +389,7 @@ def test_agreement_that_fails(monkeypatch: pytest.MonkeyPatch, clean: Any, step:
             monkeypatch.context() as patched,
             failing_call(monkeypatch, module, name, 1, lambda: dist.DistBackendError("timed out")),
         ):
-            patched.setattr(module, "is_distributed", lambda group=None: True)
+            patched.setattr(lora_over, "is_distributed", lambda group=None: True)
             with pytest.raises(RuntimeError, match="timed out"):
                 run.optimizer.step()
 

@@ -5,14 +5,15 @@ from tnadapt.engine.coupling import Coupling
 from tnadapt.engine.engine import Engine
 from tnadapt.engine.handover import HANDOVERS
 from tnadapt.engine.optimizers import is_elementwise, unwrap
-from tnadapt.engine.tensors import agree_any, gather_objects, is_distributed
+from tnadapt.engine.outside import Outside
+from tnadapt.engine.tensors import gather_objects, is_distributed
 
 __all__ = [
     "HANDOVERS",
     "Coupling",
     "Engine",
+    "Outside",
     "WrappedLoading",
-    "agree_any",
     "check_matrices",
     "check_rates",
     "gather_objects",

@@ -90,6 +90,10 @@ class Coupling:
             raise RuntimeError(_lost(matrix))
         return index
 
+    def holds(self, parameter: Tensor) -> bool:
+        """Whether a parameter is in one of the optimizer's groups."""
+        return id(parameter) in self._owners()
+
     def known(self, matrices: Iterable[LoraMatrix]) -> dict[Tensor, Any]:
         """The optimizer's own state entries of the matrices that have one."""
         state = self.optimizer.state

@@ -1,0 +1,106 @@
+"""What others do to the LoRA matrices during a run: who writes them, freezes them, or trains ones that are not ours."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from tnadapt.engine.attachment import shown
+from tnadapt.engine.engine import Engine
+from tnadapt.engine.tensors import agree_any, is_distributed
+from tnadapt.lora_matrices import LoraMatrix, Skipped
+
+__all__ = ["Outside"]
+
+#: optimizer steps between two looks at matrices off the CPU
+_LOOK_EVERY = 50
+
+
+class Outside:
+    """Notices what happens to LoRA matrices outside the optimizer.
+
+    Args:
+        engine: the expanded matrices.
+        skipped: LoRA weights that were not candidates at the attachment.
+        process_group: ranks that train the same matrices; None for all.
+    """
+
+    def __init__(self, engine: Engine, skipped: Sequence[Skipped], process_group: Any = None) -> None:
+        self._engine = engine
+        self._process_group = process_group
+        self._asleep = [s for s in skipped if s.parameter is not None and not s.parameter.requires_grad]
+        self._resting: set[str] = set()
+        #: looks whose outcome the device has not been waited for, and the matrices they are about
+        self.pending: list[tuple[Tensor, tuple[str, ...]]] = []
+
+    def changed(self, step: int) -> list[str]:
+        """Names of expanded matrices that somebody else wrote (a loaded adapter, a hand edit), the same on all ranks. Looks at
+        every step on the CPU; off it every few steps, and sees one step later, so that the device is not waited for."""
+        suspects: set[str] = set()
+        earlier, self.pending = self.pending, []
+        # what only one rank has seen must not make it compare alone
+        several_ranks = is_distributed(self._process_group)
+        for flags, members in earlier:
+            suspects |= _flagged(members, flags)
+        for cohort in self._engine.cohorts.values():
+            here = cohort.device.type == "cpu" or (not several_ranks and self._engine.touched(cohort))
+            if not here and step % _LOOK_EVERY != 1:
+                continue
+            members = tuple(m.matrix.name for m in cohort.members)
+            flags = agree_any(self._engine.may_be_changed(cohort), self._process_group)
+            if not here:
+                self.pending.append((flags, members))
+            elif bool(flags.any()):
+                suspects |= _flagged(members, flags)
+        names: list[str] = []
+        for cohort in self._engine.cohorts.values() if suspects else ():
+            members = tuple(m.matrix.name for m in cohort.members)
+            if suspects & set(members):
+                flags = agree_any(self._engine.changed_outside(cohort), self._process_group)
+                names += [name for name in members if name in _flagged(members, flags)]
+        return names
+
+    def changed_now(self) -> tuple[str, ...]:
+        """Names of expanded matrices that hold something else than what their cores fold to, on this rank. Waits for the
+        device."""
+        found: list[str] = []
+        for cohort in self._engine.cohorts.values():
+            members = tuple(m.matrix.name for m in cohort.members)
+            flagged = _flagged(members, self._engine.changed_outside(cohort))
+            found += [name for name in members if name in flagged]
+        return tuple(found)
+
+    def warn_of_switches(self, matrices: Iterable[LoraMatrix], held: Callable[[Tensor], bool]) -> None:
+        """Say once of each matrix that it was frozen or woken since the attachment, as `set_adapter` does.
+
+        Args:
+            matrices: those that can be expanded.
+            held: whether the optimizer holds a parameter.
+        """
+        frozen = [
+            m.name for m in matrices if m.expanded and not m.parameter.requires_grad and m.name not in self._resting
+        ]
+        if frozen:
+            self._resting.update(frozen)
+            warnings.warn(
+                f"{shown(frozen)} no longer required to have gradients (set_adapter, or requires_grad_(False)): their cores rest "
+                "until they are trained again. fold() before switching adapters for good",
+                stacklevel=2,
+            )
+        woken = [s for s in self._asleep if s.parameter is not None and s.parameter.grad is not None]
+        if woken:
+            self._asleep = [s for s in self._asleep if s not in woken]
+            names = [s.name for s in woken if s.parameter is not None and held(s.parameter)]
+            if names:
+                warnings.warn(
+                    f"{shown(names)}, left out at the attachment ({woken[0].reason}), now trained as plain LoRA; fold() and "
+                    "attach a new LoraOver to expand them",
+                    stacklevel=2,
+                )
+
+
+def _flagged(members: Sequence[str], flags: Tensor) -> set[str]:
+    return {name for name, flag in zip(members, flags.tolist(), strict=True) if flag}
