@@ -111,7 +111,8 @@ def test_rows_and_sites(sites: list[tuple[int, int]], dtype: torch.dtype, n: int
     matrices = torch.randn(skip + n, rows, cols, generator=torch.Generator().manual_seed(rows * cols)).to(dtype)
     matrices[..., 0, 0] = float("nan")
     given_rows = matrices.flatten(1)[skip:]
-    flat, back = (torch.zeros(skip + n, rows * cols, dtype=dtype) for _ in range(2))
+    # memory that begins anywhere
+    flat, back = (torch.zeros(1 + (skip + n) * rows * cols, dtype=dtype)[1:].view(-1, rows * cols) for _ in range(2))
     rows_to_sites(given_rows, tuple(sites), flat[skip:])
     assert same_bits(flat[skip:], to_sites(matrices[skip:], tuple(sites)).reshape(n, -1))
     rows_from_sites(flat[skip:], tuple(sites), back[skip:])

@@ -62,16 +62,16 @@ def _permute_into(source: Tensor, sizes: Sequence[int], axes: Sequence[int], out
     split = source.view(n, *sizes)
     target = out.view(n, *[sizes[axis] for axis in axes])
     if axes and axes[-1] == len(axes) - 1:
-        word = _word(source, sizes[-1])
+        word = _word(source, out, sizes[-1])
         split, target = split.view(word), target.view(word)
     target.copy_(split.permute(0, *[1 + axis for axis in axes]))
 
 
-def _word(tensor: Tensor, run: int) -> torch.dtype:
+def _word(source: Tensor, out: Tensor, run: int) -> torch.dtype:
     """The widest dtype of which runs of `run` numbers are made: the same memory is moved in fewer pieces."""
-    if tensor.device.type in ("cpu", "cuda"):
+    if source.device.type in ("cpu", "cuda"):
         for word in (torch.complex128, torch.complex64):
-            ratio, rest = divmod(word.itemsize, tensor.dtype.itemsize)
-            if rest == 0 and ratio > 1 and run % ratio == 0 and tensor.storage_offset() % ratio == 0:
+            ratio = word.itemsize // source.dtype.itemsize
+            if ratio > 1 and not any(n % ratio for n in (run, source.storage_offset(), out.storage_offset())):
                 return word
-    return tensor.dtype
+    return source.dtype
