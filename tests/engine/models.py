@@ -151,3 +151,13 @@ def same(one: Any, other: Any) -> bool:
     if isinstance(one, (list, tuple)):
         return len(one) == len(other) and all(same(a, b) for a, b in zip(one, other, strict=True))
     return bool(one == other)
+
+
+def contract(cores: list[Tensor]) -> Tensor:
+    """Eq. 3: entry (i_1…i_m, j_1…j_m) is the product of the matrices T^(k)[:, i_k, j_k, :]."""
+    chain = cores[0][0]
+    for core in cores[1:]:
+        wider = torch.einsum("IJd,dije->IiJje", chain, core)
+        chain = wider.reshape(wider.shape[0] * wider.shape[1], wider.shape[2] * wider.shape[3], -1)
+    assert chain.shape[-1] == 1
+    return chain[:, :, 0]

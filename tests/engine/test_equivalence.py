@@ -17,19 +17,9 @@ from torch import Tensor, nn
 
 from tnadapt import MPO, LoraOver, Static, TaylorRuntime
 
-from .models import backward, largest_difference, llama, loss_of, tokens, values
+from .models import backward, contract, largest_difference, llama, loss_of, tokens, values
 
 STEPS = 15
-
-
-def contract(cores: list[Tensor]) -> Tensor:
-    """Eq. 3: entry (i_1…i_m, j_1…j_m) is the product of the matrices T^(k)[:, i_k, j_k, :]."""
-    chain = cores[0][0]
-    for core in cores[1:]:
-        wider = torch.einsum("IJd,dije->IiJje", chain, core)
-        chain = wider.reshape(wider.shape[0] * wider.shape[1], wider.shape[2] * wider.shape[3], -1)
-    assert chain.shape[-1] == 1
-    return chain[:, :, 0]
 
 
 def bond_dimensions(rows: int, cols: int, order: int) -> list[int]:

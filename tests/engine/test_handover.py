@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from tnadapt import MPO, LoraOver, OverParamAdapter, Scheduler
 from tnadapt.engine.handover import warm_state
 
+from .models import contract
+
 
 class AllAt(Scheduler):
     def __init__(self, step: int) -> None:
@@ -20,15 +22,6 @@ class AllAt(Scheduler):
 
     def select(self, step, matrices):
         return list(matrices) if step == self.step else []
-
-
-def contract(cores: list[Tensor]) -> Tensor:
-    """Eq. 3, written without the library."""
-    chain = cores[0][0]
-    for core in cores[1:]:
-        wider = torch.einsum("IJd,dije->IiJje", chain, core)
-        chain = wider.reshape(wider.shape[0] * wider.shape[1], wider.shape[2] * wider.shape[3], -1)
-    return chain[:, :, 0]
 
 
 def moments(rows: int, cols: int) -> tuple[Tensor, Tensor]:

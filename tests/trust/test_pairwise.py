@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from engine.models import Experts, base_llama, expert_loss, loss_of, tokens
-from engine.test_equivalence import contract, square_view
+from engine.models import Experts, base_llama, contract, expert_loss, loss_of, tokens
+from engine.test_equivalence import square_view
 from torch import Tensor, nn
 
 from tnadapt import MPO, LoraOver, TaylorRuntime
