@@ -6,6 +6,7 @@ A pair is any module with `lora_A` and `lora_B` that are `nn.Linear` (our `OverP
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -80,11 +81,19 @@ class LoraMatrix:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A LoRA weight that is not a candidate for expansion, and why."""
+    """A LoRA weight that is not a candidate for expansion, and why.
+
+    Attributes:
+        parameter: the weight, for as long as the model has it; None afterwards, and in a plan.
+    """
 
     name: str
     reason: str
-    parameter: nn.Parameter | None = field(default=None, repr=False, compare=False)
+    _weight: weakref.ref[nn.Parameter] | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def parameter(self) -> nn.Parameter | None:
+        return None if self._weight is None else self._weight()
 
 
 def canonical_name(name: str) -> str:
@@ -136,7 +145,7 @@ def find_lora_matrices(
         elif id(weight) in shared:
             reason = f"it shares storage with {shared[id(weight)]} (tied adapters)"
         if reason is not None:
-            skipped.append(Skipped(name, reason, weight))
+            skipped.append(Skipped(name, reason, weakref.ref(weight)))
             continue
         owners[id(weight)] = name
         layer = next((int(part) for part in path.split(".") if part.isdigit()), None)

@@ -170,6 +170,8 @@ class LoraOver:
             inner, self._engine, self._before_step, core_lr, core_weight_decay, max_update
         )
         self._staged: dict[str, Any] | None = None
+        #: the step of the state that was loaded last
+        self._loaded_step = 0
         self._ranks_agree = False
         self._outside = Outside(self._engine, skipped, process_group)
         self._handles: list[Any] = [inner.register_state_dict_post_hook(self._save_hook)]
@@ -261,6 +263,7 @@ class LoraOver:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self._engine.close()
         _attached.discard(self)
 
     def recover(self) -> None:
@@ -326,14 +329,13 @@ class LoraOver:
             raise
         self._ranks_agree = False
         self._coupling.reset_checks()
-        self._outside.pending = []
         if state["scheduler"]["settings"] != self.scheduler.label:
             warnings.warn(
                 f"the state was saved with {state['scheduler']['settings']}, this run has {self.scheduler.label}: what is "
                 "expanded already stays, and the rest follows the new settings",
                 stacklevel=3,
             )
-        self.step = int(state["step"])
+        self.step = self._loaded_step = int(state["step"])
         self._pending = list(state["pending"])
         for name in self._pending:
             self.matrices[name].expanded = True
@@ -402,7 +404,7 @@ class LoraOver:
         self._staged = rest.pop(STATE_KEY, None)
         if self._staged is not None:
             self._validate(self._staged)
-        elif self.step > 0:
+        elif self.step != self._loaded_step:  # where they are equal, ours has just been read from elsewhere
             warnings.warn(
                 "the optimizer state that is being loaded has no tnadapt part (it was saved without LoraOver): the cores "
                 "stay as they are, and are unfolded anew where the matrices have changed",
@@ -424,13 +426,13 @@ class LoraOver:
         engine_before, scheduler_before = self._engine.snapshot(), self.scheduler.state_dict()
         pending, history, count = list(self._pending), list(self.history), self.step
         coupling = self._coupling
-        known, looks = coupling.known(self.matrices.values()), self._outside.pending
+        known = coupling.known(self.matrices.values())
 
         def undo() -> None:
             coupling.restore_known(known)
             self._engine.restore(engine_before)
             self._mark_pending(pending)
-            self.history, self.step, self._outside.pending = history, count, looks
+            self.history, self.step = history, count
             self.scheduler.load_state_dict(scheduler_before)
 
         try:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from tnadapt import MPO, SVD, LoraOver, OverParamAdapter, Scheduler, Static, TaylorRuntime
+from tnadapt.engine.attachment import shown
 from tnadapt.engine.optimizers import REFUSED
 
 from .models import Experts, backward, everything, expert_loss, llama, same, trainable
@@ -118,8 +119,16 @@ def test_schedule_free():
     refused(model, ScheduleFree(model.parameters(), lr=0.1), TypeError, "ScheduleFree", "train", "AdamW")
 
 
+def test_a_refused_one_inside_the_wrapper_of_accelerate():
+    model = Experts()
+    wrapper = type("AcceleratedOptimizer", (), {"optimizer": torch.optim.LBFGS(model.parameters())})()
+    refused(model, wrapper, TypeError, "LBFGS", "AdamW")
+
+
 def test_something_that_is_no_optimizer():
     refused(Experts(), object(), TypeError, "object", "torch optimizer")
+    lookalike = type("Lookalike", (), {"_optimizer_step_pre_hooks": {}, "param_groups": []})()
+    refused(Experts(), lookalike, TypeError, "Lookalike", "torch optimizer")
 
 
 def test_optimizer_in_backward():
@@ -273,6 +282,18 @@ def test_negative_core_weight_decay(decay):
     model = Experts()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     refused(model, optimizer, ValueError, "core_weight_decay", "negative", core_weight_decay=decay)
+
+
+def test_no_weight_decay_is_one():
+    model = Experts()
+    LoraOver(model, torch.optim.SGD(model.parameters(), lr=0.1), SVD(), core_weight_decay=0.0)
+
+
+def test_how_many_names_a_message_shows():
+    assert shown([]) == "nothing"
+    assert shown(name for name in "abc") == "a, b, c"
+    assert shown("abcd") == "a, b, c and 1 more"
+    assert shown("abcdef", limit=2) == "a, b and 4 more"
 
 
 def test_core_weight_decay_of_an_optimizer_without_any():

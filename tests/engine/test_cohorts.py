@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 
 import peft
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tnadapt import CP, MPO, LoraOver, OverParamAdapter, Tucker
+from tnadapt.engine.cohort import Cohort
 from tnadapt.engine.tensors import checksums, local_parts, stack_rows, write_rows
 
 
@@ -63,7 +65,24 @@ def test_a_change_of_one_entry_changes_its_checksum(
     kind = data.draw(st.sampled_from(["negated", "nearest", "nan"]))
     old = rows[m, entry].clone()
     rows[m, entry] = {"negated": -old, "nearest": torch.nextafter(old, 2 * old), "nan": old * float("nan")}[kind]
-    assert (checksums(rows) != before).tolist() == [k == m for k in range(n)]
+    assert (checksums(rows) != before).any(1).tolist() == [k == m for k in range(n)]
+
+
+@pytest.mark.parametrize("shape", [(4, 12), (8, 1024)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_changes_of_all_entries_change_checksums(dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    """Sums of bits alone wrap around where every exponent or sign is another."""
+    rows = torch.randn(50, shape[0] * shape[1], generator=torch.Generator().manual_seed(0), dtype=dtype)
+    before = checksums(rows)
+    changes = {
+        "negated": -rows,
+        "doubled": 2 * rows,
+        "halved": rows / 2,
+        "turned": rows.roll(2, 1),
+        "flipped": rows.flip(1),
+    }
+    for name, changed in changes.items():
+        assert (checksums(changed) != before).any(1).all(), name
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -123,12 +142,31 @@ def test_a_write_that_torch_does_not_count_is_seen_at_the_next_step(dtype: torch
     assert len(record) == 1
 
 
-def test_what_checksums_miss_is_seen_by_the_exact_comparison() -> None:
-    """Entries changed places without torch counting the write: a checkpoint and fold() compare values."""
-    layer, _, over = trained()
-    values = layer.lora_A.weight.data.clone()
-    layer.lora_A.weight.data.copy_(values.roll(2, dims=1))
-    assert len(over.changed_outside()) == 1
+def test_a_write_that_torch_counts_is_compared_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, optimizer, _ = trained()
+    monkeypatch.setattr("tnadapt.engine.engine.checksums", lambda rows: torch.zeros(len(rows), 2))
+    step(layer, optimizer)
+    with torch.no_grad():
+        layer.lora_A.weight.copy_(layer.lora_A.weight.roll(2, 1))
+    with pytest.warns(UserWarning, match="^A changed outside"):
+        step(layer, optimizer)
+
+
+def test_off_the_cpu_a_write_is_followed_before_it_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There matrices are looked at in step 51, and what is found is unfolded in that step: it trains from the new values."""
+    layer, optimizer, over = trained()
+    for _ in range(49):
+        step(layer, optimizer)
+    cohort = next(iter(over._engine.cohorts.values()))
+    monkeypatch.setattr(cohort, "device", torch.device("cuda"))
+    layer.lora_A.weight.data.mul_(3)
+    layer.lora_B.weight.data.mul_(3)
+    wanted = layer.lora_A.weight.detach().clone()
+    optimizer.param_groups[0]["lr"] = 1e-6
+    with pytest.warns(UserWarning, match="^A, B changed outside"):
+        step(layer, optimizer)
+    assert over.step == 51
+    assert float((layer.lora_A.weight - wanted).abs().max()) < 0.01 * float(wanted.abs().max())
 
 
 def test_no_copy_of_matrices_that_tell_what_was_written() -> None:
@@ -184,3 +222,210 @@ def test_a_switch_that_the_optimizer_does_not_step_is_nobodys_business() -> None
         warnings.simplefilter("error")
         model(torch.ones(2, 12)).square().sum().backward()
         optimizer.step()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_first_step_is_capped_too(dtype: torch.dtype) -> None:
+    """Fresh moments jump furthest there."""
+    torch.manual_seed(0)
+    layer = OverParamAdapter.from_linear(nn.Linear(12, 12), rank=4, alpha=8).to(dtype)
+    nn.init.normal_(layer.lora_B.weight)
+    optimizer = torch.optim.AdamW([layer.lora_A.weight, layer.lora_B.weight], lr=1e-1)
+    over = LoraOver(layer, optimizer, MPO(order=9), max_update=0.5)
+    for _ in range(3):
+        step(layer, optimizer)
+        norms = over.update_norms()
+        assert norms.keys() == over.matrices.keys()
+        assert max(norms.values()) <= 0.5 * 1e-1 * 48**0.5 * 1.01
+        assert all(cohort._before_step is None for cohort in over._engine.cohorts.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("cap", [None, 0.1])
+def test_a_refold_that_failed_is_made_up_for(
+    dtype: torch.dtype, cap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Writing fails once, after the step was shortened: the next call writes what a run without failure has."""
+
+    def run(fails: bool) -> tuple[OverParamAdapter, LoraOver]:
+        torch.manual_seed(0)
+        layer = OverParamAdapter.from_linear(nn.Linear(12, 12), rank=4, alpha=8).to(dtype)
+        nn.init.normal_(layer.lora_B.weight)
+        optimizer = torch.optim.AdamW([layer.lora_A.weight, layer.lora_B.weight], lr=1e-1)
+        over = LoraOver(layer, optimizer, MPO(order=4), max_update=cap)
+        step(layer, optimizer)
+        if not fails:
+            step(layer, optimizer)
+            return layer, over
+        with monkeypatch.context() as patched:
+            patched.setattr("tnadapt.engine.engine.write_rows", lambda *_: (_ for _ in ()).throw(MemoryError("full")))
+            with pytest.raises(MemoryError, match="full"):
+                step(layer, optimizer)
+        optimizer.state_dict()
+        optimizer.zero_grad()
+        return layer, over
+
+    (layer, over), (other, whole) = run(True), run(False)
+    for name, parameter in layer.named_parameters():
+        assert torch.allclose(parameter, dict(other.named_parameters())[name], rtol=1e-5, atol=1e-6), name
+    assert over.update_norms() == pytest.approx(whole.update_norms(), rel=1e-3)
+    step(layer, over.optimizer)
+
+
+def frozen_half(layers: int) -> tuple[nn.ModuleList, torch.optim.Optimizer, LoraOver]:
+    torch.manual_seed(0)
+    model = nn.ModuleList(OverParamAdapter.from_linear(nn.Linear(12, 12), rank=4, alpha=8) for _ in range(layers))
+    for layer in model:
+        nn.init.normal_(layer.lora_B.weight)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    return model, optimizer, LoraOver(model, optimizer, MPO(order=5))
+
+
+def train(model: nn.ModuleList, optimizer: torch.optim.Optimizer, steps: int, rests: str = "") -> None:
+    for _ in range(steps):
+        sum(layer(torch.ones(2, 12)).square().mean() for layer in model).backward()
+        for name, parameter in model.named_parameters():
+            if rests and rests in name:
+                parameter.grad = None
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_what_rests_is_a_round_of_its_own_and_left_alone() -> None:
+    """Half of a cohort without gradient: not a piece per matrix, and not a bit of it changes."""
+    model, optimizer, over = frozen_half(4)
+    train(model, optimizer, 1, rests="lora_A")
+    kept = {n: (p._version, p.detach().clone()) for n, p in model.named_parameters() if "lora_A" in n}
+    assert len(kept) == 4
+    train(model, optimizer, 3, rests="lora_A")
+    (cohort,) = over._engine.cohorts.values()
+    assert len(cohort.pieces) == 2 * 5
+    for name, parameter in model.named_parameters():
+        if name in kept:
+            assert parameter._version == kept[name][0]
+            assert torch.equal(parameter, kept[name][1])
+    assert sorted(over.update_norms()) == [f"{k}.B" for k in range(4)]
+    train(model, optimizer, 1)
+    assert sorted(over.update_norms()) == sorted(over.matrices)
+    states = over.state_dict()["engine"]["members"]
+    counts = {name: {float(s["step"]) for s in entry["state"]} for name, entry in states.items()}
+    assert counts == {f"{k}.{side}": {1.0 if side == "A" else 5.0} for k in range(4) for side in "AB"}
+
+
+def test_members_of_one_round_whose_step_counts_differ_keep_them() -> None:
+    """As a state says that was saved while they were in cohorts of their own."""
+    model, optimizer, over = frozen_half(2)
+    train(model, optimizer, 2)
+    train(model, optimizer, 2, rests="lora_A")
+    state = over.state_dict()
+    for entry in state["engine"]["members"].values():
+        entry["round"] = 0
+    fresh, its_optimizer, other = frozen_half(2)
+    fresh.load_state_dict(model.state_dict())
+    other.load_state_dict(state)
+    loaded = other.state_dict()["engine"]["members"]
+    for name, entry in loaded.items():
+        assert {float(s["step"]) for s in entry["state"]} == {2.0 if name.endswith("A") else 4.0}
+    train(model, optimizer, 3)
+    train(fresh, its_optimizer, 3)
+    assert all(map(torch.equal, model.parameters(), fresh.parameters()))
+
+
+def test_groups_that_are_merged_keep_step_counts() -> None:
+    model, _, first = frozen_half(2)
+    first.detach()
+    sides = [[p for n, p in model.named_parameters() if side in n] for side in ("lora_A", "lora_B")]
+    optimizer = torch.optim.AdamW([{"params": side} for side in sides], lr=1e-2)
+    over = LoraOver(model, optimizer, MPO(order=5))
+    train(model, optimizer, 3, rests="lora_A")
+    train(model, optimizer, 1)
+    optimizer.param_groups[0]["params"] += optimizer.param_groups.pop()["params"]
+    train(model, optimizer, 1)
+    assert len(over._engine.cohorts) == 1
+    members = over.state_dict()["engine"]["members"]
+    assert {n: float(e["state"][0]["step"]) for n, e in members.items()} == {"0.A": 2, "1.A": 2, "0.B": 5, "1.B": 5}
+
+
+def test_following_that_fails_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, optimizer, over = frozen_half(2)
+    train(model, optimizer, 2)
+    parameters = optimizer.param_groups[0]["params"]
+    optimizer.param_groups[0]["params"] = parameters[:1]
+    optimizer.add_param_group({"params": parameters[1:2]})
+    optimizer.add_param_group({"params": parameters[2:]})
+    before = dict(over._engine.cohorts)
+    made = iter([None])
+
+    def second_fails(*args: object) -> Cohort:
+        next(made)
+        return Cohort(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("tnadapt.engine.engine.Cohort", second_fails)
+        with pytest.raises((StopIteration, RuntimeError)):
+            train(model, optimizer, 1)
+    assert over._engine.cohorts == before
+    optimizer.zero_grad()
+    train(model, optimizer, 1)
+    assert sum(len(cohort.members) for cohort in over._engine.cohorts.values()) == 4
+
+
+def test_precisions_in_one_cohort() -> None:
+    """A float32 and a bfloat16 layer share float32 cores, each is compared in its own precision."""
+    model, _, first = frozen_half(2)
+    first.detach()
+    model[1].to(torch.bfloat16)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    over = LoraOver(model, optimizer, MPO(order=5))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):
+            for layer in model:
+                layer(torch.ones(2, 12, dtype=layer.lora_A.weight.dtype)).float().square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert len(over._engine.cohorts) == 1
+    model[0].lora_A.weight.data += 1e-3
+    assert over.changed_outside() == ("0.A",)
+
+
+def test_asked_in_inference_mode() -> None:
+    layer, optimizer, over = trained()
+    other = OverParamAdapter.from_linear(nn.Linear(12, 12), rank=4, alpha=8)
+    other.load_state_dict(layer.state_dict())
+    its_optimizer = torch.optim.SGD([other.lora_A.weight, other.lora_B.weight], lr=1e-3)
+    fresh = LoraOver(other, its_optimizer, MPO(order=3))
+    fresh.load_state_dict(over.state_dict())
+    with torch.inference_mode():
+        assert fresh.changed_outside() == ()
+    step(other, its_optimizer)
+    step(layer, optimizer)
+    assert torch.equal(other.lora_A.weight, layer.lora_A.weight)
+
+
+@pytest.mark.parametrize("order", [2, 9, 16])
+def test_float64_matrices_that_were_only_unfolded_are_not_changed(order: int) -> None:
+    torch.manual_seed(order)
+    layer = OverParamAdapter.from_linear(nn.Linear(96, 96), rank=8, alpha=8).double()
+    nn.init.normal_(layer.lora_B.weight)
+    optimizer = torch.optim.SGD([layer.lora_A.weight, layer.lora_B.weight], lr=0.0)
+    over = LoraOver(layer, optimizer, MPO(order=order))
+    over._engine.expand(["A", "B"], lambda matrix: 0)
+    assert over.changed_outside() == ()
+
+
+def test_detached_cores_need_no_workspace() -> None:
+    _, _, over = trained()
+    over.detach()
+    assert all(cohort._workspace is None for cohort in over._engine.cohorts.values())
+    assert over.state_dict()["engine"]["members"].keys() == {"A", "B"}
+
+
+def test_left_out_weights_are_not_kept_alive() -> None:
+    model = two_adapters()
+    optimizer = torch.optim.SGD([p for n, p in model.named_parameters() if "default" in n], lr=1e-2)
+    over = LoraOver(model, optimizer, MPO(order=3))
+    assert over.skipped[0].parameter is not None
+    model.delete_adapter("other")
+    gc.collect()
+    assert over.skipped[0].parameter is None

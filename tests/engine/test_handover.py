@@ -61,6 +61,22 @@ def test_unknown_state_starts_fresh() -> None:
     assert warm_state(mpo, cores, [{}]) is None
     assert warm_state(mpo, cores, [{"row_var": torch.ones(6, 1)}]) is None
     assert warm_state(mpo, cores, [{"ax": torch.ones(6, 4)}]) is None
+    assert warm_state(mpo, cores, [{"exp_avg": torch.ones(6)}]) is None
+
+
+def test_counts_are_each_core_its_own() -> None:
+    """A step count that cores shared would go up once for each of them."""
+    mpo = MPO(order=3)
+    cores = [torch.stack([core, core]) for core in mpo.unfold(torch.randn(6, 4))]
+    states = [{"step": torch.tensor(float(k)), "exp_avg": torch.ones(6, 4), "amsgrad": False} for k in (3, 5)]
+    result = warm_state(mpo, cores, states)
+    assert result is not None
+    for member, state, count in zip(result, states, (3, 5), strict=True):
+        state["step"] += 100
+        for core in member:
+            assert core["amsgrad"] is False
+            assert core["step"] == count
+            core["step"] += 10
 
 
 def net(seed: int = 0) -> nn.Module:

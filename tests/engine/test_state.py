@@ -176,6 +176,19 @@ def test_eight_bit_adam_resumes():
     assert same(over.state_dict(), again_over.state_dict())
 
 
+def test_an_optimizer_that_loads_in_its_own_way_gets_it_back():
+    class Own(torch.optim.SGD):
+        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+            self.param_groups[0]["lr"] = state_dict["param_groups"][0]["lr"]
+
+    model = Experts()
+    optimizer = Own(trainable(model), lr=0.5)
+    over = LoraOver(model, optimizer, MPO(order=3))
+    assert optimizer.load_state_dict != Own.load_state_dict.__get__(optimizer)
+    over.detach()
+    assert optimizer.load_state_dict == Own.load_state_dict.__get__(optimizer)
+
+
 def test_state_of_a_plain_lora_run_loads():
     plain = Experts()
     plain_optimizer = torch.optim.AdamW(trainable(plain), lr=1e-2)

@@ -44,15 +44,14 @@ OPTIMIZERS = {
 
 
 def require_folded(over: LoraOver) -> int:
-    """Every matrix whose cohort was stepped is bit for bit what its cores fold to; how many there are.
+    """Every matrix that was stepped is bit for bit what its cores fold to; how many there are.
 
-    Expanding alone writes no matrix: where nothing of a cohort has had a gradient since, they agree to rounding."""
+    Expanding alone writes no matrix: one that has had no gradient since agrees to rounding."""
     exact = 0
     for cohort in over._engine.cohorts.values():
         folded = [cohort.factorization.fold([core[None] for core in member.cores])[0] for member in cohort.extract()]
-        stepped = any(member.matrix.parameter.grad is not None for member in cohort.members)
         for member, value in zip(cohort.members, folded, strict=True):
-            if stepped:
+            if member.matrix.parameter.grad is not None:
                 assert torch.equal(member.matrix.parameter.detach(), value), member.matrix.name
                 exact += 1
     assert over.changed_outside() == ()

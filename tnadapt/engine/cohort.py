@@ -7,7 +7,7 @@ buffer holds `[site 0: n x core_0][site 1: n x core_1]...`, so the stacked cores
 many rounds of expansion brought the members in.
 
 What the optimizer steps are *pieces*: contiguous ranges of the buffer, lent as Parameters with a state of their own.
-- whole: the buffer itself, for an elementwise optimizer while all members came in one round;
+- whole: the buffer itself, for an elementwise optimizer while all members are of one round;
 - one per site and round, for an elementwise optimizer after later rounds (step counts differ between rounds);
 - one per site and member otherwise, as a matrix, so that optimizers that look at shapes see an unfolding of the core.
 """
@@ -15,7 +15,7 @@ What the optimizer steps are *pieces*: contiguous ranges of the buffer, lent as 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -37,8 +37,7 @@ class Member:
 
     Attributes:
         matrix: the LoRA matrix.
-        round: number that members share which were expanded together with like optimizer state, so that it can be stacked.
-        separate: whether its cores are stepped apart from those of its round.
+        round: number that members share which were expanded together and had gradients in the same steps since.
         cores: its cores, before they enter the buffer.
         state: optimizer state of each core, where it brings one along.
         residual: what its cores missed of the matrix at expansion, None where they are exact.
@@ -46,7 +45,6 @@ class Member:
 
     matrix: LoraMatrix
     round: int
-    separate: bool
     cores: Sequence[Tensor]
     state: list[dict[str, Any]] | None = None
     residual: Tensor | None = None
@@ -92,8 +90,11 @@ class Cohort:
         self.dtype = dtype
         self.device = device
         self.elementwise = elementwise
-        # members of one round stay together, so that their ranges are contiguous, and in it those of one shape
-        ordered = sorted(members, key=lambda member: (member.round, member.matrix.shape))
+        # members that are stepped as one stay together, so that their ranges are contiguous, and of these those of one shape
+        behind = {id(member): (member.round, repr(_what_is_behind(member))) for member in members if elementwise}
+        ordered = sorted(members, key=lambda member: (*behind.get(id(member), (0, "")), member.matrix.shape))
+        #: ranges of members that are stepped as one tensor
+        self.spans = _runs([behind.get(id(member), id(member)) for member in ordered])
         #: which matrices, without tensors
         self.members = [replace(member, cores=(), state=None, residual=None) for member in ordered]
         self.structures: list[Structure] = [factorization.structure(member.matrix.shape) for member in ordered]
@@ -109,13 +110,15 @@ class Cohort:
         #: what the cores of each member miss, [n, numel]; None where the structure is exact
         self.residual = torch.stack(residuals).to(device) if residuals else None
         self.pieces = self._make_pieces(ordered)
-        self._runs = self._shapes()
+        self._shapes = _runs([member.matrix.shape for member in ordered])
         self.grad: Tensor | None = None
         #: whether the cores are lent, or were stepped and not folded since
         self.stepped = False
+        #: which members rest in the coming step
+        self.idle: list[int] = []
         #: what the cores folded to last, [n, numel], where the parameters do not tell (sharded, or of lower precision)
         self.written: Tensor | None = None
-        #: of what the cores folded to last; None where that has not been written to the parameters as it is
+        #: of the parameters when they were last written or left alone by a refold; None where they do not tell
         self.checksums: Tensor | None = None
         #: torch's count of writes to each matrix, after it was refolded
         self.versions: list[int] = []
@@ -136,22 +139,20 @@ class Cohort:
         return views
 
     def _make_pieces(self, members: Sequence[Member]) -> list[Piece]:
-        n, rounds = len(members), self._rounds()
-        if self.elementwise and len(rounds) == 1 and not any(m.separate for m in members):
+        n = len(members)
+        if self.elementwise and len(self.spans) == 1:
             states = [s for k in range(len(self.fused_shapes)) for m in members for s in _state_of(m, k)]
             return [self._piece(0, (self.buffer.numel(),), range(n), states)]
         pieces: list[Piece] = []
         offset = 0
         for k, shape in enumerate(self.fused_shapes):
             size = math.prod(shape)
-            for span in rounds:
-                if self.elementwise and not any(members[m].separate for m in span):
-                    states = [s for m in span for s in _state_of(members[m], k)]
-                    pieces.append(self._piece(offset + span.start * size, (len(span) * size,), span, states))
-                    continue
-                for m in span:
-                    view = (size,) if self.elementwise else matrix_view_shape(self.structures[m].core_shapes[k])
-                    pieces.append(self._piece(offset + m * size, view, range(m, m + 1), _state_of(members[m], k)))
+            for span in self.spans:
+                states = [s for m in span for s in _state_of(members[m], k)]
+                view: tuple[int, ...] = (len(span) * size,)
+                if not self.elementwise:
+                    view = matrix_view_shape(self.structures[span.start].core_shapes[k])
+                pieces.append(self._piece(offset + span.start * size, view, span, states))
             offset += n * size
         return pieces
 
@@ -180,35 +181,14 @@ class Cohort:
             offset += len(self.members) * size
         return states
 
-    def with_members(self, members: Sequence[Member], device: torch.device | None = None) -> Cohort:
-        """A cohort like this one with other members (or elsewhere); this one stays as it is."""
-        device = self.device if device is None else device
-        return Cohort(self.factorization, self.dtype, device, self.elementwise, members)
+    def with_members(self, members: Sequence[Member]) -> Cohort:
+        """A cohort like this one with other members; this one stays as it is."""
+        return Cohort(self.factorization, self.dtype, self.device, self.elementwise, members)
 
-    def with_separate(self, names: Iterable[str]) -> Cohort:
-        """A cohort that steps the cores of the rounds of these members apart (a member without gradient must not move)."""
-        chosen = set(names)
-        rounds = {m.round for m in self.members if m.matrix.name in chosen}
-        return self.with_members([replace(m, separate=m.separate or m.round in rounds) for m in self.extract()])
-
-    def _rounds(self) -> list[range]:
-        spans: list[range] = []
-        for m, member in enumerate(self.members):
-            if spans and self.members[spans[-1].start].round == member.round:
-                spans[-1] = range(spans[-1].start, m + 1)
-            else:
-                spans.append(range(m, m + 1))
-        return spans
-
-    def _shapes(self) -> list[tuple[slice, Structure]]:
-        """Runs of members of one shape."""
-        runs: list[tuple[slice, Structure]] = []
-        for m, structure in enumerate(self.structures):
-            if runs and runs[-1][1] == structure:
-                runs[-1] = slice(runs[-1][0].start, m + 1), structure
-            else:
-                runs.append((slice(m, m + 1), structure))
-        return runs
+    def with_round(self, chosen: Sequence[int], number: int) -> Cohort:
+        """A cohort in which the `chosen` members are a round of their own."""
+        rest = set(chosen)
+        return self.with_members([replace(m, round=number) if k in rest else m for k, m in enumerate(self.extract())])
 
     def _piece(self, start: int, shape: tuple[int, ...], members: range, states: list[dict[str, Any]]) -> Piece:
         parameter = nn.Parameter(self.buffer[start : start + math.prod(shape)].view(shape))
@@ -220,15 +200,17 @@ class Cohort:
         """All members folded, residuals added: [n, numel]. Keeps what the next pull-back reuses."""
         flat = self._ready_workspace().contract()
         rows = torch.empty_like(flat)
-        for run, structure in self._runs:
-            rows_from_sites(flat[run], structure.sites, rows[run])
+        for run in self._shapes:
+            part = slice(run.start, run.stop)
+            rows_from_sites(flat[part], self.structures[run.start].sites, rows[part])
         return rows if self.residual is None else rows.add_(self.residual)
 
     def pull_back(self, grads: Tensor) -> None:
         """Compute core gradients from matrix gradients [n, numel], laid out like the cores."""
         flat = torch.empty_like(grads)
-        for run, structure in self._runs:
-            rows_to_sites(grads[run], structure.sites, flat[run])
+        for run in self._shapes:
+            part = slice(run.start, run.stop)
+            rows_to_sites(grads[part], self.structures[run.start].sites, flat[part])
         self.grad = self._ready_workspace().pull_back(flat)
         if not self.elementwise:
             # torch's own optimizers copy what they keep of a gradient, others may not: their memory is not used again
@@ -236,14 +218,20 @@ class Cohort:
 
     def _ready_workspace(self) -> Workspace:
         if self._workspace is None:
-            self._workspace = self.factorization.workspace(self.stacked(self.buffer))
+            with torch.inference_mode(False):  # its memory is written in training, wherever it is made
+                self._workspace = self.factorization.workspace(self.stacked(self.buffer))
         return self._workspace
+
+    def close(self) -> None:
+        """Free what only training needs; the cores stay."""
+        self._workspace = None
 
     def lend(self, active: Callable[[Member], bool]) -> list[Piece]:
         """Give pieces whose members are `active` their gradients; the others are not stepped."""
         assert self.grad is not None
         self._before_step = None if self.limit is None else self.buffer.clone()
         moves = [active(member) for member in self.members]
+        self.idle = [m for m, moving in enumerate(moves) if not moving]
         lent = [piece for piece in self.pieces if all(moves[piece.members.start : piece.members.stop])]
         for piece in lent:
             grad = self.grad[piece.start : piece.start + piece.parameter.numel()]
@@ -267,14 +255,39 @@ class Cohort:
             for now, old, new in zip(*map(self.stacked, (self.buffer, start, stepped)), strict=True):
                 torch.lerp(old, new, scale.view(-1, *[1] * (new.dim() - 1)), out=now)
             values = self.fold()
-        self._before_step = None
         return values
+
+    def settle(self) -> None:
+        """The step is over: the matrices are what the cores fold to."""
+        self.stepped = False
+        self._before_step = None
 
     def clear_grad(self) -> None:
         """Free the core gradients."""
         self.grad = None
         for piece in self.pieces:
             piece.parameter.grad = None
+
+
+def _runs(keys: Sequence[Any]) -> list[range]:
+    """Ranges of neighbours with equal keys."""
+    runs: list[range] = []
+    for k, key in enumerate(keys):
+        if runs and keys[k - 1] == key:
+            runs[-1] = range(runs[-1].start, k + 1)
+        else:
+            runs.append(range(k, k + 1))
+    return runs
+
+
+def _what_is_behind(member: Member) -> list[tuple[str, float | None]]:
+    """Names of what a member's cores bring of optimizer state, with the scalars of it (step counts): members that differ in
+    these cannot be stepped as one tensor."""
+    state = member.state[0] if member.state else {}
+    return [
+        (key, None if value is None or (isinstance(value, Tensor) and value.dim() > 0) else float(value))
+        for key, value in sorted(state.items())
+    ]
 
 
 def _state_of(member: Member, k: int) -> list[dict[str, Any]]:

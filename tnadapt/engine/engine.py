@@ -81,14 +81,11 @@ class Engine:
             new.setdefault((matrix.shape, self._key(matrix, group_of(matrix))), []).append(matrix)
         unfolded = [(key, self._unfold(matrices)) for (_, key), matrices in new.items()]
         members: dict[_Key, list[Member]] = {}
-        rounds: dict[tuple[Any, ...], int] = {}
         for key, added in unfolded:
-            for member in added:
-                member.round = rounds.setdefault(_what_is_behind(member), self._rounds + len(rounds))
             members.setdefault(key, []).extend(added)
         for key, added in members.items():
-            self._place(key, added)
-        self._rounds += len(rounds)
+            self.cohorts[key] = self._joined(self.cohorts.get(key), key, added)
+        self._rounds += 1
         for added in members.values():
             for member in added:
                 member.matrix.expanded = True
@@ -120,7 +117,6 @@ class Engine:
             Member(
                 matrix,
                 self._rounds,
-                False,
                 [core[k] for core in cores],
                 state=handed.get(k),
                 residual=None if residual is None else residual[k],
@@ -161,13 +157,12 @@ class Engine:
             )
         return first
 
-    def _place(self, key: _Key, members: Sequence[Member]) -> None:
-        present = self.cohorts.get(key)
+    def _joined(self, present: Cohort | None, key: _Key, members: Sequence[Member]) -> Cohort:
+        """The cohort of `members`, and of those that are `present` already."""
         if present is not None:
-            self.cohorts[key] = present.with_members([*present.extract(), *members])
-        else:
-            _, dtype, device, _ = key
-            self.cohorts[key] = Cohort(self.factorization, dtype, device, self.elementwise, members)
+            return present.with_members([*present.extract(), *members])
+        _, dtype, device, _ = key
+        return Cohort(self.factorization, dtype, device, self.elementwise, members)
 
     def drop(self, names: Iterable[str]) -> None:
         """Forget the cores of these matrices; the matrices keep their values."""
@@ -184,17 +179,18 @@ class Engine:
 
     def follow(self, group_of: Callable[[LoraMatrix], int]) -> None:
         """Put cores where their matrices are now: on their device, and with the optimizer group that holds them."""
+        staying: dict[_Key, Cohort] = {}
         moving: dict[_Key, list[Member]] = {}
-        for key, cohort in list(self.cohorts.items()):
-            shapes, dtype, device, group = key
+        for key, cohort in self.cohorts.items():
+            shapes, dtype, *here = key
             homes = [(m.matrix.parameter.device, group_of(m.matrix)) for m in cohort.members]
-            if all(home == (device, group) for home in homes):
+            if all(home == tuple(here) for home in homes):
+                staying[key] = cohort
                 continue
-            del self.cohorts[key]
             for member, home in zip(cohort.extract(), homes, strict=True):
                 moving.setdefault((shapes, dtype, *home), []).append(member)
-        for key, members in moving.items():
-            self._place(key, members)
+        if moving:
+            self.cohorts = staying | {key: self._joined(staying.get(key), key, m) for key, m in moving.items()}
 
     def fingerprint(self) -> Tensor:
         """One number per cohort that other values of the cores would change."""
@@ -213,16 +209,21 @@ class Engine:
         self._rounds, self.update_norms = rounds, dict(norms)
         for cohort in self.cohorts.values():
             cohort.clear_grad()
-            cohort.stepped = False
+            cohort.settle()
         for name, matrix in self.matrices.items():
             matrix.expanded = name in expanded
+
+    def close(self) -> None:
+        """Free what only training needs; the cores stay."""
+        for cohort in self.cohorts.values():
+            cohort.close()
 
     # -- the work of a step -------------------------------------------------------------------------------------------
 
     def pull_back(self) -> list[Tensor]:
         """Pull the gradients of all expanded matrices back to their cores.
 
-        A matrix without gradient is not stepped; its cores are stepped apart from those of its round from then on.
+        A matrix without gradient is not stepped; its cores are a round of their own from then on.
         Returns a boolean per cohort off the CPU, true where its gradients were finite: where they were not, zeros were
         pulled back, and the caller reads the flag when that does not stall the device.
 
@@ -233,11 +234,13 @@ class Engine:
         flags: list[Tensor] = []
         for key in list(self.cohorts):
             cohort = self.cohorts[key]
-            idle = [m.matrix.name for m in cohort.members if m.matrix.parameter.grad is None]
-            if len(idle) == len(cohort.members):
+            idle = [m.matrix.parameter.grad is None for m in cohort.members]
+            if all(idle):
                 continue
-            if idle and not all(m.separate for m in cohort.members if m.matrix.name in set(idle)):
-                cohort = self.cohorts[key] = cohort.with_separate(idle)
+            mixed = [m for span in cohort.spans if len({idle[m] for m in span}) == 2 for m in span if idle[m]]
+            if mixed:
+                cohort = self.cohorts[key] = cohort.with_round(mixed, self._rounds)
+                self._rounds += 1
             grads = self._stack_gradients(cohort)
             if cohort.device.type == "cpu":
                 self._require_finite(cohort, grads)
@@ -315,24 +318,27 @@ class Engine:
             cohort.clear_grad()
             parameters = [m.matrix.parameter for m in cohort.members]
             values = cohort.fold()
-            before = stack_rows(parameters) if _tells(parameters, cohort) else cohort.written
-            if before is not None:
-                if cohort.limit is not None:
-                    values = cohort.shorten(values, before)
-                norms = torch.linalg.vector_norm(before.sub_(values), dim=1).unbind(0)
-                self.update_norms.update(zip((m.matrix.name for m in cohort.members), norms, strict=True))
-            write_rows(parameters, values)
-            self._remember(cohort, parameters, values)
-            cohort.stepped = False
-
-    @staticmethod
-    def _remember(cohort: Cohort, parameters: Sequence[Tensor], values: Tensor) -> None:
-        """What is needed to see whether the matrices are what was written to them, `values` [n, numel]."""
-        if _tells(parameters, cohort):
-            cohort.written, cohort.checksums = None, checksums(values)
-        else:
-            cohort.written, cohort.checksums = values, None
-        cohort.versions = [p._version for p in parameters]
+            before = cohort.written
+            if before is None:
+                before = stack_rows(parameters).to(cohort.dtype)
+            if cohort.limit is not None:
+                values = cohort.shorten(values, before)
+            for m in cohort.idle:  # what rests is left as it is, to the bit
+                values[m] = before[m]
+            # what was written is needed again where this fails and is tried once more
+            change = before.sub_(values) if cohort.written is None else before - values
+            norms = torch.linalg.vector_norm(change, dim=1).unbind(0)
+            moved = (
+                [m for m in range(len(parameters)) if m not in cohort.idle] if cohort.idle else range(len(parameters))
+            )
+            self.update_norms.update((cohort.members[m].matrix.name, norms[m]) for m in moved)
+            write_rows(
+                [parameters[m] for m in moved], torch.stack([values[m] for m in moved]) if cohort.idle else values
+            )
+            tells = _tells(parameters, cohort)
+            cohort.written, cohort.checksums = (None, checksums(values)) if tells else (values, None)
+            cohort.versions = [p._version for p in parameters]
+            cohort.settle()
 
     def touched(self, cohort: Cohort) -> bool:
         """Whether somebody wrote a matrix since it was refolded, as far as torch counts writes: those through `.data` it does
@@ -341,12 +347,12 @@ class Engine:
 
     @torch.no_grad()
     def may_be_changed(self, cohort: Cohort) -> Tensor:
-        """Per member, whether the matrix may hold something else than what its cores fold to: [n] booleans, and cheap. False
-        is certain of all but writes that permute the bits of a matrix."""
+        """Per member, whether the matrix may hold something else than what its cores fold to: [n] booleans, and cheap. What
+        torch counts as a write is looked at in full; of what it does not, only a write that keeps `checksums` is missed."""
         parameters = [m.matrix.parameter for m in cohort.members]
-        if cohort.checksums is None or not _tells(parameters, cohort):
+        if cohort.checksums is None or not _tells(parameters, cohort) or self.touched(cohort):
             return self.changed_outside(cohort)
-        return checksums(stack_rows(parameters)) != cohort.checksums
+        return (checksums(stack_rows(parameters)) != cohort.checksums).any(1)
 
     @torch.no_grad()
     def changed_outside(self, cohort: Cohort) -> Tensor:
@@ -354,9 +360,10 @@ class Engine:
         more than rounding: [n] booleans."""
         folded = cohort.fold() if cohort.written is None else cohort.written
         parameters = [m.matrix.parameter.detach() for m in cohort.members]
-        # folding rounds in the cores' dtype once per core, writing once in the matrix's
-        eps = torch.finfo(folded.dtype).eps * len(cohort.fused_shapes) * 4
-        allowed = (eps + torch.finfo(parameters[0].dtype).eps) * folded.abs().amax(1)
+        # folding rounds in the cores' dtype once per core, writing once in the matrix's; decomposing, which is done in float64,
+        # is the larger error of float64 cores
+        eps = torch.finfo(folded.dtype).eps * len(cohort.fused_shapes) * (64 if folded.dtype == torch.float64 else 4)
+        allowed = folded.abs().amax(1) * folded.new_tensor([eps + torch.finfo(p.dtype).eps for p in parameters])
         if not any(is_sharded(p) for p in parameters):
             return ~((stack_rows(parameters).to(folded.dtype) - folded).abs().amax(1) <= allowed)
         # a comparison holds of every element of a shard without elements, and of none that is NaN
@@ -375,7 +382,6 @@ class Engine:
             for member in cohort.extract():
                 members[member.matrix.name] = {
                     "round": member.round,
-                    "separate": member.separate,
                     "cores": [core.detach() for core in member.cores],
                     "state": member.state,
                     "residual": member.residual,
@@ -405,8 +411,8 @@ class Engine:
                 )
             if not all(bool(torch.isfinite(core).all()) for core in entry["cores"]):
                 raise ValueError(f"the saved cores of {name} hold NaN or infinity; resume from an earlier checkpoint")
-            if not (isinstance(entry["round"], int) and isinstance(entry["separate"], bool)):
-                raise TypeError(f"round and separate of {name} are {entry['round']!r} and {entry['separate']!r}")
+            if not isinstance(entry["round"], int):
+                raise TypeError(f"the round of {name} is {entry['round']!r}")
             residual = entry["residual"]
             if (residual is None) != self.factorization.structure(shape).exact or (
                 residual is not None and (tuple(residual.shape) != shape or not bool(torch.isfinite(residual).all()))
@@ -444,12 +450,9 @@ class Engine:
         for name, entry in state["members"].items():
             matrix = self.matrices[name]
             grouped.setdefault(self._key(matrix, group_of(matrix)), []).append(
-                Member(matrix, entry["round"], entry["separate"], entry["cores"], entry["state"], entry["residual"])
+                Member(matrix, entry["round"], entry["cores"], entry["state"], entry["residual"])
             )
-        made = {}
-        for key, members in grouped.items():
-            _, dtype, device, _ = key
-            made[key] = Cohort(self.factorization, dtype, device, self.elementwise, members)
+        made = {key: self._joined(None, key, members) for key, members in grouped.items()}
         self.cohorts = made
         self._rounds = int(state["rounds"])
         self.update_norms.clear()
@@ -460,13 +463,3 @@ class Engine:
 def _tells(parameters: Sequence[Tensor], cohort: Cohort) -> bool:
     """Whether the parameters hold what was written to them as it was: whole, and in the precision of the cores."""
     return all(not is_sharded(p) and p.dtype == cohort.dtype for p in parameters)
-
-
-def _what_is_behind(member: Member) -> tuple[Any, ...]:
-    """Names of what a member's cores bring of optimizer state, and its scalars (step counts): members that differ in these
-    cannot be stepped as one tensor."""
-    state = member.state[0] if member.state else {}
-    return tuple(
-        (key, None if value is None or (isinstance(value, Tensor) and value.dim() > 0) else float(value))
-        for key, value in sorted(state.items())
-    )

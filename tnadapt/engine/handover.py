@@ -67,7 +67,7 @@ def warm_state(
 
 
 def same_scalars(states: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether step counts and the like agree, so that the cores of these matrices can be stepped as one tensor."""
+    """Whether step counts and the like agree, as those of the cores of one matrix must."""
 
     def scalars(state: Mapping[str, Any]) -> dict[str, float]:
         return {

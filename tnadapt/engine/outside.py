@@ -9,13 +9,14 @@ from typing import Any
 from torch import Tensor
 
 from tnadapt.engine.attachment import shown
+from tnadapt.engine.cohort import Cohort
 from tnadapt.engine.engine import Engine
 from tnadapt.engine.tensors import agree_any, is_distributed
 from tnadapt.lora_matrices import LoraMatrix, Skipped
 
 __all__ = ["Outside"]
 
-#: optimizer steps between two looks at matrices off the CPU
+#: optimizer steps between two looks at matrices off the CPU, each of which waits for the device once
 _LOOK_EVERY = 50
 
 
@@ -33,45 +34,30 @@ class Outside:
         self._process_group = process_group
         self._asleep = [s for s in skipped if s.parameter is not None and not s.parameter.requires_grad]
         self._resting: set[str] = set()
-        #: looks whose outcome the device has not been waited for, and the matrices they are about
-        self.pending: list[tuple[Tensor, tuple[str, ...]]] = []
 
     def changed(self, step: int) -> list[str]:
         """Names of expanded matrices that somebody else wrote (a loaded adapter, a hand edit), the same on all ranks. Looks at
-        every step on the CPU; off it every few steps, and sees one step later, so that the device is not waited for."""
-        suspects: set[str] = set()
-        earlier, self.pending = self.pending, []
-        # what only one rank has seen must not make it compare alone
-        several_ranks = is_distributed(self._process_group)
-        for flags, members in earlier:
-            suspects |= _flagged(members, flags)
-        for cohort in self._engine.cohorts.values():
-            here = cohort.device.type == "cpu" or (not several_ranks and self._engine.touched(cohort))
-            if not here and step % _LOOK_EVERY != 1:
-                continue
-            members = tuple(m.matrix.name for m in cohort.members)
-            flags = agree_any(self._engine.may_be_changed(cohort), self._process_group)
-            if not here:
-                self.pending.append((flags, members))
-            elif bool(flags.any()):
-                suspects |= _flagged(members, flags)
+        every step on the CPU; off it, where an answer is waited for, where torch has counted a write and every few steps."""
         names: list[str] = []
-        for cohort in self._engine.cohorts.values() if suspects else ():
-            members = tuple(m.matrix.name for m in cohort.members)
-            if suspects & set(members):
+        # what only one rank has seen must not make it look alone
+        several_ranks = is_distributed(self._process_group)
+        for cohort in self._engine.cohorts.values():
+            seen = not several_ranks and self._engine.touched(cohort)
+            if cohort.device.type != "cpu" and not seen and step % _LOOK_EVERY != 1:
+                continue
+            if bool(agree_any(self._engine.may_be_changed(cohort), self._process_group).any()):
                 flags = agree_any(self._engine.changed_outside(cohort), self._process_group)
-                names += [name for name in members if name in _flagged(members, flags)]
+                names += _flagged(cohort, flags)
         return names
 
     def changed_now(self) -> tuple[str, ...]:
         """Names of expanded matrices that hold something else than what their cores fold to, on this rank. Waits for the
         device."""
-        found: list[str] = []
-        for cohort in self._engine.cohorts.values():
-            members = tuple(m.matrix.name for m in cohort.members)
-            flagged = _flagged(members, self._engine.changed_outside(cohort))
-            found += [name for name in members if name in flagged]
-        return tuple(found)
+        return tuple(
+            name
+            for cohort in self._engine.cohorts.values()
+            for name in _flagged(cohort, self._engine.changed_outside(cohort))
+        )
 
     def warn_of_switches(self, matrices: Iterable[LoraMatrix], held: Callable[[Tensor], bool]) -> None:
         """Say once of each matrix that it was frozen or woken since the attachment, as `set_adapter` does.
@@ -102,5 +88,5 @@ class Outside:
                 )
 
 
-def _flagged(members: Sequence[str], flags: Tensor) -> set[str]:
-    return {name for name, flag in zip(members, flags.tolist(), strict=True) if flag}
+def _flagged(cohort: Cohort, flags: Tensor) -> list[str]:
+    return [m.matrix.name for m, flag in zip(cohort.members, flags.tolist(), strict=True) if flag]

@@ -1,7 +1,8 @@
 """Whole matrices from parameters that may be sharded over ranks (FSDP2), and agreement between ranks.
 
 A sharded parameter is a DTensor: a local shard, a mesh of ranks and a placement per dimension of the mesh. Matrices of one
-layout and shape are stacked as shards and gathered by one collective, however many they are.
+layout and shape are stacked as shards and gathered by one collective, however many they are. Shards that are offloaded to the
+CPU travel over the devices of their mesh, and what is made of them is on the CPU.
 Matrices of one size are handled as rows: [n, numel], each matrix row-major.
 """
 
@@ -77,7 +78,7 @@ def stack_rows(tensors: Sequence[Tensor]) -> Tensor:
             stacked = torch.stack([tensors[k] for k in indices])
         else:
             stacked = _gather([tensors[k] for k in indices], layout)
-        rows.update(zip(indices, stacked.flatten(1).unbind(0), strict=True))
+        rows.update(zip(indices, stacked.reshape(len(indices), -1).unbind(0), strict=True))
     return torch.stack([rows[k] for k in range(len(tensors))])
 
 
@@ -93,7 +94,7 @@ def local_parts(parameters: Sequence[Tensor], rows: Tensor) -> list[Tensor]:
         return runs
     parts: dict[int, Tensor] = {}
     for layout, indices in _alike(parameters):
-        chosen = rows[indices].view(len(indices), *parameters[indices[0]].shape)
+        chosen = torch.stack([rows[k] for k in indices]).view(-1, *parameters[indices[0]].shape)
         if layout is not None:
             chosen = _shard(chosen, layout)
         parts.update(zip(indices, chosen.unbind(0), strict=True))
@@ -106,10 +107,12 @@ def write_rows(parameters: Sequence[Tensor], rows: Tensor) -> None:
 
 
 def checksums(rows: Tensor) -> Tensor:
-    """A number per row of [n, numel] that a change of any one entry changes: the sum of its bits, read as integers."""
+    """Two numbers per row of [n, numel], as integers [n, 2]: the sum of its bits, which a change of any one entry changes, and
+    the sum of its entries times their positions, which scaling, negating and permuting change."""
     size = rows.shape[1] * rows.element_size()
     word = next(word for word in (torch.int64, torch.int32, torch.int16) if size % word.itemsize == 0)
-    return rows.view(word).sum(1)
+    positions = torch.arange(1, rows.shape[1] + 1, dtype=rows.dtype, device=rows.device)
+    return torch.stack([rows.view(word).sum(1), (rows @ positions).double().view(torch.int64)], dim=1)
 
 
 def _layout(tensor: Tensor) -> _Layout:
@@ -141,16 +144,16 @@ def _gather(tensors: Sequence[Tensor], layout: _Layout) -> Tensor:
     stacked = DTensor.from_local(
         shards, mesh, _stacked_placements(placements), run_check=False, shape=whole.shape, stride=whole.stride()
     )
-    return stacked.full_tensor()
+    return stacked.full_tensor().to(shards.device)
 
 
 def _shard(values: Tensor, layout: _Layout) -> Tensor:
-    """This rank's shard of values that every rank has: cut out, nothing is sent."""
+    """This rank's shard of values that every rank has: cut out, nothing is sent to other ranks."""
     from torch.distributed.tensor import DTensor, Replicate
 
     mesh, placements = layout
     everywhere = DTensor.from_local(values, mesh, [Replicate()] * len(placements), run_check=False)
-    return everywhere.redistribute(mesh, _stacked_placements(placements)).to_local()
+    return everywhere.redistribute(mesh, _stacked_placements(placements)).to_local().to(values.device)
 
 
 # -- agreement --------------------------------------------------------------------------------------------------------
@@ -166,6 +169,7 @@ def broadcast_from_first(tensors: Sequence[Tensor], group: Any = None) -> None:
     if not is_distributed(group):
         return
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    flat = flat.to(_carrier(flat.device, group))
     dist.broadcast(flat, dist.get_global_rank(group, 0) if group is not None else 0, group=group)
     for tensor, part in zip(tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True):
         tensor.copy_(part.view(tensor.shape))
@@ -175,9 +179,15 @@ def agree_any(flags: Tensor, group: Any = None) -> Tensor:
     """Booleans that are true where they are on any rank of `group`."""
     if not is_distributed(group):
         return flags
-    counts = flags.to(torch.int32)
+    counts = flags.to(_carrier(flags.device, group), torch.int32)
     dist.all_reduce(counts, dist.ReduceOp.MAX, group=group)
-    return counts.bool()
+    return counts.to(flags.device, torch.bool)
+
+
+def _carrier(device: torch.device, group: Any = None) -> torch.device:
+    """`device` where the backend of `group` sends from there, and what it sends from otherwise: NCCL has no CPU tensors."""
+    kinds = [pair.partition(":")[0] for pair in dist.get_backend_config(group).split(",")]
+    return device if device.type in kinds else torch.device(kinds[0])
 
 
 def gather_objects(value: Any, group: Any = None) -> list[Any]:

@@ -41,7 +41,7 @@ class Workspace:
     def pull_back(self, grad: Float[Tensor, "n numel"]) -> Float[Tensor, " parameters"]:
         """Gradients of `sum(grad * contract())`, one core after the other, each [n, *core_k].
 
-        The cores must be what they were when they were contracted last. The memory of the result may be used again by the
-        next `contract`.
+        The cores must not have changed since they were contracted; where they were not contracted, or were pulled back through
+        since, they are contracted again. The memory of the result may be used again by the next `contract`.
         """
         return self._kernel.pull_back(grad)
