@@ -15,7 +15,7 @@ def _pools() -> Iterator[dict[int, Ranks]]:
         ranks.close()
 
 
-def _pool(pools: dict[int, Ranks], world: int) -> Ranks:
+def pool(pools: dict[int, Ranks], world: int) -> Ranks:
     if world not in pools or not pools[world].alive:
         pools[world] = Ranks(world)
     return pools[world]
@@ -23,14 +23,14 @@ def _pool(pools: dict[int, Ranks], world: int) -> Ranks:
 
 @pytest.fixture
 def two(_pools: dict[int, Ranks]) -> Ranks:
-    return _pool(_pools, 2)
+    return pool(_pools, 2)
 
 
 @pytest.fixture
 def four(_pools: dict[int, Ranks]) -> Ranks:
-    return _pool(_pools, 4)
+    return pool(_pools, 4)
 
 
 @pytest.fixture(params=[2, pytest.param(4, marks=pytest.mark.slow)])
 def ranks(request: pytest.FixtureRequest, _pools: dict[int, Ranks]) -> Ranks:
-    return _pool(_pools, request.param)
+    return pool(_pools, request.param)

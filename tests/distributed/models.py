@@ -55,7 +55,7 @@ def whole_values(model: nn.Module) -> dict[str, Tensor]:
         if parameter.requires_grad:
             value: Any = parameter.detach()
             value = value.full_tensor() if hasattr(value, "full_tensor") else value
-            found[name.removeprefix("module.")] = value.clone()
+            found[name.removeprefix("module.").replace("_checkpoint_wrapped_module.", "")] = value.clone()
     return found
 
 

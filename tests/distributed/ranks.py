@@ -75,6 +75,7 @@ class Ranks:
 def _serve(rank: int, world: int, inbox: Any, outbox: Any) -> None:
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), GLOO_SOCKET_IFNAME="lo")
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # libraries that take a GPU where there is one take the CPU too
     while True:
         store, function, arguments = inbox.get()
 

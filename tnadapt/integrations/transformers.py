@@ -35,7 +35,7 @@ _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 #: what Trainer writes the model or the adapter to, whole or as the index of its shards
 _WEIGHT_FILES = tuple(
     name + ending
-    for name in ("adapter_model", "model", "pytorch_model")
+    for name in ("adapter_model", "model", "pytorch_model", "pytorch_model_fsdp")
     for ending in (".safetensors", ".bin", ".safetensors.index.json", ".bin.index.json")
 )
 
@@ -187,7 +187,11 @@ def last_complete_checkpoint(folder: str | Path) -> str | None:
     if not folder.is_dir():
         return None
     found = [(int(match[1]), path) for path in folder.iterdir() if (match := _CHECKPOINT.fullmatch(path.name))]
+    # where one has a file of ours, none that has its optimizer elsewhere is whole without it
+    apart = any((path / _OWN_FILE).is_file() for _, path in found)
     for _, path in sorted(found, reverse=True):
+        if apart and not any((path / name).is_file() for name in (_OWN_FILE, _OPTIMIZER_FILE)):
+            continue
         if path.is_dir() and checkpoint_fault(path) is None:
             return str(path)
     return None
@@ -207,9 +211,9 @@ def checkpoint_fault(folder: str | Path) -> str | None:
         return fault
     sharded = sorted(path for path in folder.glob("optimizer_*") if path.is_dir())
     if sharded:
-        missing = [path for path in sharded if not (path / ".metadata").is_file()]
-        if missing:
-            return f"{missing[0]} has no .metadata: it was being written"
+        fault = _shards_fault(sharded)
+        if fault is not None:
+            return fault
     elif not (folder / _OPTIMIZER_FILE).is_file() and not (folder / "optimizer.bin").is_file():
         return f"{folder / _OPTIMIZER_FILE} is not there (a checkpoint of save_only_model cannot be resumed from)"
     if not list(folder.glob("rng_state*.pth")):
@@ -273,8 +277,7 @@ def _weights_fault(folder: Path) -> str | None:
     """What is wrong with the model's or the adapters' files; adapters beside `default` have folders of their own."""
     sharded = [path for path in folder.glob("pytorch_model_fsdp_*") if path.is_dir()]
     if sharded:
-        missing = [path for path in sharded if not (path / ".metadata").is_file()]
-        return f"{missing[0]} has no .metadata: it was being written" if missing else None
+        return _shards_fault(sharded)
     places = [folder, *sorted(config.parent for config in folder.glob("*/adapter_config.json"))]
     files = [place / name for place in places for name in _WEIGHT_FILES if (place / name).is_file()]
     if not files:
@@ -286,6 +289,26 @@ def _weights_fault(folder: Path) -> str | None:
         fault = _index_fault(file) if file.suffix == ".json" else _weight_file_fault(file)
         if fault is not None:
             return fault
+    return None
+
+
+def _shards_fault(folders: list[Path]) -> str | None:
+    """What is wrong with folders of `torch.distributed.checkpoint`: `.metadata`, written last, says how long the files are."""
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+
+    for folder in folders:
+        if not (folder / ".metadata").is_file():
+            return f"{folder} has no .metadata: it was being written"
+        ends: dict[Path, int] = {}
+        try:
+            for part in FileSystemReader(folder).read_metadata().storage_data.values():
+                file = folder / part.relative_path
+                ends[file] = max(ends.get(file, 0), part.offset + part.length)
+        except Exception as error:  # unpickling raises anything
+            return f"{folder / '.metadata'} cannot be read ({type(error).__name__})"
+        for file, end in sorted(ends.items()):
+            if not file.is_file() or file.stat().st_size < end:
+                return f"{file} is cut off or not there"
     return None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,9 +42,18 @@ def taylor_scores(matrices: Iterable[LoraMatrix], reduction: str) -> dict[str, T
         products = weights.to(wide) * gradients.to(wide)
         sums = products.abs().sum((1, 2)) if reduction == "elementwise" else products.sum((1, 2))
         if hasattr(sums, "full_tensor"):
-            sums = sums.full_tensor()  # sharded matrices (FSDP2): the sums of the shards are added up, on every rank
+            sums = _of_all_shards(sums)
         scores.update(zip((m.name for m in members), sums.abs().unbind(0), strict=True))
     return scores
+
+
+def _of_all_shards(sums: Any) -> Tensor:
+    """The sums of the shards (FSDP2) added up, on every rank; over the devices of the mesh where shards are offloaded."""
+    from torch.distributed.tensor import DTensor
+
+    held = sums.to_local()
+    there = DTensor.from_local(held, sums.device_mesh, sums.placements, run_check=False)
+    return there.full_tensor().to(held.device)
 
 
 def to_floats(scores: Mapping[str, Tensor]) -> dict[str, float]:
