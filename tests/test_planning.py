@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import re
 import warnings
 
 import pytest
@@ -125,6 +127,32 @@ def test_dimensions_of_one():
     assert "little to gain, all cores but one are single numbers (13 is prime and 1 cannot be split)" in line
 
 
+@pytest.mark.parametrize("n", range(2, 40))
+def test_primes_are_named(n):
+    """A cap of 1 leaves nothing to gain whatever the shape; why it is little depends on the number."""
+    lines = plan(Net((n, 1, 1)), MPO(order=2, max_bond=1)).advice
+    [line] = [line for line in lines if line.startswith(f"1x{n}: little")]
+    assert (f"{n} is prime" in line) == (n in {2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37})
+
+
+@pytest.mark.parametrize(
+    ("factorization", "shape", "growth"),
+    [(SVD(), "16x4", 2.0), (SVD(), "4x24", 5 / 3), (MPO(order=2, max_bond=1), "4x1", None), (SVD(), "17x1", None)],
+)
+def test_little_to_gain_only_where_it_is_little(factorization, shape, growth):
+    """Growths by hand: 16x4 is 8x8 over 8 (a pair of 64s), 4x24 splits into 2x4 and 2x6 (a bond of 8); both are worth it."""
+    made = plan(Net((24, 16, 4), (4, 4, 1), (17, 17, 1)), factorization)
+    [row] = [row for row in made.rows if "{}x{}".format(*row.structure.shape) == shape]
+    little = [line for line in made.advice if line.startswith(f"{shape}: little to gain")]
+    if growth is None:
+        # a 4x1 cut to two cores of two numbers each: little for its size, and not for being single numbers
+        assert len(little) == 1
+        assert ("single numbers" in little[0]) == (shape == "17x1")
+    else:
+        assert row.structure.expansion == pytest.approx(growth)
+        assert not little
+
+
 def test_truncation_is_said():
     made = plan(Net((24, 16, 4)), MPO(order=4, max_bond=2))
     assert sum("frozen residual" in line for line in made.advice) == 2
@@ -142,10 +170,47 @@ def test_skipped_weights_are_said():
     assert any("1 LoRA weights are left as they are" in line and "frozen" in line for line in made.advice)
 
 
+@pytest.mark.parametrize("count", [3, 4, 5])
+def test_many_skipped_weights_are_counted(count):
+    model = Net(*[(24, 16, 4)] * count)
+    for layer in model.layers:
+        layer.lora_A.weight.requires_grad_(False)
+    [line] = [line for line in plan(model, SVD()).advice if "LoRA weights" in line]
+    assert line.startswith(f"{count} LoRA weights are left")
+    assert [f"layers.{k}.A" in line for k in range(count)] == [True] * 3 + [False] * (count - 3)
+    assert re.findall(r"and (-?\d+) more", line) == ([] if count == 3 else [str(count - 3)])
+
+
+def test_a_plan_cannot_be_changed():
+    made = plan(Net((24, 16, 4)), SVD())
+    for one, name in ((made, "rows"), (made.rows[0], "count"), (made.rows[0].structure, "shape")):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(one, name, None)
+
+
+def test_layout_of_the_table():
+    """Columns under dashes as wide as their widest cell, names to the left and numbers to the right; advice after a blank line."""
+    made = plan(Net((24, 16, 4), (769, 30, 8)), MPO(order=5))
+    lines = str(made).splitlines()
+    first = lines.index("") + 1
+    table, rest = lines[first : first + 2 + len(made.rows)], lines[first + 2 + len(made.rows) :]
+    spans = [match.span() for match in re.finditer("-+", table[1])]
+    columns = [[line[a:b] for line in (table[0], *table[2:])] for a, b in spans]
+    for k, ((a, b), cells) in enumerate(zip(spans, columns, strict=True)):
+        assert max(len(cell.strip()) for cell in cells) == b - a
+        assert all(cell == (cell.strip().ljust(b - a) if k == 0 else cell.strip().rjust(b - a)) for cell in cells)
+    assert len({len(line) for line in table}) == 1
+    assert made.advice
+    assert rest == ["", *(f"- {line}" for line in made.advice)]
+    quiet = str(plan(Net((24, 16, 4)), SVD()))
+    assert quiet.splitlines()[-1].startswith("layers.*.B")
+
+
 def test_table():
     text = str(plan(Net((24, 16, 4), (24, 16, 4)), MPO(order=5), top_n=1))
     lines = text.splitlines()
-    assert lines[0].startswith("MPO(order=5): 320 LoRA parameters, ")
+    trained = plan(Net((24, 16, 4), (24, 16, 4)), MPO(order=5), top_n=1).trained_parameters
+    assert lines[0] == f"MPO(order=5): 320 LoRA parameters, {trained:,} trained ({trained / 320:.2f}x)"
     [row] = [line for line in lines if line.startswith("layers.*.B")]
     structure = MPO(order=5).structure((16, 4))
     assert row.split()[1:4] == ["2", "16x4", "1"]

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from tnadapt import OverParamAdapter, Scheduler, Static, TaylorRuntime, find_lora_matrices
+from tnadapt import SVD, LoraOver, OverParamAdapter, Scheduler, Static, TaylorRuntime, find_lora_matrices
 from tnadapt.lora_matrices import LoraMatrix
 from tnadapt.schedulers import by_group, round_sizes
 
@@ -141,19 +141,65 @@ def test_equal_scores_go_by_the_order_of_the_model():
     assert set(scheduler.select(1, matrices)) == {f"layers.{k}.{side}" for k in (0, 1) for side in "AB"}
 
 
-@pytest.mark.parametrize("reset", [False, True])
-def test_reset(reset):
+def test_matrices_without_a_score_count_as_zero():
+    """Idle ones come after those that matter, and before those that matter as little by the order of the model."""
+    matrices = matrices_of(3)
+    give_gradients(matrices, 1, idle=("layers.0.A", "layers.0.B"))
+    matrices["layers.2.A"].parameter.grad.zero_()
+    scheduler = TaylorRuntime(top_n=2, split=1, every=1)
+    scheduler.observe(1, matrices)
+    # A: 0 is idle, 2 scores zero; B: 0 is idle
+    assert list(scheduler.select(1, matrices)) == ["layers.1.A", "layers.0.A", *_by_score(scheduler, "B", (1, 2))]
+
+
+def _by_score(scheduler: TaylorRuntime, side: str, layers: tuple[int, ...]) -> list[str]:
+    scores = scheduler.scores()
+    return sorted((f"layers.{k}.{side}" for k in layers), key=lambda name: -scores[name])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_broken_gradients_are_an_error_at_the_next_round(bad):
+    matrices = matrices_of(2)
+    give_gradients(matrices, 1)
+    matrices["layers.1.A"].parameter.grad[0, 0] = bad
+    scheduler = TaylorRuntime(top_n=1, split=1, every=1)
+    scheduler.observe(1, matrices)
+    with pytest.raises(ValueError, match=r"TaylorRuntime: the score of layers\.1\.A is not finite at step 1"):
+        scheduler.select(1, matrices)
+
+
+def test_scores_keep_no_graph():
+    """With gradients that are differentiable themselves, a sum over steps would keep the graph of every step."""
+    matrices = matrices_of(1)
+    for matrix in matrices.values():
+        (matrix.parameter.grad,) = torch.autograd.grad(
+            matrix.parameter.square().sum(), matrix.parameter, create_graph=True
+        )
+        assert matrix.parameter.grad.requires_grad
+    scheduler = TaylorRuntime(1, 1, 2)
+    scheduler.observe(1, matrices)
+    assert len(scheduler.state_dict()["scores"]) == 2
+    assert not any(score.requires_grad for score in scheduler.state_dict()["scores"].values())
+
+
+@pytest.mark.parametrize("average", [False, True])
+@pytest.mark.parametrize("reset", [None, False, True])
+def test_reset(reset, average):
     matrices = matrices_of(4)
-    scheduler = TaylorRuntime(top_n=4, split=4, every=2, reset=reset)
+    options = {} if reset is None else {"reset": reset}
+    scheduler = TaylorRuntime(top_n=4, split=4, every=2, average=average, **options)
     run(scheduler, matrices, 2)
-    assert (scheduler.scores() == {}) == reset
+    assert (scheduler.scores() == {}) == (reset is True)
     gradients = give_gradients(matrices, 3)
     before = scheduler.scores()
     scheduler.observe(3, matrices)
     for name, score in scheduler.scores().items():
         if not matrices[name].expanded:
             now = abs(float((gradients[name] * matrices[name].parameter.detach()).sum()))
-            assert score == pytest.approx(now + (0.0 if reset else before[name]))
+            if reset:
+                assert score == pytest.approx(now)
+            else:
+                assert score == pytest.approx((2 * before[name] + now) / 3 if average else before[name] + now)
 
 
 def test_expanded_matrices_are_not_scored_and_gradients_not_written():
@@ -200,6 +246,14 @@ def test_small_groups_are_warned_of_once_and_expanded_whole():
     assert len(run(scheduler, matrices, 1)[1]) == 4
 
 
+def test_the_warning_points_at_whoever_attaches():
+    model = Layers(2)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    with pytest.warns(UserWarning, match="top_n=3") as caught:
+        LoraOver(model, optimizer, SVD(), TaylorRuntime(top_n=3, split=1, every=1))
+    assert [warning.filename for warning in caught] == [__file__]
+
+
 def test_groups_that_are_large_enough_are_not_warned_of():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -218,12 +272,28 @@ def test_unknown_reduction():
         TaylorRuntime(1, 1, 1, reduction="max")
 
 
-def test_state_of_runtime_goes_on_as_if_never_stopped():
-    whole, matrices = TaylorRuntime(4, 4, 2), matrices_of(5)
-    halves, again = TaylorRuntime(4, 4, 2), matrices_of(5)
+def test_label_of_runtime():
+    assert TaylorRuntime(9, 8, 50).label == "TaylorRuntime(top_n=9, split=8, every=50)"
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_scheduler_serves_one_run(steps):
+    """Steps 1 and 2: with scores and no round yet, and with a round whose scores were dropped."""
+    matrices = matrices_of(3)
+    scheduler = TaylorRuntime(top_n=2, split=2, every=2, reset=True)
+    scheduler.attach(matrices)
+    run(scheduler, matrices, steps)
+    with pytest.raises(ValueError, match=f"has {steps // 2} of 2 rounds behind it"):
+        scheduler.attach(matrices)
+
+
+@pytest.mark.parametrize("average", [False, True])
+def test_state_of_runtime_goes_on_as_if_never_stopped(average):
+    whole, matrices = TaylorRuntime(4, 4, 2, average=average), matrices_of(5)
+    halves, again = TaylorRuntime(4, 4, 2, average=average), matrices_of(5)
     expected = run(whole, matrices, 8)
     first = run(halves, again, 5)
-    resumed = TaylorRuntime(4, 4, 2)
+    resumed = TaylorRuntime(4, 4, 2, average=average)
     resumed.load_state_dict(halves.state_dict())
     second = {}
     for step in range(6, 9):
@@ -235,6 +305,9 @@ def test_state_of_runtime_goes_on_as_if_never_stopped():
     assert {**first, **second} == expected
     assert resumed.rounds == whole.rounds
     assert resumed.scores() == whole.scores()
+    finished = TaylorRuntime(4, 4, 2)
+    finished.load_state_dict(resumed.state_dict())
+    assert not any(one.due(step) for one in (whole, resumed, finished) for step in range(20))
 
 
 def test_a_state_is_a_copy():

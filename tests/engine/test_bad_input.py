@@ -193,6 +193,26 @@ def test_steps_too_small_to_be_seen_are_no_error(name):
     optimizer.step()
 
 
+@pytest.mark.parametrize("rates", [(0.0, 0.1), (0.0, 0.0)])
+def test_a_rate_of_zero_moves_nothing_and_is_no_error(rates):
+    """Nor when the optimizer is not torch's own, whose first steps are watched."""
+
+    class Mine(torch.optim.SGD): ...
+
+    model = Experts()
+    optimizer = Mine(model.parameters(), lr=0.1)
+    LoraOver(model, optimizer, MPO(order=3))
+    for rate in rates:
+        optimizer.param_groups[0]["lr"] = rate
+        before = [p.detach().clone() for p in trainable(model)]
+        optimizer.zero_grad()
+        expert_loss(model, 0).backward()
+        optimizer.step()
+        # up to the rounding of an expansion
+        moved = [not torch.allclose(p, old, rtol=1e-12) for p, old in zip(trainable(model), before, strict=True)]
+        assert all(moved) if rate else not any(moved)
+
+
 # -- models and arguments -----------------------------------------------------------------------------------------------
 
 

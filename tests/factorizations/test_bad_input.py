@@ -41,7 +41,9 @@ VALUE_ERRORS: list[tuple[Callable[..., Factorization], dict[str, Any], str]] = [
     (Tucker, {"ranks": [2, 2], "gauge": "identity"}, "identity.*ranks"),
     (Tucker, {"gauge": "right"}, "gauge='right'.*svd"),
     (Tucker, {"expansion": 2.0, "max_rank": 2}, "drop one"),
+    (CP, {"order": 1}, "order=1"),
     (CP, {"rank": 0}, "rank=0"),
+    (CP, {"max_rank": 0}, "max_rank=0"),
     (CP, {"rank": True}, "rank=True"),
     (CP, {"rank": 2, "max_rank": 2}, "drop one"),
     (CP, {"gauge": "svd"}, "gauge='svd'.*unit"),
@@ -71,6 +73,9 @@ def test_ranks_above_full_rank() -> None:
     # caps are no claims
     assert Tucker(max_rank=10**6).structure((768, 8)).exact
     assert CP(max_rank=10**6).structure((768, 8)).exact
+    # and the full rank may be said
+    assert CP(rank=48).structure((768, 8)).exact
+    assert Tucker(ranks=(48, 48)).structure((768, 8)).exact
 
 
 def test_ranks_by_shape() -> None:
@@ -86,6 +91,10 @@ def test_a_cp_that_explodes_is_refused_with_its_estimate() -> None:
         cp.structure((4096, 4096))
     assert CP(sites=[(8, 8)] * 4, rank=64).structure((4096, 4096)).scratch < 2**28
     assert CP().structure((4096, 4096)).exact
+    # a matrix of 2**27 entries, of which the sweep holds two, is the largest
+    assert CP().structure((2**14, 2**13)).scratch == 2**28
+    with pytest.raises(ValueError, match="max_scratch=268435456"):
+        CP().structure((2**14, 2**13 + 2))
     with pytest.raises(ValueError, match="max_scratch=1000"):
         CP(max_scratch=1000).unfold(torch.ones(768, 8))
 
@@ -120,8 +129,9 @@ def test_bad_matrices(name: str) -> None:
             factorization.unfold(torch.ones(shape))
     with pytest.raises(ValueError, match=r"\(\*batch, rows, cols\)"):
         factorization.unfold(torch.ones(5))
-    with pytest.raises(ValueError, match="at least 1"):
-        factorization.core_shapes((0, 4))
+    for shape in ((0, 4), (4, 0)):
+        with pytest.raises(ValueError, match="at least 1"):
+            factorization.core_shapes(shape)
 
 
 def test_cores_beyond_the_range_of_float32() -> None:
@@ -182,6 +192,22 @@ def test_descriptions_are_values(name: str) -> None:
     assert again.core_shapes(shape) == factorization.core_shapes(shape)
     with pytest.raises(AttributeError):
         factorization.backend = "torch"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("make", [MPO, SVD, Tucker, CP])
+def test_arguments_have_names(make: Callable[..., Factorization]) -> None:
+    """`MPO(16)` could be an order, a bond or a rank."""
+    with pytest.raises(TypeError):
+        make(2)
+
+
+def test_descriptions_by_shape_are_values() -> None:
+    """A mapping has no hash, what is described by it has: equal ones the same, whatever became of the mapping."""
+    by_shape = {(24, 8): [(4, 2), (6, 4)]}
+    for make in (MPO, SVD, Tucker, CP):
+        assert make(sites=by_shape) == make(sites={(24, 8): [(4, 2), (6, 4)]})
+        assert len({make(sites=by_shape), make(sites=dict(by_shape)), make()}) == 2
+    assert len({Tucker(ranks={(24, 8): (3, 2)}), Tucker(ranks={(24, 8): [3, 2]}), Tucker()}) == 2
 
 
 def test_sites_are_copied() -> None:

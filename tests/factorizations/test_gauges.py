@@ -12,6 +12,12 @@ from .variants import make_matrix, relative_error
 
 SHAPE = (48, 15)
 SITES = [(4, 3), (1, 1), (2, 5), (6, 1)]
+CANONICAL = [
+    SITES,
+    [(4, 3), (1, 1), (1, 1), (12, 5)],
+    [(4, 3), (2, 1), (6, 5), (1, 1), (1, 1)],
+    [(1, 1), (1, 1), (4, 3), (2, 1), (6, 5)],
+]
 
 
 def orthonormal(matrix: Tensor) -> bool:
@@ -34,7 +40,7 @@ def test_every_gauge_is_of_one_matrix() -> None:
 
 
 @pytest.mark.parametrize("kind", ["normal", "zero", "deficient"])
-@pytest.mark.parametrize("sites", [SITES, [(4, 3), (1, 1), (1, 1), (12, 5)]])
+@pytest.mark.parametrize("sites", CANONICAL)
 def test_svd_is_left_canonical(sites: list[tuple[int, int]], kind: str) -> None:
     matrix = make_matrix(SHAPE, kind)
     cores = MPO(sites=sites).unfold(matrix)
@@ -43,12 +49,23 @@ def test_svd_is_left_canonical(sites: list[tuple[int, int]], kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["normal", "zero", "deficient"])
-@pytest.mark.parametrize("sites", [SITES, [(4, 3), (1, 1), (1, 1), (12, 5)]])
+@pytest.mark.parametrize("sites", CANONICAL)
 def test_right_is_right_canonical(sites: list[tuple[int, int]], kind: str) -> None:
     matrix = make_matrix(SHAPE, kind)
     cores = MPO(sites=sites, gauge="right").unfold(matrix)
     assert all(orthonormal(core.flatten(1, 3).mT) for core in cores[1:])
     assert float(cores[0].norm()) == pytest.approx(float(matrix.norm()))
+
+
+@pytest.mark.parametrize("kind", ["normal", "constant", "deficient"])
+@pytest.mark.parametrize("max_bond", [None, 4])
+@pytest.mark.parametrize("gauge", ["svd", "right"])
+def test_sites_without_entries_between_others_are_identities(gauge: str, max_bond: int | None, kind: str) -> None:
+    cores = MPO(sites=[(4, 3), (1, 1), (2, 5), (1, 1), (6, 1)], gauge=gauge, max_bond=max_bond).unfold(
+        make_matrix(SHAPE, kind)
+    )
+    for k in (1, 3):
+        assert torch.equal(cores[k][:, 0, 0], torch.eye(cores[k].shape[0], dtype=torch.float64))
 
 
 def test_identity_keeps_the_entries() -> None:
@@ -58,6 +75,25 @@ def test_identity_keeps_the_entries() -> None:
         keeping = [core for core in cores if not bool(((core == 0) | (core == 1)).all())]
         assert len(keeping) == 1
         assert torch.equal(keeping[0].flatten().sort().values, matrix.flatten().sort().values)
+
+
+@pytest.mark.parametrize(
+    ("sites", "rank", "largest"),
+    [
+        ([(4, 3), (2, 5), (6, 1)], None, 0),
+        ([(4, 3), (2, 5), (6, 1)], 4, 0),
+        ([(2, 5), (24, 3)], 4, 1),
+        ([(24, 3), (1, 1), (2, 5)], 4, 0),
+    ],
+)
+def test_the_largest_mode_of_a_cp_holds_the_weights(
+    sites: list[tuple[int, int]], rank: int | None, largest: int
+) -> None:
+    """Exact, by least squares, and by the SVD where two sites are left."""
+    cores = CP(sites=sites, rank=rank).unfold(1e3 * make_matrix(SHAPE))
+    for k, core in enumerate(cores):
+        columns = core.flatten(0, 1).norm(dim=0)
+        assert torch.allclose(columns, torch.ones_like(columns)) == (k != largest)
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])

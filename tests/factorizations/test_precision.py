@@ -11,7 +11,7 @@ import torch
 
 from tnadapt.backends import get_backend
 from tnadapt.backends.kernels import ChainKernel, CPKernel, TuckerKernel
-from tnadapt.factorizations import CP, MPO, Tucker
+from tnadapt.factorizations import CP, MPO, Tucker, precision
 from tnadapt.factorizations.precision import ieee_matmul
 from tnadapt.factorizations.sites import from_sites, to_sites
 
@@ -141,3 +141,27 @@ def test_decompositions_run_in_float64_on_the_cpu(name: str, monkeypatch: pytest
         cores = factorization.unfold(make_matrix(shape, dtype=dtype))
         assert {core.dtype for core in cores} == {torch.float32}
     assert {(matrix.dtype, matrix.device.type) for matrix in seen} == {(torch.float64, "cpu")}
+
+
+@pytest.mark.parametrize("user", ["nothing", "high", "medium"])
+def test_the_one_setting_of_older_torch(user: str, settings: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before torch 2.9 there is the global setting alone."""
+    monkeypatch.setattr(precision, "_settings", list)
+    USERS[user]()
+    before, seen = torch.get_float32_matmul_precision(), []
+    contract = get_backend("torch").chain_contract
+
+    def spy(*args: Any) -> Any:
+        seen.append(torch.get_float32_matmul_precision())
+        return contract(*args)
+
+    monkeypatch.setattr(get_backend("torch"), "chain_contract", spy)
+    MPO(order=3).fold(MPO(order=3).unfold(make_matrix((24, 8), dtype=torch.float32)))
+    assert seen == ["highest"]
+    assert torch.get_float32_matmul_precision() == before
+
+
+def test_wrapped_methods_keep_their_names() -> None:
+    for method in (MPO.unfold, MPO.fold):
+        assert method.__qualname__ in ("Factorization.unfold", "Factorization.fold")
+        assert "cores" in (method.__doc__ or "")

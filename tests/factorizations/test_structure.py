@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -123,6 +124,29 @@ def test_target_expansion_is_the_nearest_there_is(shape: tuple[int, int], target
     assert abs(structure.expansion - target) == pytest.approx(nearest, abs=1e-9)
 
 
+@given(shape=shapes(64), order=st.integers(2, 6))
+def test_of_equal_expansions_the_fewest_sites_win_then_the_papers_split(shape: tuple[int, int], order: int) -> None:
+    target = MPO(order=order).structure(shape).expansion
+    found = MPO(expansion=target).structure(shape)
+    assert found.expansion == target
+    reached = [
+        n
+        for n in range(2, order + 1)
+        if any(one == pytest.approx(target) for one in expansions_by_hand(shape, range(n, n + 1)))
+    ]
+    assert len(found.sites) == reached[0]
+    if reached[0] == order:
+        assert found.sites == paper_sites(shape, order)
+
+
+def test_structures_are_values() -> None:
+    one, other = MPO(order=3).structure((24, 8)), MPO(order=3).structure((24, 8))
+    assert one == other
+    assert hash(one) == hash(other)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        one.exact = False  # type: ignore[misc]
+
+
 @pytest.mark.parametrize("target", [1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0])
 @pytest.mark.parametrize("shape", PAPER_SHAPES, ids=str)
 def test_target_expansion_at_the_papers_shapes(shape: tuple[int, int], target: float) -> None:
@@ -137,6 +161,72 @@ def test_target_expansion_of_tucker_and_cp() -> None:
         assert structure.expansion == pytest.approx(factorization.expansion, rel=0.15)
         assert f"expansion={factorization.expansion:g}" in factorization.label
     assert Tucker(expansion=100.0).structure((768, 8)).expansion <= 3
+
+
+def counts_of_two_ends(kind: str, ends: tuple[int, int]) -> int:
+    """Two factors with as many columns as the smaller end is long, and between those of a Tucker a square core."""
+    return sum(ends) * min(ends) + (min(ends) ** 2 if kind == "tucker" else 0)
+
+
+@pytest.mark.parametrize("kind", ["tucker", "cp"])
+@given(shape=shapes(64), target=st.floats(1, 4))
+def test_target_expansion_of_two_ends_is_the_nearest_there_is(kind: str, shape: tuple[int, int], target: float) -> None:
+    found = (Tucker if kind == "tucker" else CP)(expansion=target).structure(shape)
+    rows, cols = shape
+    splits = [(i, j) for i in range(1, rows + 1) if rows % i == 0 for j in range(1, cols + 1) if cols % j == 0]
+    # a 1x1 site adds nothing that counts to a Tucker, and to a CP one number for each component
+    depths = [0] if kind == "tucker" else range(31)
+    possible = [
+        (counts_of_two_ends(kind, (i * j, rows * cols // (i * j))) + depth * min(i * j, rows * cols // (i * j)))
+        / (rows * cols)
+        for i, j in splits
+        for depth in depths
+    ]
+    assert abs(found.expansion - target) == pytest.approx(min(abs(one - target) for one in possible), abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("cp", "shape", "scratch"),
+    [
+        # exact: modes of 12, 10 and 6 have rank 60; folding multiplies 10 and 6 to 60 columns, beside those of 12
+        (CP(sites=[(4, 3), (2, 5), (6, 1)]), (48, 15), 60 * (12 + 60)),
+        # truncated: least squares hold the product of all but the smallest mode
+        (CP(sites=[(4, 3), (2, 5), (6, 1)], rank=5), (48, 15), 5 * 12 * 10),
+        (CP(sites=[(2, 1), (4, 3), (6, 5)], rank=5), (48, 15), 5 * 12 * 30),
+        (CP(sites=[(2, 1), (4, 3), (1, 1), (6, 5)], rank=5), (48, 15), 5 * 12 * 30),
+        # two proper sites: the SVD holds twice the matrix, at full rank or not
+        (CP(sites=[(4, 3), (1, 1), (6, 1)], rank=3), (24, 3), 2 * 24 * 3),
+        (CP(sites=[(4, 3), (6, 1)], rank=5), (24, 3), 2 * 24 * 3),
+        (CP(sites=[(3, 1), (6, 3)]), (18, 3), 2 * 18 * 3),
+    ],
+    ids=lambda value: getattr(value, "label", str(value)),
+)
+def test_scratch_of_a_cp_by_hand(cp: CP, shape: tuple[int, int], scratch: int) -> None:
+    assert cp.structure(shape).scratch == scratch
+
+
+def test_what_decompositions_of_svds_need() -> None:
+    assert MPO(order=9).structure((48, 15)).scratch == 2 * 48 * 15
+    assert Tucker(order=9).structure((48, 15)).scratch == 3 * 48 * 15
+
+
+LABELS = {
+    "MPO(order=2)": SVD(),
+    "MPO(order=9, max_bond=4)": MPO(order=9, max_bond=4),
+    "MPO(sites=…, gauge=spread)": MPO(sites={(24, 8): [(4, 2), (6, 4)]}, gauge="spread"),
+    "MPO(expansion=2.5)": MPO(expansion=2.5),
+    "Tucker(order=2, max_rank=3)": Tucker(max_rank=3),
+    "Tucker(order=2, ranks=…, gauge=spread)": Tucker(ranks=(2, 2), gauge="spread"),
+    "Tucker(sites=…)": Tucker(sites=[(4, 2), (6, 4)]),
+    "CP(order=2, rank=3)": CP(rank=3),
+    "CP(order=2, max_rank=3, gauge=spread)": CP(max_rank=3, gauge="spread"),
+    "CP(expansion=2)": CP(expansion=2),
+}
+
+
+@pytest.mark.parametrize("label", LABELS)
+def test_labels(label: str) -> None:
+    assert LABELS[label].label == label
 
 
 def test_labels_tell_variants_apart() -> None:

@@ -70,6 +70,15 @@ def test_two_sites_give_the_best_rank_k(name: str, shape: tuple[int, int], cap: 
     assert error == pytest.approx(tail(pairs, cap), rel=1e-9, abs=1e-11 * float(matrix.norm()))
 
 
+@pytest.mark.parametrize("sites", [[(4, 3), (12, 5)], [(1, 1), (4, 3), (1, 1), (12, 5)], [(2, 1), (24, 15)]])
+def test_two_sites_of_a_cp_need_no_iteration(sites: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    cp = CP(sites=sites, rank=1)
+    expected = tail(unfoldings(make_matrix((48, 15)), [site for site in sites if site != (1, 1)])[0], 1)
+    monkeypatch.setattr(cp.operations, "cp_decompose", lambda *_: pytest.fail("least squares"))
+    error = float((cp.fold(cp.unfold(make_matrix((48, 15)))) - make_matrix((48, 15))).norm())
+    assert error == pytest.approx(expected, rel=1e-12)
+
+
 @pytest.mark.parametrize("ranks", [(1, 1, 1, 1), (5, 1, 7, 2), (12, 1, 3, 6), (2, 1, 10, 1)])
 def test_tucker_bound(ranks: tuple[int, ...]) -> None:
     """The higher-order SVD misses at most what is cut from the unfoldings of the single modes, and at least the most."""

@@ -102,8 +102,6 @@ class MPO(Factorization):
         left singular vectors are unit vectors, so the exact core there is the identity."""
         modes = tensor.shape[1:]
         kept = [k for k, p in enumerate(modes) if p > 1 or k == 0]
-        if len(kept) == 1:
-            kept.append(len(modes) - 1)
         if kept[-1] != len(modes) - 1:
             # 1x1 sites after the last proper one: all bonds there are 1 at full rank, and so are the cores
             kept.append(len(modes) - 1)
@@ -173,7 +171,7 @@ def _identity_chain(tensor: Tensor, bonds: Sequence[int]) -> list[Tensor]:
     growing, so that every identity is square."""
     n, modes = tensor.shape[0], tensor.shape[1:]
     m = len(modes)
-    lefts = [math.prod(modes[:k]) for k in range(m + 1)]
+    lefts = [math.prod(modes[:k]) for k in range(m)]
     centre = max(k for k in range(m) if all(lefts[q] == ([1, *bonds])[q] for q in range(k + 1)))
     cores: list[Tensor] = []
     for k in range(m):

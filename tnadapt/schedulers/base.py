@@ -68,5 +68,5 @@ def warn_small_groups(owner: str, top_n: int, matrices: Mapping[str, LoraMatrix]
         warnings.warn(
             f"{owner}: top_n={top_n} exceeds the size of {len(small)} of {len(groups)} groups, such as {shown}; these are "
             "expanded whole",
-            stacklevel=5,
+            stacklevel=4,
         )
