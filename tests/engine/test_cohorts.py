@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import warnings
+from collections.abc import Mapping
 
 import peft
 import pytest
@@ -12,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from tnadapt import CP, MPO, LoraOver, OverParamAdapter, Tucker
+from tnadapt import CP, MPO, LoraOver, OverParamAdapter, Scheduler, Tucker
 from tnadapt.engine.cohort import Cohort
 from tnadapt.engine.tensors import checksums, local_parts, stack_rows, write_rows
+from tnadapt.lora_matrices import LoraMatrix
 
 
 @pytest.mark.parametrize("factorization", [MPO(order=5), Tucker(), CP()], ids=lambda f: f.label)
@@ -50,9 +52,9 @@ def test_transposed_shapes_share_a_cohort_and_train_as_alone(factorization: obje
 
 
 @given(
-    shape=st.tuples(st.integers(1, 7), st.integers(1, 7)),
+    shape=st.tuples(st.integers(1, 40), st.integers(1, 40)),
     n=st.integers(1, 3),
-    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
+    dtype=st.sampled_from([torch.float64, torch.float32]),
     data=st.data(),
 )
 def test_a_change_of_one_entry_changes_its_checksum(
@@ -62,16 +64,14 @@ def test_a_change_of_one_entry_changes_its_checksum(
     before = checksums(rows)
     assert torch.equal(checksums(rows.clone()), before)
     m, entry = data.draw(st.integers(0, n - 1)), data.draw(st.integers(0, rows.shape[1] - 1))
-    kind = data.draw(st.sampled_from(["negated", "nearest", "nan"]))
-    old = rows[m, entry].clone()
-    rows[m, entry] = {"negated": -old, "nearest": torch.nextafter(old, 2 * old), "nan": old * float("nan")}[kind]
-    assert (checksums(rows) != before).any(1).tolist() == [k == m for k in range(n)]
+    change = data.draw(st.sampled_from([-1e-4, 1e-4, 1.0, float("nan")]))
+    rows[m, entry] += change * rows[m].abs().max()
+    assert (checksums(rows) != before).tolist() == [k == m for k in range(n)]
 
 
 @pytest.mark.parametrize("shape", [(4, 12), (8, 1024)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_changes_of_all_entries_change_checksums(dtype: torch.dtype, shape: tuple[int, int]) -> None:
-    """Sums of bits alone wrap around where every exponent or sign is another."""
     rows = torch.randn(50, shape[0] * shape[1], generator=torch.Generator().manual_seed(0), dtype=dtype)
     before = checksums(rows)
     changes = {
@@ -82,7 +82,7 @@ def test_changes_of_all_entries_change_checksums(dtype: torch.dtype, shape: tupl
         "flipped": rows.flip(1),
     }
     for name, changed in changes.items():
-        assert (checksums(changed) != before).any(1).all(), name
+        assert (checksums(changed) != before).all(), name
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -115,7 +115,7 @@ def step(layer: OverParamAdapter, optimizer: torch.optim.Optimizer) -> None:
 
 
 def test_bits_without_meaning_are_no_change() -> None:
-    """Zero changed its sign: suspected, and found to be equal."""
+    """Zeros changed their signs, which torch counted: looked at in full, and found to be equal."""
     layer, optimizer, over = trained()
     cohort = next(iter(over._engine.cohorts.values()))
     with torch.no_grad():
@@ -123,8 +123,10 @@ def test_bits_without_meaning_are_no_change() -> None:
             site.zero_()
     cohort.stepped = True
     over._engine.refold()
-    layer.lora_A.weight.data.neg_()
-    assert over._engine.may_be_changed(cohort).any()
+    with torch.no_grad():
+        layer.lora_A.weight.neg_()
+    assert over._engine.touched(cohort)
+    assert not over._engine.may_be_changed(cohort).any()
     assert over.changed_outside() == ()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -144,7 +146,7 @@ def test_a_write_that_torch_does_not_count_is_seen_at_the_next_step(dtype: torch
 
 def test_a_write_that_torch_counts_is_compared_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, optimizer, _ = trained()
-    monkeypatch.setattr("tnadapt.engine.engine.checksums", lambda rows: torch.zeros(len(rows), 2))
+    monkeypatch.setattr("tnadapt.engine.engine.checksums", lambda rows: torch.zeros(len(rows)))
     step(layer, optimizer)
     with torch.no_grad():
         layer.lora_A.weight.copy_(layer.lora_A.weight.roll(2, 1))
@@ -312,6 +314,40 @@ def test_what_rests_is_a_round_of_its_own_and_left_alone() -> None:
     assert counts == {f"{k}.{side}": {1.0 if side == "A" else 5.0} for k in range(4) for side in "AB"}
 
 
+class InTwoRounds(Scheduler):
+    """One half at each of two steps."""
+
+    def __init__(self, first: int, second: int) -> None:
+        self.steps = (first, second)
+
+    def select(self, step: int, matrices: Mapping[str, LoraMatrix]) -> list[str]:
+        names = list(matrices)
+        half = len(names) // 2
+        return {self.steps[0]: names[:half], self.steps[1]: names[half:]}.get(step, [])
+
+
+@pytest.mark.parametrize(
+    ("handover", "pieces"), [("warm", 1), ("restart", 2 * 5)], ids=["with equal step counts", "with others"]
+)
+def test_later_rounds_join_those_of_equal_step_counts(handover: str, pieces: int) -> None:
+    """Moments that were handed over bring their step count along; the matrices train as if they were in cohorts of their own."""
+
+    def run(*sides: str) -> tuple[nn.ModuleList, LoraOver]:
+        model, _, first = frozen_half(2)
+        first.detach()
+        groups = [[p for n, p in model.named_parameters() if "lora" in n and (not side or side in n)] for side in sides]
+        optimizer = torch.optim.AdamW([{"params": group} for group in groups], lr=1e-2)
+        over = LoraOver(model, optimizer, MPO(order=5), InTwoRounds(2, 4), handover=handover)
+        train(model, optimizer, 6)
+        return model, over
+
+    (together, one), (apart, two) = run(""), run("0.lora_A", "0.lora_B", "1.lora_A", "1.lora_B")
+    assert [len(cohort.pieces) for cohort in one._engine.cohorts.values()] == [pieces]
+    assert len(two._engine.cohorts) == 4
+    for parameter, other in zip(together.parameters(), apart.parameters(), strict=True):
+        assert torch.allclose(parameter, other, rtol=1e-4, atol=1e-6)
+
+
 def test_members_of_one_round_whose_step_counts_differ_keep_them() -> None:
     """As a state says that was saved while they were in cohorts of their own."""
     model, optimizer, over = frozen_half(2)
@@ -429,3 +465,36 @@ def test_left_out_weights_are_not_kept_alive() -> None:
     model.delete_adapter("other")
     gc.collect()
     assert over.skipped[0].parameter is None
+
+
+def test_a_step_that_is_rolled_back_leaves_nothing_to_refold(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, optimizer, over = frozen_half(2)
+    train(model, optimizer, 2)
+    versions = [p._version for p in model.parameters()]
+
+    def fails(*_: object) -> None:
+        raise RuntimeError("after the cores were lent")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(over._coupling, "_first_steps", fails)
+        with pytest.raises(RuntimeError, match="after the cores were lent"):
+            train(model, optimizer, 1)
+    assert not any(cohort.stepped for cohort in over._engine.cohorts.values())
+    optimizer.state_dict()
+    assert [p._version for p in model.parameters()] == versions
+
+
+def test_weights_left_out_for_another_reason_are_not_woken() -> None:
+    """LoRA of an embedding is trained as plain LoRA from the start, which attaching said."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Embedding(8, 12), nn.Linear(12, 12))
+    model = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["0", "1"]))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    over = LoraOver(model, optimizer, MPO(order=3))
+    assert {s.name for s in over.skipped} == {"0.A", "0.B"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(torch.arange(8)).square().sum().backward()
+        assert over.skipped[0].parameter is not None
+        assert over.skipped[0].parameter.grad is not None
+        optimizer.step()

@@ -37,7 +37,8 @@ class Member:
 
     Attributes:
         matrix: the LoRA matrix.
-        round: number that members share which were expanded together and had gradients in the same steps since.
+        round: number that members share which were expanded together, or with the same step counts behind them, and had
+            gradients in the same steps since.
         cores: its cores, before they enter the buffer.
         state: optimizer state of each core, where it brings one along.
         residual: what its cores missed of the matrix at expansion, None where they are exact.
@@ -184,6 +185,15 @@ class Cohort:
     def with_members(self, members: Sequence[Member]) -> Cohort:
         """A cohort like this one with other members; this one stays as it is."""
         return Cohort(self.factorization, self.dtype, self.device, self.elementwise, members)
+
+    def round_like(self, member: Member) -> int | None:
+        """Round of the members that the cores of a new one can be stepped with, as one tensor; None where there are none."""
+        behind = _what_is_behind(member)
+        for span in self.spans if self.elementwise else ():
+            present = replace(self.members[span.start], state=self.core_states(span.start))
+            if _what_is_behind(present) == behind:
+                return present.round
+        return None
 
     def with_round(self, chosen: Sequence[int], number: int) -> Cohort:
         """A cohort in which the `chosen` members are a round of their own."""

@@ -84,7 +84,11 @@ class Engine:
         for key, added in unfolded:
             members.setdefault(key, []).extend(added)
         for key, added in members.items():
-            self.cohorts[key] = self._joined(self.cohorts.get(key), key, added)
+            present = self.cohorts.get(key)
+            for member in added:
+                like = None if present is None else present.round_like(member)
+                member.round = self._rounds if like is None else like
+            self.cohorts[key] = self._joined(present, key, added)
         self._rounds += 1
         for added in members.values():
             for member in added:
@@ -352,7 +356,7 @@ class Engine:
         parameters = [m.matrix.parameter for m in cohort.members]
         if cohort.checksums is None or not _tells(parameters, cohort) or self.touched(cohort):
             return self.changed_outside(cohort)
-        return (checksums(stack_rows(parameters)) != cohort.checksums).any(1)
+        return checksums(stack_rows(parameters)) != cohort.checksums
 
     @torch.no_grad()
     def changed_outside(self, cohort: Cohort) -> Tensor:

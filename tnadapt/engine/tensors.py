@@ -107,12 +107,10 @@ def write_rows(parameters: Sequence[Tensor], rows: Tensor) -> None:
 
 
 def checksums(rows: Tensor) -> Tensor:
-    """Two numbers per row of [n, numel], as integers [n, 2]: the sum of its bits, which a change of any one entry changes, and
-    the sum of its entries times their positions, which scaling, negating and permuting change."""
-    size = rows.shape[1] * rows.element_size()
-    word = next(word for word in (torch.int64, torch.int32, torch.int16) if size % word.itemsize == 0)
-    positions = torch.arange(1, rows.shape[1] + 1, dtype=rows.dtype, device=rows.device)
-    return torch.stack([rows.view(word).sum(1), (rows @ positions).double().view(torch.int64)], dim=1)
+    """A number per row of [n, numel], as its bits, that follows every change above rounding: the sum of the entries, each with
+    a weight of its own between 1 and 2. Scaling, negating and permuting change it, and so does one entry."""
+    weights = torch.linspace(1, 2, rows.shape[1], dtype=rows.dtype, device=rows.device)
+    return (rows @ weights).view(torch.int32 if rows.element_size() == 4 else torch.int64)
 
 
 def _layout(tensor: Tensor) -> _Layout:
