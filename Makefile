@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-all lint ablation clean
+.PHONY: demo test test-all lint ablation mutation clean
 
 demo: $(VENV)/.recipes
 	$(BIN)/python recipes/llama31_gsm8k.py --method lora lora-over-mpo-r
@@ -27,6 +27,10 @@ ablation: $(VENV)/.recipes
 	$(VARY) --methods lora-over-mpo --factor expansion 1 2 3 4 5 6 7 --lrs $(EXPANSION_LRS)
 	$(VARY) --methods lora-over-mpo-r --factor top_n 1 2 3 4 --factor split 1 2 3 4 --lrs $(SELECTION_LR)
 
+# The report in docs/mutation.md: how many small faults in the code the tests notice. Two hours; what is finished is not run again.
+mutation: $(VENV)/.mutation
+	$(BIN)/python tests/mutation/run.py --workers 2
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -46,6 +50,10 @@ $(VENV)/.recipes: $(VENV)/.torch pyproject.toml
 
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --progress-bar on -c constraints.txt -e ".[dev]"
+	@touch $@
+
+$(VENV)/.mutation: $(VENV)/.dev
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --progress-bar on -c constraints.txt -e ".[mutation]"
 	@touch $@
 
 clean:
