@@ -498,3 +498,17 @@ def test_weights_left_out_for_another_reason_are_not_woken() -> None:
         assert over.skipped[0].parameter is not None
         assert over.skipped[0].parameter.grad is not None
         optimizer.step()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_cap_at_a_rate_of_zero_moves_nothing(dtype: torch.dtype) -> None:
+    """The first step of a warm-up: `B` is zero and does not move at all, `A` moves by rounding, and neither may move."""
+    torch.manual_seed(0)
+    layer = OverParamAdapter.from_linear(nn.Linear(12, 12), rank=4, alpha=8).to(dtype)
+    optimizer = torch.optim.AdamW([layer.lora_A.weight, layer.lora_B.weight], lr=0.0)
+    before = layer.lora_A.weight.detach().clone()
+    LoraOver(layer, optimizer, MPO(order=4), max_update=1.0)
+    layer(torch.ones(2, 12, dtype=dtype)).square().sum().backward()
+    optimizer.step()
+    assert torch.allclose(layer.lora_A.weight, before, rtol=1e-5)
+    assert torch.equal(layer.lora_B.weight, torch.zeros(12, 4, dtype=dtype))

@@ -261,7 +261,8 @@ class Cohort:
             norms = torch.linalg.vector_norm(values - before, dim=1)
             if bool((norms <= self.limit * (1 + 1e-3)).all()):
                 break
-            scale = scale * (self.limit / norms).clamp(max=1.0)
+            # a norm of zero is within any limit, also within one of zero (the first step of a warm-up)
+            scale = scale * torch.where(norms > self.limit, self.limit / norms, torch.ones_like(norms))
             for now, old, new in zip(*map(self.stacked, (self.buffer, start, stepped)), strict=True):
                 torch.lerp(old, new, scale.view(-1, *[1] * (new.dim() - 1)), out=now)
             values = self.fold()
