@@ -512,3 +512,16 @@ def test_a_cap_at_a_rate_of_zero_moves_nothing(dtype: torch.dtype) -> None:
     optimizer.step()
     assert torch.allclose(layer.lora_A.weight, before, rtol=1e-5)
     assert torch.equal(layer.lora_B.weight, torch.zeros(12, 4, dtype=dtype))
+
+
+def test_off_the_cpu_a_counted_write_is_followed_in_any_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, optimizer, over = trained()
+    step(layer, optimizer)
+    cohort = next(iter(over._engine.cohorts.values()))
+    monkeypatch.setattr(cohort, "device", torch.device("cuda"))
+    with torch.no_grad():
+        layer.lora_A.weight.mul_(3)
+        layer.lora_B.weight.mul_(3)
+    with pytest.warns(UserWarning, match="^A, B changed outside"):
+        step(layer, optimizer)
+    assert over.step == 3
