@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import math
 import os
 import statistics
@@ -33,6 +34,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn
 from rich.console import Console
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -192,34 +194,46 @@ class Stack(nn.Module):
 
 
 def ddp_worker(rank: int, world: int, folder: str, repeats: int, small: bool) -> None:
-    """One rank: whole steps with and without LoraOver, in turn. The first rank writes its ratios."""
+    """One rank: whole steps with and without LoraOver, in turn. The first rank writes its ratios.
+
+    Nothing may hold the process group once it is destroyed: threads of gloo that live when the interpreter goes abort the
+    process now and then. Models and optimizers do, in cycles, and so do the defaults of torch.distributed.nn where it is
+    first imported (torch.optim does so late) after the group was made: it is imported at the top.
+    """
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
     try:
-        layers, width, rows = (1, 64, 4) if small else (8, 768, 512)
-        models = [DistributedDataParallel(Stack(layers, width)) for _ in range(2)]
-        optimizers = [
-            torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=RATE, fused=True) for m in models
-        ]
-        LoraOver(models[1], optimizers[1], MPO(order=9))
-        x = torch.randn(rows, width, generator=torch.Generator().manual_seed(rank))
-        ratios = []
-        for k in range(repeats + 3):
-            seconds = [0.0, 0.0]
-            for which in (0, 1) if k % 2 else (1, 0):
-                dist.barrier()
-                started = time.perf_counter()
-                models[which](x).square().mean().backward()
-                optimizers[which].step()
-                optimizers[which].zero_grad()
-                seconds[which] = time.perf_counter() - started
-            if k >= 3:
-                ratios.append(seconds[1] / seconds[0] - 1.0)
+        ratios = ddp_ratios(rank, repeats, small)
         if rank == 0:
             write_json(Path(folder) / "ratios.json", ratios)
         dist.barrier()
     finally:
+        gc.collect()
         dist.destroy_process_group()
+
+
+def ddp_ratios(rank: int, repeats: int, small: bool) -> list[float]:
+    """Time of a whole step with LoraOver over that without, minus one."""
+    layers, width, rows = (1, 64, 4) if small else (8, 768, 512)
+    models = [DistributedDataParallel(Stack(layers, width)) for _ in range(2)]
+    optimizers = [
+        torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=RATE, fused=True) for m in models
+    ]
+    LoraOver(models[1], optimizers[1], MPO(order=9))
+    x = torch.randn(rows, width, generator=torch.Generator().manual_seed(rank))
+    ratios = []
+    for k in range(repeats + 3):
+        seconds = [0.0, 0.0]
+        for which in (0, 1) if k % 2 else (1, 0):
+            dist.barrier()
+            started = time.perf_counter()
+            models[which](x).square().mean().backward()
+            optimizers[which].step()
+            optimizers[which].zero_grad()
+            seconds[which] = time.perf_counter() - started
+        if k >= 3:
+            ratios.append(seconds[1] / seconds[0] - 1.0)
+    return ratios
 
 
 def ddp_costs(worlds: Sequence[int], repeats: int, small: bool) -> dict[int, list[float]]:

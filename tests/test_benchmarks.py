@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import math
+import os
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -54,6 +56,27 @@ def test_scaling(load, monkeypatch, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "<!-- scaling -->" in printed
     assert all(f["title"] in printed for f in factors)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs /proc (Linux)")
+def test_ranks_of_scaling_leave_no_threads(tmp_path):
+    """Gloo's threads, where they outlive the process group, now and then abort the process at its end."""
+    script = """
+import sys
+from pathlib import Path
+import scaling
+scaling.ddp_worker(0, 1, sys.argv[1], 1, True)
+print(sorted(file.read_text().strip() for file in Path("/proc/self/task").glob("*/comm")))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(BENCHMARKS), str(BENCHMARKS.parent)])},
+    )
+    assert "python" in done.stdout
+    assert "gloo" not in done.stdout
 
 
 def test_fits_of_scaling(load):

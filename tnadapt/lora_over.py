@@ -173,7 +173,7 @@ class LoraOver:
         #: the step of the state that was loaded last
         self._loaded_step = 0
         self._ranks_agree = False
-        self._outside = Outside(self._engine, skipped, process_group)
+        self._outside = Outside(self._engine, skipped)
         self._handles: list[Any] = [inner.register_state_dict_post_hook(self._save_hook)]
         if type(inner).load_state_dict is torch.optim.Optimizer.load_state_dict:
             self._handles.append(inner.register_load_state_dict_pre_hook(self._stage_hook))

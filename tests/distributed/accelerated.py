@@ -15,7 +15,8 @@ from unittest import mock
 
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-from torch.distributed.fsdp import CPUOffloadPolicy
+
+from .models import OFFLOAD
 
 
 @contextmanager
@@ -38,8 +39,14 @@ def on_cpu_ranks() -> Iterator[None]:
         yield
 
 
-#: memory cannot be pinned where there is no accelerator
-OFFLOAD = CPUOffloadPolicy(pin_memory=False)
+#: options of the plugin that runs are tried with
+OPTIONS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "kept gathered": {"reshard_after_forward": False},
+    "CPU offload": {"cpu_offload": OFFLOAD},
+    "weights from rank 0": {"cpu_ram_efficient_loading": True},
+    "checkpointed activations": {"activation_checkpointing": True},
+}
 
 
 def plugin(**options: Any) -> FullyShardedDataParallelPlugin:

@@ -7,11 +7,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import CPUOffloadPolicy
 
 from tnadapt import MPO, LoraOver, OverParamAdapter, TaylorRuntime
 
 ROWS = 8  # of a global batch
 STEPS = 9
+#: shards on the CPU; memory cannot be pinned where there is no accelerator
+OFFLOAD = CPUOffloadPolicy(pin_memory=False)
 
 
 class Net(nn.Module):

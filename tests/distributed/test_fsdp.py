@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from tnadapt import MPO, LoraOver, Static, TaylorRuntime
 
 from .models import (
+    OFFLOAD,
     STEPS,
     Net,
     batch,
@@ -39,20 +41,20 @@ from .ranks import Ranks
 STEPS_OF_RUN = range(1, STEPS + 1)
 
 
-def shard(model: Net, mesh: Any = None) -> Net:
+def shard(model: Net, mesh: Any = None, **options: Any) -> Net:
     for layer in model.layers:
-        fully_shard(layer, mesh=mesh)
-    return fully_shard(model, mesh=mesh)  # type: ignore[no-any-return]
+        fully_shard(layer, mesh=mesh, **options)
+    return fully_shard(model, mesh=mesh, **options)  # type: ignore[no-any-return]
 
 
 def cpu_mesh() -> Any:
     return init_device_mesh("cpu", (dist.get_world_size(),))
 
 
-def _runtime(start: Callable[[], None], kind: str) -> dict[str, Any]:
+def _runtime(start: Callable[[], None], kind: str, **options: Any) -> dict[str, Any]:
     start()
     rank, world = place()
-    model = shard(net(rank), cpu_mesh())  # the shards of different seeds make one matrix
+    model = shard(net(rank), cpu_mesh(), **options)  # the shards of different seeds make one matrix
     optimizer = optimizer_of(trainable(model), kind)
     initial = whole_values(model)
     over = LoraOver(model, optimizer, MPO(order=4), scheduler())
@@ -61,9 +63,16 @@ def _runtime(start: Callable[[], None], kind: str) -> dict[str, Any]:
     return {**outcome(model, over), "initial": initial}
 
 
-@pytest.mark.parametrize("kind", ["adamw", "foreach", "fused", "sgd"])
-def test_expansions_at_runtime(ranks: Ranks, kind: str) -> None:
-    results = ranks.run(_runtime, kind)
+RUNS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{kind: (kind, {}) for kind in ("adamw", "foreach", "fused", "sgd")},
+    **{f"{kind}, shards on the CPU": (kind, {"offload_policy": OFFLOAD}) for kind in ("adamw", "fused")},
+}
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_expansions_at_runtime(ranks: Ranks, run: str) -> None:
+    kind, options = RUNS[run]
+    results = ranks.run(partial(_runtime, **options), kind)
     assert [event[0] for event in results[0]["history"]] == [2, 4, 6]
     assert drift(results) == 0
     assert difference(results[0], on_one_process(results[0]["initial"], kind=kind)) < 1e-9

@@ -34,15 +34,8 @@ pytest.importorskip("accelerate")
 
 from accelerate import Accelerator
 
-from .accelerated import OFFLOAD, fresh, on_cpu_ranks, plugin
+from .accelerated import OPTIONS, fresh, on_cpu_ranks, plugin
 
-OPTIONS: dict[str, dict[str, Any]] = {
-    "default": {},
-    "kept gathered": {"reshard_after_forward": False},
-    "CPU offload": {"cpu_offload": OFFLOAD},
-    "weights from rank 0": {"cpu_ram_efficient_loading": True},
-    "checkpointed activations": {"activation_checkpointing": True},
-}
 CLIP = 0.1  # below the norm of nearly every gradient
 SAVED_AT = 5  # two of three expansions are behind, one is to come
 

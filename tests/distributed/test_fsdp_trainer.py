@@ -31,19 +31,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 
 from tnadapt.integrations.transformers import LoraOverCallback, checkpoint_fault, last_complete_checkpoint
 
-from .accelerated import OFFLOAD, on_cpu_ranks
+from .accelerated import OPTIONS, on_cpu_ranks
 
 STEPS = 8
 SAVED_AT = 5  # two of three expansions are behind, one is to come
 CHECKPOINT = f"checkpoint-{SAVED_AT}"
 LAST = f"checkpoint-{STEPS}"
 SHARDED, FULL = "SHARDED_STATE_DICT", "FULL_STATE_DICT"
-OPTIONS: dict[str, dict[str, Any]] = {
-    "default": {},
-    "CPU offload": {"cpu_offload": OFFLOAD},
-    "weights from rank 0": {"cpu_ram_efficient_loading": True},
-    "checkpointed activations": {"activation_checkpointing": True},
-}
 
 
 def _model(seed: int) -> Any:

@@ -1,5 +1,5 @@
-"""Shards that FSDP2 keeps on the CPU (`CPUOffloadPolicy`). On CPU ranks the mesh is of CPUs too; that it is of GPUs, which send
-no CPU tensors, is simulated by tensors without data."""
+"""Shards that FSDP2 keeps on the CPU (`CPUOffloadPolicy`) while their mesh is of GPUs, which send no CPU tensors. It is simulated
+by tensors without data; runs on a mesh of CPUs are in test_fsdp.py."""
 
 from __future__ import annotations
 
@@ -16,55 +16,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from tnadapt import MPO, LoraOver
 from tnadapt.engine.tensors import agree_any, broadcast_from_first, local_parts, stack_rows, write_rows
 from tnadapt.schedulers.scores import taylor_scores
 
-from .models import (
-    STEPS,
-    difference,
-    drift,
-    net,
-    on_one_process,
-    optimizer_of,
-    outcome,
-    place,
-    scheduler,
-    train,
-    trainable,
-    whole_values,
-)
 from .ranks import Ranks
-from .test_fsdp import cpu_mesh
-
-
-def _offloaded(start: Callable[[], None], kind: str) -> dict[str, Any]:
-    start()
-    rank, world = place()
-    model, policy = net(rank), CPUOffloadPolicy(pin_memory=False)
-    for layer in model.layers:
-        fully_shard(layer, mesh=cpu_mesh(), offload_policy=policy)
-    fully_shard(model, mesh=cpu_mesh(), offload_policy=policy)
-    optimizer = optimizer_of(trainable(model), kind)
-    initial = whole_values(model)
-    over = LoraOver(model, optimizer, MPO(order=4), scheduler())
-    train(model, optimizer, range(1, STEPS + 1), rank, world)
-    return {**outcome(model, over), "initial": initial}
-
-
-@pytest.mark.parametrize("kind", ["adamw", "fused"])
-def test_expansions_at_runtime(ranks: Ranks, kind: str) -> None:
-    results = ranks.run(_offloaded, kind)
-    assert [event[0] for event in results[0]["history"]] == [2, 4, 6]
-    assert drift(results) == 0
-    assert difference(results[0], on_one_process(results[0]["initial"], kind=kind)) < 1e-9
-
-
-# -- a mesh of GPUs ---------------------------------------------------------------------------------------------------
 
 ROWS, COLUMNS = 5, 4  # the first of two ranks has three rows
 

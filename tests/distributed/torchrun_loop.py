@@ -12,6 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.distributed.models import STEPS, net, optimizer_of, outcome, scheduler, train, trainable, whole_values
+from tests.distributed.ranks import leave
 from tnadapt import MPO, LoraOver
 
 torch.set_num_threads(1)
@@ -27,4 +28,4 @@ for how in ("ddp", "fsdp"):
     over = LoraOver(wrapped, optimizer, MPO(order=4), scheduler())
     train(wrapped, optimizer, range(1, STEPS + 1), rank, world)
     torch.save({**outcome(wrapped, over), "initial": initial}, folder / f"{how}{rank}.pt")
-dist.destroy_process_group()
+leave()

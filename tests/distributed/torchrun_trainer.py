@@ -13,6 +13,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from tests.distributed.models import Net, load_values, loss_of, net, scheduler, trainable, whole_values
+from tests.distributed.ranks import leave
 from tnadapt import MPO, LoraOver
 from tnadapt.integrations.transformers import LoraOverCallback
 
@@ -90,3 +91,4 @@ def main() -> None:
 
 
 main()
+leave()

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from tnadapt import MPO, SVD, LoraOver, OverParamAdapter
+from tnadapt import MPO, SVD, Factorization, LoraOver, OverParamAdapter
 
 from .models import everything, same
 
@@ -33,6 +33,19 @@ def backward(model: nn.ModuleList, *chosen: int) -> None:
     torch.stack([model[k](x).square().mean() for k in chosen]).sum().backward()
 
 
+Attached = tuple[nn.ModuleList, torch.optim.Optimizer, LoraOver]
+
+
+def after_a_step(optimizer_type: Callable[..., torch.optim.Optimizer], factorization: Factorization) -> Attached:
+    """One expanded adapter that was stepped; its gradients are kept."""
+    model = layers(12)
+    optimizer = optimizer_type([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    over = LoraOver(model, optimizer, factorization)
+    backward(model, 0)
+    optimizer.step()
+    return model, optimizer, over
+
+
 def half_residual(entry: dict[str, Any]) -> None:
     entry["residual"] = entry["residual"][:1].clone()
 
@@ -51,11 +64,7 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damaged_members_are_refused(damage: str) -> None:
-    model = layers(12)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    over = LoraOver(model, optimizer, SVD(max_bond=2))
-    backward(model, 0)
-    optimizer.step()
+    model, optimizer, over = after_a_step(torch.optim.AdamW, SVD(max_bond=2))
     state = copy.deepcopy(over.state_dict())
     spoil, said = DAMAGE[damage]
     spoil(state["engine"]["members"]["0.A"])
@@ -95,11 +104,7 @@ def test_what_is_within_the_limit_goes_its_own_way() -> None:
 
 def test_a_state_that_was_loaded_is_not_trained() -> None:
     """Entries that are not of the cores' size too, as Adafactor's rows and columns."""
-    model = layers(12)
-    optimizer = torch.optim.Adafactor([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    over = LoraOver(model, optimizer, MPO(order=3))
-    backward(model, 0)
-    optimizer.step()
+    _, optimizer, over = after_a_step(torch.optim.Adafactor, MPO(order=3))
     state = copy.deepcopy(over.state_dict())
     kept = copy.deepcopy(state)
     assert "row_var" in state["engine"]["members"]["0.A"]["state"][0]

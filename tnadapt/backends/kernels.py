@@ -50,8 +50,8 @@ class ChainKernel:
 
     One allocation holds first the partial contractions X and then the gradients: X_k stands in slot k, which is as large
     as the larger of X_k and C_k. Pulling back goes from the last slot to the first and packs the gradients at the far end,
-    so that the gradient of core k lies in slots that no X still to be read stands in. X_0 is core 0 itself. All views are made once, so
-    that a contraction is its matmuls and nothing else.
+    so that the gradient of core k lies in slots that no X still to be read stands in. X_0 is core 0 itself. All views are
+    made once, so that a contraction is its matmuls and nothing else.
     """
 
     def __init__(self, cores: Sequence[Tensor]) -> None:
@@ -60,7 +60,7 @@ class ChainKernel:
         self._from_left = sweeps_from_left(tuple(shapes))
         order = list(range(m)) if self._from_left else list(range(m - 1, -1, -1))
         sizes = [n * math.prod(shape) for shape in shapes]
-        swept, partials = 1, dict.fromkeys(range(m), 0)
+        swept, partials = 1, [0] * m
         for k in order:
             swept *= shapes[k][1]
             partials[k] = n * swept * shapes[k][2 if self._from_left else 0]
@@ -70,7 +70,7 @@ class ChainKernel:
         #: gradients of all cores, one after the other
         self._flat = memory[start : start + sum(sizes)]
         grads = torch.split(self._flat, sizes)
-        held = dict(zip(range(m), torch.split(memory, slots), strict=True))
+        held = torch.split(memory, slots)
         matrices = [core.view(n, *self._unfolding(shape)) for core, shape in zip(cores, shapes, strict=True)]
 
         self._forward: list[tuple[Tensor, Tensor, Tensor | None]] = []
@@ -194,6 +194,7 @@ def flatten(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def contract_chain(cores: Sequence[Tensor]) -> Tensor:
+    """Chain cores contracted to [n, P], from the end that takes fewer multiplications; differentiable."""
     n, m = cores[0].shape[0], len(cores)
     if sweeps_from_left(tuple(tuple(core.shape[1:]) for core in cores)):
         partial = cores[0].reshape(n, -1, cores[0].shape[-1])
@@ -218,7 +219,9 @@ def sweeps_from_left(shapes: tuple[tuple[int, ...], ...]) -> bool:
 
 
 def contract_tucker(factors: Sequence[Tensor], core: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Every step takes the first mode off and puts its contraction last, so that after m steps all are in order and no
+    """Factors and core tensor contracted to [n, P], and the partial contraction before each mode; differentiable.
+
+    Every step takes the first mode off and puts its contraction last, so that after m steps all are in order and no
     step moves memory to get its mode in place."""
     n = core.shape[0]
     partial, kept = core, []
@@ -250,6 +253,7 @@ def cp_split(modes: tuple[int, ...]) -> int:
 
 
 def contract_cp(factors: Sequence[Tensor]) -> tuple[Tensor, tuple[list[Tensor], list[Tensor]]]:
+    """CP factors contracted to [n, P], and the Khatri-Rao products of both halves; differentiable."""
     split = cp_split(tuple(factor.shape[1] for factor in factors))
     left, right = khatri_rao_prefixes(factors[:split]), khatri_rao_prefixes(factors[split:])
     return torch.bmm(left[-1], right[-1].transpose(1, 2)).reshape(factors[0].shape[0], -1), (left, right)

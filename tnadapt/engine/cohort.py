@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tnadapt.engine.handover import what_is_behind
 from tnadapt.factorizations import Factorization, Structure, Workspace, rows_from_sites, rows_to_sites
 from tnadapt.lora_matrices import LoraMatrix
 
@@ -92,10 +93,10 @@ class Cohort:
         self.device = device
         self.elementwise = elementwise
         # members that are stepped as one stay together, so that their ranges are contiguous, and of these those of one shape
-        behind = {id(member): (member.round, repr(_what_is_behind(member))) for member in members if elementwise}
-        ordered = sorted(members, key=lambda member: (*behind.get(id(member), (0, "")), member.matrix.shape))
+        stacks = {id(member): repr(_stack_of(member)) if elementwise else "" for member in members}
+        ordered = sorted(members, key=lambda member: (member.round, stacks[id(member)], member.matrix.shape))
         #: ranges of members that are stepped as one tensor
-        self.spans = _runs([behind.get(id(member), id(member)) for member in ordered])
+        self.spans = _runs([stacks[id(member)] or id(member) for member in ordered])
         #: which matrices, without tensors
         self.members = [replace(member, cores=(), state=None, residual=None) for member in ordered]
         self.structures: list[Structure] = [factorization.structure(member.matrix.shape) for member in ordered]
@@ -111,7 +112,11 @@ class Cohort:
         #: what the cores of each member miss, [n, numel]; None where the structure is exact
         self.residual = torch.stack(residuals).to(device) if residuals else None
         self.pieces = self._make_pieces(ordered)
-        self._shapes = _runs([member.matrix.shape for member in ordered])
+        #: runs of members of one shape, and their structure
+        self._shapes = [
+            (slice(run.start, run.stop), self.structures[run.start])
+            for run in _runs([member.matrix.shape for member in ordered])
+        ]
         self.grad: Tensor | None = None
         #: whether the cores are lent, or were stepped and not folded since
         self.stepped = False
@@ -188,10 +193,9 @@ class Cohort:
 
     def round_like(self, member: Member) -> int | None:
         """Round of the members that the cores of a new one can be stepped with, as one tensor; None where there are none."""
-        behind = _what_is_behind(member)
         for span in self.spans if self.elementwise else ():
             present = replace(self.members[span.start], state=self.core_states(span.start))
-            if _what_is_behind(present) == behind:
+            if _stack_of(replace(member, round=present.round)) == _stack_of(present):
                 return present.round
         return None
 
@@ -210,17 +214,15 @@ class Cohort:
         """All members folded, residuals added: [n, numel]. Keeps what the next pull-back reuses."""
         flat = self._ready_workspace().contract()
         rows = torch.empty_like(flat)
-        for run in self._shapes:
-            part = slice(run.start, run.stop)
-            rows_from_sites(flat[part], self.structures[run.start].sites, rows[part])
+        for run, structure in self._shapes:
+            rows_from_sites(flat[run], structure.sites, rows[run])
         return rows if self.residual is None else rows.add_(self.residual)
 
     def pull_back(self, grads: Tensor) -> None:
         """Compute core gradients from matrix gradients [n, numel], laid out like the cores."""
         flat = torch.empty_like(grads)
-        for run in self._shapes:
-            part = slice(run.start, run.stop)
-            rows_to_sites(grads[part], self.structures[run.start].sites, flat[part])
+        for run, structure in self._shapes:
+            rows_to_sites(grads[run], structure.sites, flat[run])
         self.grad = self._ready_workspace().pull_back(flat)
         if not self.elementwise:
             # torch's own optimizers copy what they keep of a gradient, others may not: their memory is not used again
@@ -291,14 +293,9 @@ def _runs(keys: Sequence[Any]) -> list[range]:
     return runs
 
 
-def _what_is_behind(member: Member) -> list[tuple[str, float | None]]:
-    """Names of what a member's cores bring of optimizer state, with the scalars of it (step counts): members that differ in
-    these cannot be stepped as one tensor."""
-    state = member.state[0] if member.state else {}
-    return [
-        (key, None if value is None or (isinstance(value, Tensor) and value.dim() > 0) else float(value))
-        for key, value in sorted(state.items())
-    ]
+def _stack_of(member: Member) -> tuple[int, list[tuple[str, float | None]]]:
+    """What members have in common that are stepped as one tensor."""
+    return member.round, what_is_behind(member.state[0] if member.state else {})
 
 
 def _state_of(member: Member, k: int) -> list[dict[str, Any]]:

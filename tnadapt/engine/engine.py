@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tnadapt.engine.cohort import Cohort, Member, Piece
-from tnadapt.engine.handover import same_scalars, warm_state
+from tnadapt.engine.handover import warm_state, what_is_behind
 from tnadapt.engine.tensors import (
     agree_any,
     broadcast_from_first,
@@ -327,18 +327,17 @@ class Engine:
                 before = stack_rows(parameters).to(cohort.dtype)
             if cohort.limit is not None:
                 values = cohort.shorten(values, before)
-            for m in cohort.idle:  # what rests is left as it is, to the bit
+            # what rests is left as it is, to the bit
+            idle = set(cohort.idle)
+            for m in idle:
                 values[m] = before[m]
+            moved = [m for m in range(len(parameters)) if m not in idle]
             # what was written is needed again where this fails and is tried once more
             change = before.sub_(values) if cohort.written is None else before - values
             norms = torch.linalg.vector_norm(change, dim=1).unbind(0)
-            moved = (
-                [m for m in range(len(parameters)) if m not in cohort.idle] if cohort.idle else range(len(parameters))
-            )
             self.update_norms.update((cohort.members[m].matrix.name, norms[m]) for m in moved)
-            write_rows(
-                [parameters[m] for m in moved], torch.stack([values[m] for m in moved]) if cohort.idle else values
-            )
+            rows = torch.stack([values[m] for m in moved]) if idle else values
+            write_rows([parameters[m] for m in moved], rows)
             tells = _tells(parameters, cohort)
             cohort.written, cohort.checksums = (None, checksums(values)) if tells else (values, None)
             cohort.versions = [p._version for p in parameters]
@@ -429,7 +428,7 @@ class Engine:
         """Check the saved optimizer state of the cores of one matrix."""
         if len(states) != len(cores):
             raise ValueError(f"the optimizer state of {name} is damaged: {len(states)} states of {len(cores)} cores")
-        if self.elementwise and (any(set(s) != set(states[0]) for s in states) or not same_scalars(states)):
+        if self.elementwise and any(what_is_behind(state) != what_is_behind(states[0]) for state in states):
             raise ValueError(
                 f"the optimizer state of {name} is damaged: that of its cores, which are stepped together, differs in step "
                 "counts or entries; resume from an earlier checkpoint"

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tnadapt.factorizations import Factorization
 
-__all__ = ["HANDOVERS", "same_scalars", "warm_state"]
+__all__ = ["HANDOVERS", "warm_state", "what_is_behind"]
 
 HANDOVERS = ("warm", "restart")
 
@@ -66,17 +66,13 @@ def warm_state(
     return result
 
 
-def same_scalars(states: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether step counts and the like agree, as those of the cores of one matrix must."""
-
-    def scalars(state: Mapping[str, Any]) -> dict[str, float]:
-        return {
-            key: float(value)
-            for key, value in state.items()
-            if value is not None and not (isinstance(value, Tensor) and value.dim() > 0)
-        }
-
-    return all(scalars(state) == scalars(states[0]) for state in states)
+def what_is_behind(state: Mapping[str, Any]) -> list[tuple[str, float | None]]:
+    """Names of the entries of an optimizer state, with those that are scalars (step counts): what differs in these cannot be
+    stepped as one tensor."""
+    return [
+        (key, None if value is None or (isinstance(value, Tensor) and value.dim() > 0) else float(value))
+        for key, value in sorted(state.items())
+    ]
 
 
 def _pull_squares(factorization: Factorization, cores: Sequence[Tensor], moment: Tensor) -> Sequence[Tensor]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 from torch import Tensor
 
@@ -26,12 +25,10 @@ class Outside:
     Args:
         engine: the expanded matrices.
         skipped: LoRA weights that were not candidates at the attachment.
-        process_group: ranks that train the same matrices; None for all.
     """
 
-    def __init__(self, engine: Engine, skipped: Sequence[Skipped], process_group: Any = None) -> None:
+    def __init__(self, engine: Engine, skipped: Sequence[Skipped]) -> None:
         self._engine = engine
-        self._process_group = process_group
         self._asleep = [s for s in skipped if s.parameter is not None and not s.parameter.requires_grad]
         self._resting: set[str] = set()
 
@@ -39,16 +36,19 @@ class Outside:
         """Names of expanded matrices that somebody else wrote (a loaded adapter, a hand edit), the same on all ranks. Looks at
         every step on the CPU; off it, where an answer is waited for, where torch has counted a write and every few steps."""
         names: list[str] = []
-        # what only one rank has seen must not make it look alone
-        several_ranks = is_distributed(self._process_group)
         for cohort in self._engine.cohorts.values():
-            seen = not several_ranks and self._engine.touched(cohort)
-            if cohort.device.type != "cpu" and not seen and step % _LOOK_EVERY != 1:
-                continue
-            if bool(agree_any(self._engine.may_be_changed(cohort), self._process_group).any()):
-                flags = agree_any(self._engine.changed_outside(cohort), self._process_group)
-                names += _flagged(cohort, flags)
+            if self._looks(cohort, step) and bool(self._agreed(self._engine.may_be_changed(cohort)).any()):
+                names += _flagged(cohort, self._agreed(self._engine.changed_outside(cohort)))
         return names
+
+    def _looks(self, cohort: Cohort, step: int) -> bool:
+        if cohort.device.type == "cpu" or step % _LOOK_EVERY == 1:
+            return True
+        # what only one rank has seen must not make it look alone
+        return not is_distributed(self._engine.process_group) and self._engine.touched(cohort)
+
+    def _agreed(self, flags: Tensor) -> Tensor:
+        return agree_any(flags, self._engine.process_group)
 
     def changed_now(self) -> tuple[str, ...]:
         """Names of expanded matrices that hold something else than what their cores fold to, on this rank. Waits for the

@@ -20,18 +20,16 @@ __all__ = ["from_sites", "rows_from_sites", "rows_to_sites", "to_sites"]
 
 def to_sites(matrices: Tensor, sites: Sites) -> Tensor:
     """[n, rows, cols] -> [n, i_1 j_1, ..., i_m j_m]: the order in which the cores have their modes. Differentiable."""
-    n, m = matrices.shape[0], len(sites)
-    split = matrices.reshape(n, *[i for i, _ in sites], *[j for _, j in sites])
-    order = [axis for k in range(m) for axis in (1 + k, 1 + m + k)]
-    return split.permute(0, *order).reshape(n, *[i * j for i, j in sites])
+    sizes, axes, _, _ = _plan(sites)
+    split = matrices.reshape(matrices.shape[0], *sizes).permute(0, *axes)
+    return split.reshape(matrices.shape[0], *[i * j for i, j in sites])
 
 
 def from_sites(flat: Tensor, sites: Sites) -> Tensor:
     """The inverse of `to_sites`, from [n, i_1 j_1 * ... * i_m j_m]. Differentiable."""
-    n, m = flat.shape[0], len(sites)
-    split = flat.reshape(n, *[size for site in sites for size in site])
-    order = [1 + 2 * k for k in range(m)] + [2 + 2 * k for k in range(m)]
-    return split.permute(0, *order).reshape(n, math.prod(i for i, _ in sites), math.prod(j for _, j in sites))
+    _, _, sizes, axes = _plan(sites)
+    split = flat.reshape(flat.shape[0], *sizes).permute(0, *axes)
+    return split.reshape(flat.shape[0], math.prod(i for i, _ in sites), math.prod(j for _, j in sites))
 
 
 def rows_to_sites(rows: Tensor, sites: Sites, out: Tensor) -> None:
@@ -48,23 +46,23 @@ def rows_from_sites(flat: Tensor, sites: Sites, out: Tensor) -> None:
 
 @lru_cache(maxsize=1024)
 def _plan(sites: Sites) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """Sizes and permutation of the axes, there and back. Axes of size 1 are left out."""
+    """Sizes of the axes and what `permute` takes behind the batch, there and back. Axes of size 1 are left out."""
     by_rows = [(i, (k, 0)) for k, (i, _) in enumerate(sites)] + [(j, (k, 1)) for k, (_, j) in enumerate(sites)]
     matrix = [(size, axis) for size, axis in by_rows if size > 1]
     tensor = sorted(matrix, key=lambda entry: entry[1])
-    there = tuple(matrix.index(entry) for entry in tensor)
-    back = tuple(tensor.index(entry) for entry in matrix)
+    there = tuple(1 + matrix.index(entry) for entry in tensor)
+    back = tuple(1 + tensor.index(entry) for entry in matrix)
     return tuple(size for size, _ in matrix), there, tuple(size for size, _ in tensor), back
 
 
 def _permute_into(source: Tensor, sizes: Sequence[int], axes: Sequence[int], out: Tensor) -> None:
     n = source.shape[0]
     split = source.view(n, *sizes)
-    target = out.view(n, *[sizes[axis] for axis in axes])
-    if axes and axes[-1] == len(axes) - 1:
+    target = out.view(n, *[sizes[axis - 1] for axis in axes])
+    if axes and axes[-1] == len(axes):
         word = _word(source, out, sizes[-1])
         split, target = split.view(word), target.view(word)
-    target.copy_(split.permute(0, *[1 + axis for axis in axes]))
+    target.copy_(split.permute(0, *axes))
 
 
 def _word(source: Tensor, out: Tensor, run: int) -> torch.dtype:
