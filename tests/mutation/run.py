@@ -39,7 +39,7 @@ DEFAULT = ("tnadapt/planning.py", "tnadapt/factorizations", "tnadapt/schedulers"
 
 FACTORIZATION_TESTS = ["gauges", "structure", "layout", "kernels", "bad_input", "truncation", "zero_start", "precision",
                        "gradients", "batches", "round_trip", "docs"]  # fmt: skip
-ENGINE_TESTS = ["steps", "cohorts", "handover", "bad_input", "model_untouched", "state", "equivalence",
+ENGINE_TESTS = ["steps", "cohorts", "gaps", "handover", "bad_input", "model_untouched", "state", "equivalence",
                 "factorizations_train"]  # fmt: skip
 #: the tests that mutants of a module run, those that find most first
 TESTS = {

@@ -69,7 +69,7 @@ class Piece:
 
 def matrix_view_shape(core_shape: Sequence[int]) -> tuple[int, int]:
     """The unfolding of a core into a matrix that is nearest to square."""
-    splits = [(math.prod(core_shape[:k]), math.prod(core_shape[k:])) for k in range(1, max(len(core_shape), 2))]
+    splits = [(math.prod(core_shape[:k]), math.prod(core_shape[k:])) for k in range(1, len(core_shape))]
     return min(splits, key=lambda split: abs(math.log(split[0] / split[1])))
 
 

@@ -48,9 +48,10 @@ def unwrap(optimizer: Any) -> torch.optim.Optimizer:
     Raises:
         TypeError: there is no torch optimizer inside, it has no step hooks, or it is refused (see `REFUSED`).
     """
-    _refuse(optimizer)
     inner = optimizer.optimizer if type(optimizer).__name__ == "AcceleratedOptimizer" else optimizer
-    _refuse(inner)
+    for base in type(inner).__mro__:
+        if base.__name__ in REFUSED:
+            raise TypeError(f"{base.__name__} cannot train tensor-network cores: {REFUSED[base.__name__]}")
     if not isinstance(inner, torch.optim.Optimizer) or not hasattr(inner, "_optimizer_step_pre_hooks"):
         raise TypeError(
             f"the optimizer is a {type(optimizer).__name__}, not a torch.optim.Optimizer with step hooks; pass the torch "
@@ -62,12 +63,6 @@ def unwrap(optimizer: Any) -> torch.optim.Optimizer:
             "(schedule-free), and the matrices would not follow; use AdamW with a schedule"
         )
     return inner
-
-
-def _refuse(optimizer: Any) -> None:
-    for base in type(optimizer).__mro__:
-        if base.__name__ in REFUSED:
-            raise TypeError(f"{base.__name__} cannot train tensor-network cores: {REFUSED[base.__name__]}")
 
 
 def is_elementwise(optimizer: torch.optim.Optimizer) -> bool:
