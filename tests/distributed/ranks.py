@@ -27,11 +27,12 @@ class Ranks:
 
     A function of a test is called on each as `function(start, *arguments)`: `start()` makes the process group (gloo), which
     some tests want to happen late. Its process group is destroyed afterwards. What it returns comes back, by rank.
+    With TNADAPT_RANKS=fork in the environment they start at once, as forks of this process.
     """
 
     def __init__(self, world: int) -> None:
         self.world = world
-        context = mp.get_context("spawn")
+        context = mp.get_context(os.environ.get("TNADAPT_RANKS", "spawn"))
         self._folder = tempfile.TemporaryDirectory()
         self._calls = 0
         self._inboxes = [context.Queue() for _ in range(world)]

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from tnadapt import MPO, LoraOver, Static, TaylorRuntime
+from tnadapt.engine.tensors import broadcast_from_first, local
 from tnadapt.integrations.distributed import Checkpointed
 
 from .models import (
@@ -171,3 +172,35 @@ def _saved_while_training(start: Callable[[], None], folder: str) -> float:
 
 def test_an_asynchronous_checkpoint_holds_the_moment_it_was_made(two: Ranks, tmp_path: Path) -> None:
     assert two.run(_saved_while_training, str(tmp_path / "checkpoint")) == [0.0, 0.0]
+
+
+def _with_a_warm_up(start: Callable[[], None]) -> int:
+    """A step at a rate of zero, where all that the first rank has of the gradients is zero."""
+    start()
+    rank, _ = place()
+    model = _wrapped("fsdp", net(0))
+    optimizer = torch.optim.SGD(trainable(model), lr=0.0)
+    over = LoraOver(model, optimizer, MPO(order=4), Static())
+    loss_of(model, batch(0)).backward()
+    for parameter in trainable(model):
+        if rank == 0 and parameter.grad is not None:
+            local(parameter.grad).zero_()
+    optimizer.step()
+    return over.step
+
+
+def test_whether_a_step_moves_nothing_is_agreed_on(two: Ranks) -> None:
+    assert two.run(_with_a_warm_up) == [1, 1]
+
+
+def _broadcast(start: Callable[[], None], in_a_group: bool) -> list[list[float]]:
+    start()
+    rank = dist.get_rank()
+    values = [torch.full((2,), 1.0 + rank), torch.full((3,), 10.0 + rank)]
+    broadcast_from_first(values, dist.new_group([0, 1]) if in_a_group else None)
+    return [value.tolist() for value in values]
+
+
+@pytest.mark.parametrize("in_a_group", [False, True])
+def test_values_are_those_of_the_first_rank(two: Ranks, in_a_group: bool) -> None:
+    assert two.run(_broadcast, in_a_group) == [[[1.0] * 2, [10.0] * 3]] * 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from tnadapt import MPO, SVD, Factorization, LoraOver, OverParamAdapter
+from tnadapt.engine.outside import Outside
 
 from .models import everything, same
 
@@ -146,3 +148,21 @@ def test_an_optimizer_may_keep_gradients_without_copying_them() -> None:
         return model
 
     assert all(map(torch.equal, run(False).parameters(), run(True).parameters()))
+
+
+def test_where_an_answer_is_waited_for_edits_are_looked_for_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Off the CPU: every 50 steps, and where torch counted a write, unless other ranks may not have counted it."""
+    engine: Any = SimpleNamespace(process_group=None, touched=lambda cohort: cohort.written_to)
+    outside = Outside(engine, [])
+
+    def steps(device: str, written_to: bool) -> list[int]:
+        cohort: Any = SimpleNamespace(device=torch.device(device), written_to=written_to)
+        return [step for step in range(1, 121) if outside._looks(cohort, step)]
+
+    every, now_and_then = list(range(1, 121)), [1, 51, 101]
+    assert steps("cpu", False) == steps("cpu", True) == every
+    assert steps("cuda", False) == now_and_then
+    assert steps("cuda", True) == every
+    monkeypatch.setattr("tnadapt.engine.outside.is_distributed", lambda group: True)
+    assert steps("cuda", True) == now_and_then
+    assert steps("cpu", True) == every

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
 import gc
 import importlib
@@ -48,21 +49,41 @@ class MutatedModule(importlib.machinery.SourceFileLoader):
 
 class Watcher:
     """A pytest plugin that leaves out large cases, and writes down the first test that fails; where it `traces` also which lines of
-    tnadapt were run, and what was imported."""
+    tnadapt each file of tests runs, and what was imported.
+
+    Lines of modules run while tests are collected: they are noted for no file, as those of all. Ranks are forks, that append what
+    they run to a file, for all files that start ranks."""
 
     def __init__(self, directory: Path, traces: bool) -> None:
         self.directory, self.traces, self.package = directory, traces, f"{Path.cwd()}/tnadapt/"
-        self.lines: dict[str, set[int]] = {}
+        self.lines: dict[str, set[tuple[str, int]]] = {}
+        self.process, self.tests, self.with_ranks = os.getpid(), "", set[str]()
 
     def trace(self, frame: FrameType, event: str, argument: Any) -> Any:
         if not frame.f_code.co_filename.startswith(self.package):
             return None
-        self.lines.setdefault(frame.f_code.co_filename, set()).add(frame.f_lineno)
+        line = frame.f_code.co_filename.removeprefix(self.package), frame.f_lineno
+        seen = self.lines.setdefault(self.tests, set())
+        if line not in seen:
+            seen.add(line)
+            if os.getpid() != self.process:
+                with (self.directory / "ranks").open("a") as file:
+                    print(*line, file=file)
         return self.trace
 
     def pytest_sessionstart(self) -> None:
         if self.traces:
             sys.settrace(self.trace)
+
+    def pytest_runtest_setup(self, item: pytest.Item) -> None:
+        tests = item.nodeid.partition("::")[0]
+        if self.traces and tests != self.tests:
+            self.tests = tests
+            for found in gc.get_objects():  # what is known from another file is not run
+                if isinstance(found, functools._lru_cache_wrapper) and found.__module__.startswith("tnadapt"):
+                    found.cache_clear()
+        if {"two", "four", "ranks"} & set(getattr(item, "fixturenames", ())):
+            self.with_ranks.add(tests)
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         items[:] = [item for item in items if not any(large in item.name for large in LARGE)]
@@ -80,7 +101,12 @@ class Watcher:
             sys.settrace(None)
             files = {name: getattr(module, "__file__", "") or "" for name, module in sys.modules.items()}
             imported = [name for name, file in files.items() if "-packages" in file]
-            lines = {name.removeprefix(self.package): sorted(numbers) for name, numbers in self.lines.items()}
+            ranks = self.directory / "ranks"
+            for line in set(ranks.read_text().splitlines()) if ranks.exists() else ():
+                name, number = line.split()
+                for tests in self.with_ranks:
+                    self.lines.setdefault(tests, set()).add((name, int(number)))
+            lines = {tests: sorted(found) for tests, found in self.lines.items()}
             (self.directory / "seen").write_text(json.dumps({"imported": imported, "lines": lines}))
 
 
@@ -111,9 +137,9 @@ def tests_in_fork(tests: tuple[str, ...], directory: Path, mutated: MutatedModul
 
 
 @functools.cache
-def baseline(tests: tuple[str, ...], scratch: Path) -> tuple[float, dict[str, list[int]]]:
-    """Seconds of a CPU that `tests` take without a mutant (and with tracing), and the lines of tnadapt's files that they run. The
-    libraries that they use are imported here."""
+def baseline(tests: tuple[str, ...], scratch: Path) -> tuple[float, dict[str, list[tuple[str, int]]]]:
+    """Seconds of a CPU that `tests` take without a mutant (and with tracing), and the lines of tnadapt that each of their files runs
+    (those of all under the empty name). The libraries that they use are imported here."""
     directory = scratch / "baseline"
     _, status, used = os.wait4(tests_in_fork(tests, directory, None, limit=3600), 0)
     if status != 0:
@@ -150,9 +176,18 @@ def outcomes(
 ) -> Iterator[dict[str, Any]]:
     """Run mutants, `workers` at once; give each outcome as it comes."""
     seconds, lines = baseline(tests, scratch)
-    limit, reached = math.ceil(5 + 1.5 * seconds), set(lines.get(path.partition("/")[2], []))
+    limit = math.ceil(5 + 1.5 * seconds)
+    module = path.partition("/")[2]
+    reached = {name: {number for file, number in found if file == module} for name, found in lines.items()}
     source = (scratch / path).read_text()
-    unreached = [m for m in todo if m.operator != "RemoveDecorator" and not reached & set(statement_of(m.line, source))]
+
+    def that_run(mutant: Mutant) -> tuple[str, ...]:
+        statement = set(statement_of(mutant.line, source))
+        if mutant.operator == "RemoveDecorator" or statement & reached.get("", set()):
+            return tests
+        return tuple(name for name in tests if statement & reached.get(name, set()))
+
+    unreached = [mutant for mutant in todo if not that_run(mutant)]
     for mutant in unreached:
         yield {**plain(mutant), "outcome": "unreached", "by": "", "seconds": 0.0}
     running: dict[int, tuple[Mutant, float, Path]] = {}
@@ -162,7 +197,7 @@ def outcomes(
         while waiting or running:
             while waiting and slots:
                 mutant, slot = waiting.pop(), slots.pop()
-                pid = tests_in_fork(tests, slot, MutatedModule(path, mutant.source), limit)
+                pid = tests_in_fork(that_run(mutant), slot, MutatedModule(path, mutant.source), limit)
                 running[pid] = (mutant, time.monotonic(), slot)
             time.sleep(0.02)
             for pid, (mutant, start, slot) in list(running.items()):
@@ -173,6 +208,8 @@ def outcomes(
                 if not done:  # it waits for something, for its time on a CPU is not used up
                     os.killpg(pid, signal.SIGKILL)
                     _, status = os.waitpid(pid, 0)
+                with contextlib.suppress(ProcessLookupError):  # ranks that it left
+                    os.killpg(pid, signal.SIGKILL)
                 del running[pid]
                 slots.append(slot)
                 code = os.waitstatus_to_exitcode(status)

@@ -39,7 +39,8 @@ DEFAULT = ("tnadapt/planning.py", "tnadapt/factorizations", "tnadapt/schedulers"
 
 FACTORIZATION_TESTS = ["gauges", "structure", "layout", "kernels", "bad_input", "truncation", "zero_start", "precision",
                        "gradients", "batches", "round_trip", "docs"]  # fmt: skip
-ENGINE_TESTS = ["steps", "cohorts", "gaps", "handover", "bad_input", "model_untouched", "state", "equivalence",
+RANKS_TESTS = ["fsdp", "ddp", "more", "offload", "refused", "checkpoint"]
+ENGINE_TESTS = ["steps", "cohorts", "coupling", "gaps", "handover", "bad_input", "model_untouched", "state", "equivalence",
                 "factorizations_train"]  # fmt: skip
 #: the tests that mutants of a module run, those that find most first
 TESTS = {
@@ -50,6 +51,7 @@ TESTS = {
         *(f"tests/engine/test_{name}.py" for name in ENGINE_TESTS),
         "tests/trust/test_faults.py",
         "tests/test_public_api.py",
+        *(f"tests/distributed/test_{name}.py" for name in RANKS_TESTS),
     ],
 }
 
@@ -194,7 +196,7 @@ def main() -> None:
     paths = [ROOT / name for name in arguments.modules]
     files = [file for path in paths for file in (sorted(path.rglob("*.py")) if path.is_dir() else [path])]
     torch.set_num_threads(1)
-    os.environ.update(TNADAPT_HYPOTHESIS_PROFILE="mutation", TOKENIZERS_PARALLELISM="false")
+    os.environ.update(TNADAPT_HYPOTHESIS_PROFILE="mutation", TNADAPT_RANKS="fork", TOKENIZERS_PARALLELISM="false")
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name).resolve()
         for folder in TREE:

@@ -1,0 +1,293 @@
+"""What the coupling to the optimizer does around a step: state entries, checks that wait, and optimizers of others."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from tnadapt import MPO, LoraMatrix, LoraOver, OverParamAdapter, Scheduler
+
+PAIR = ("0.A", "0.B")
+
+
+class At(Scheduler):
+    """Expands the first pair at one step; 0 is at once."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def select(self, step: int, matrices: Mapping[str, LoraMatrix]) -> Iterable[str]:
+        return PAIR if step == self.step else ()
+
+
+def layers(count: int = 2) -> nn.ModuleList:
+    torch.manual_seed(0)
+    model = nn.ModuleList(
+        OverParamAdapter.from_linear(nn.Linear(12, 12, dtype=torch.float64), rank=4, alpha=8) for _ in range(count)
+    )
+    for layer in model:
+        nn.init.normal_(layer.lora_B.weight)
+    return model
+
+
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def backward(model: nn.ModuleList, count: int, **options: Any) -> None:
+    """Gradients of the first so many layers."""
+    x = torch.linspace(-1, 1, 24, dtype=torch.float64).view(2, 12)
+    torch.stack([layer(x).square().mean() for layer in model[:count]]).sum().backward(**options)
+
+
+# -- entries of the optimizer's state ---------------------------------------------------------------------------------
+
+
+def as_distributed(optimizer: torch.optim.Optimizer, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The state dict that an optimizer gives where there is a process group."""
+    with monkeypatch.context() as patched:
+        patched.setattr(dist, "is_initialized", lambda: True)
+        return optimizer.state_dict()
+
+
+def test_entries_that_there_are_stay_in_saved_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only expanded matrices without an entry get zeros; who was not stepped is not there."""
+    model = layers(3)
+    optimizer = torch.optim.AdamW(trained(model), lr=1e-2)
+    LoraOver(model, optimizer, MPO(order=3), At(2))
+    for _ in range(2):
+        backward(model, 2)  # nothing comes to the third layer
+        optimizer.step()
+        optimizer.zero_grad()
+    entries = as_distributed(optimizer, monkeypatch)["state"]
+    assert set(entries) == {0, 1, 2, 3}
+    assert all(float(entry["exp_avg"].abs().max()) > 0 for entry in entries.values())
+
+
+def test_entries_that_are_missing_are_shaped_like_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cores have none either: those of parameters that were stepped are to go by."""
+    model = layers()
+    optimizer = torch.optim.AdamW(trained(model), lr=1e-2)
+    LoraOver(model, optimizer, MPO(order=3), At(0))
+    for parameter in trained(model[1]):
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    entries = as_distributed(optimizer, monkeypatch)["state"]
+    assert set(entries) == {0, 1, 2, 3}
+    for index, parameter in enumerate(trained(model[0])):
+        assert entries[index]["exp_avg"].shape == parameter.shape
+        assert not entries[index]["exp_avg"].any()
+
+
+def test_entries_of_other_shapes_are_not_made_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Adafactor's rows and columns."""
+    model = layers()
+    optimizer = torch.optim.Adafactor(trained(model), lr=1e-2)
+    LoraOver(model, optimizer, MPO(order=3), At(0))
+    backward(model, 2)
+    optimizer.step()
+    assert set(as_distributed(optimizer, monkeypatch)["state"]) == {2, 3}
+
+
+def test_a_state_is_not_loaded_where_the_optimizer_lost_a_matrix() -> None:
+    model = layers()
+    optimizer = torch.optim.AdamW(trained(model), lr=1e-2)
+    over = LoraOver(model, optimizer, MPO(order=3), At(0))
+    backward(model, 2)
+    optimizer.step()
+    state = copy.deepcopy(over.state_dict())
+    del optimizer.param_groups[0]["params"][0]
+    with pytest.raises(RuntimeError, match=r"does not hold the parameter of 0\.A"):
+        over.load_state_dict(state)
+
+
+# -- steps ------------------------------------------------------------------------------------------------------------
+
+
+def test_gradients_that_carry_a_graph_step_like_others() -> None:
+    def run(create_graph: bool) -> list[nn.Parameter]:
+        model = layers()
+        optimizer = torch.optim.SGD(trained(model), lr=1e-2)
+        LoraOver(model, optimizer, MPO(order=3), At(0))
+        for _ in range(2):
+            backward(model, 2, create_graph=create_graph)
+            optimizer.step()
+            optimizer.zero_grad()
+        return trained(model)
+
+    assert all(map(torch.equal, run(True), run(False)))
+
+
+def test_a_scale_is_known_during_the_step_only() -> None:
+    model = layers()
+    optimizer = torch.optim.SGD(trained(model), lr=1e-2, fused=True)
+    optimizer.grad_scale = torch.tensor(4.0)  # as GradScaler gives it
+    over = LoraOver(model, optimizer, MPO(order=3), At(0))
+    backward(model, 2)
+    optimizer.step()
+    matrix = over.matrices["1.A"]
+    assert matrix.gradient is matrix.parameter.grad
+
+
+def test_the_rate_of_the_cores_is_that_of_the_first() -> None:
+    model = layers()
+    groups = [{"params": trained(layer), "lr": rate} for layer, rate in zip(model, (1e-2, 1e-3), strict=True)]
+    optimizer = torch.optim.SGD(groups, lr=1e-2)
+    over = LoraOver(model, optimizer, MPO(order=3), core_lr=5e-3)
+    backward(model, 2)
+    optimizer.step()
+    assert over.core_rate() == 5e-3
+
+
+# -- flags that are read a step later ---------------------------------------------------------------------------------
+
+
+def flagged(finite: bool, monkeypatch: pytest.MonkeyPatch) -> tuple[LoraOver, Callable[[], None]]:
+    """A run of one step whose gradients were finite or not, as a device that is not waited for tells it; and one step more."""
+    model = layers()
+    optimizer = torch.optim.SGD(trained(model), lr=1e-2)
+    over = LoraOver(model, optimizer, MPO(order=3), At(0))
+    backward(model, 2)
+    pull_back = over._engine.pull_back
+    with monkeypatch.context() as patched:
+        patched.setattr(over._engine, "pull_back", lambda: [*pull_back(), torch.tensor(True), torch.tensor(finite)])
+        optimizer.step()
+    return over, optimizer.step
+
+
+def test_what_was_not_finite_is_said_by_the_next_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    over, step = flagged(False, monkeypatch)
+    with pytest.raises(FloatingPointError, match="the step before held NaN"):
+        step()
+    step()
+    assert over.step == 2
+
+
+def test_what_was_finite_is_not_spoken_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    over, step = flagged(True, monkeypatch)
+    step()
+    assert over.step == 2
+
+
+def test_what_was_not_finite_is_forgotten_with_the_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    over, step = flagged(False, monkeypatch)
+    over.load_state_dict(copy.deepcopy(over.state_dict()))
+    step()
+    assert over.step == 2
+
+
+# -- optimizers of others ---------------------------------------------------------------------------------------------
+
+
+class Descent(torch.optim.Optimizer):
+    """Without state. Steps what is in its groups, or what it was made with; every step, or not."""
+
+    def __init__(
+        self, parameters: list[nn.Parameter], own_list: bool = False, dies_at: int = 0, rests_at: int = 0
+    ) -> None:
+        super().__init__(parameters, {"lr": 1e-2})
+        self.own = list(parameters) if own_list else None
+        self.dies_at, self.rests_at, self.calls = dies_at, rests_at, 0
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:
+        self.calls += 1
+        if self.calls == self.dies_at:
+            raise ArithmeticError("in the optimizer")
+        if self.calls == self.rests_at:
+            return
+        chosen: list[Tensor] = (
+            [p for group in self.param_groups for p in group["params"]] if self.own is None else self.own
+        )
+        for parameter in chosen:
+            if parameter.grad is not None:
+                parameter.sub_(parameter.grad, alpha=self.param_groups[0]["lr"])
+
+
+def test_whether_cores_move_is_looked_at_again_after_a_step_that_died() -> None:
+    model = layers()
+    optimizer = Descent(trained(model), own_list=True, dies_at=1)
+    LoraOver(model, optimizer, MPO(order=3), At(0))
+    backward(model, 2)
+    with pytest.raises(ArithmeticError):
+        optimizer.step()
+    with pytest.raises(RuntimeError, match="did not step the cores"):
+        optimizer.step()
+
+
+def test_an_optimizer_that_has_stepped_cores_may_rest() -> None:
+    """One that gathers gradients over steps, say."""
+    model = layers()
+    optimizer = Descent(trained(model), rests_at=2)
+    over = LoraOver(model, optimizer, MPO(order=3), At(0))
+    for _ in range(3):
+        backward(model, 2)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert over.step == 3
+
+
+def test_groups_at_a_rate_of_zero_hide_nothing() -> None:
+    """Their cores need not move, those of other groups must."""
+    model = layers()
+    optimizer = Descent(trained(model[0]), own_list=True)
+    optimizer.add_param_group({"params": trained(model[1])})
+    optimizer.param_groups[0]["lr"] = 0.0
+    LoraOver(model, optimizer, MPO(order=3))
+    backward(model, 2)
+    with pytest.raises(RuntimeError, match="did not step the cores"):
+        optimizer.step()
+
+
+def test_an_optimizer_without_rates() -> None:
+    class Unit(torch.optim.Optimizer):
+        """Steps by a hundredth of the gradient, always."""
+
+        def __init__(self, parameters: list[nn.Parameter]) -> None:
+            super().__init__(parameters, {})
+
+        @torch.no_grad()
+        def step(self, closure: Callable[[], float] | None = None) -> None:
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        parameter.sub_(parameter.grad, alpha=1e-2)
+
+    def run(kind: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> tuple[list[nn.Parameter], LoraOver]:
+        model = layers()
+        optimizer = kind(trained(model))
+        over = LoraOver(model, optimizer, MPO(order=3), At(0))
+        for _ in range(2):
+            backward(model, 2)
+            optimizer.step()
+            optimizer.zero_grad()
+        return trained(model), over
+
+    (mine, over), (like, _) = run(Unit), run(Descent)
+    assert all(map(torch.equal, mine, like))
+    assert over.core_rate() is None
+
+
+# -- steps that move nothing ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rate", [0.0, torch.tensor(0.0)], ids=["number", "tensor"])
+def test_steps_that_only_make_state_do_not_count(rate: float | Tensor) -> None:
+    """As torch.distributed.checkpoint does them: all rates zero and all gradients too."""
+    model = layers()
+    optimizer = torch.optim.AdamW(trained(model), lr=rate, foreach=False)
+    over = LoraOver(model, optimizer, MPO(order=3), At(1))
+    for parameter in trained(model):
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    assert (over.step, over.expanded) == (0, ())
+    optimizer.zero_grad()
+    backward(model, 2)
+    optimizer.step()
+    assert (over.step, over.expanded) == (1, PAIR)
