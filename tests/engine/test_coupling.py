@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
+import math
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -272,6 +275,115 @@ def test_an_optimizer_without_rates() -> None:
     (mine, over), (like, _) = run(Unit), run(Descent)
     assert all(map(torch.equal, mine, like))
     assert over.core_rate() is None
+
+
+class WithEntries(Descent):
+    """Has entries of its own in its groups, and does something with them."""
+
+    def __init__(self, parameters: list[nn.Parameter], change: Callable[[list[dict[str, Any]]], None]) -> None:
+        super().__init__(parameters)
+        self.change = change
+        entries = {"weight_decay": 0.0, "count": 0}
+        self.defaults.update(entries)
+        self.param_groups[0].update(entries)
+
+    def step(self, closure: Callable[[], float] | None = None, *factors: float) -> None:
+        loss = 1.0 if closure is None else closure()
+        self.change(self.param_groups)
+        for parameter in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            parameter.data.sub_(parameter.grad, alpha=1e-2 * math.prod(factors, start=float(loss > 0)))
+
+
+def nothing(_: list[dict[str, Any]]) -> None:
+    pass
+
+
+@pytest.mark.parametrize("decay", [None, 0.1])
+def test_state_in_groups_is_found_out(decay: float | None) -> None:
+    """Cores are in a group for the step only: their count would start anew at every step."""
+    model = layers()
+    optimizer = WithEntries(trained(model), lambda groups: groups[-1].update(count=groups[-1]["count"] + 1))
+    LoraOver(model, optimizer, MPO(order=3), At(0), core_weight_decay=decay)
+    backward(model, 2)
+    with pytest.raises(RuntimeError, match=r"keeps state in its parameter groups \('count'\)"):
+        optimizer.step()
+
+
+def test_entries_of_the_cores_group_may_be_others() -> None:
+    """The decay, where the cores have one of their own, and what is only there."""
+    model = layers()
+    optimizer = WithEntries(trained(model), lambda groups: groups[-1].update(seen=True))
+    over = LoraOver(model, optimizer, MPO(order=3), core_weight_decay=0.1)
+    backward(model, 2)
+    optimizer.step()
+    assert over.step == 1
+
+
+def test_arguments_of_a_step_are_handed_on() -> None:
+    """Behind a closure, which is evaluated once."""
+    calls = []
+
+    def run(*arguments: Any) -> list[nn.Parameter]:
+        model = layers()
+        optimizer = WithEntries(trained(model), nothing)
+        LoraOver(model, optimizer, MPO(order=3), At(0))
+
+        def closure() -> float:
+            calls.append(1)
+            optimizer.zero_grad()
+            backward(model, 2)
+            return 1.0
+
+        optimizer.step(closure, *arguments)
+        return trained(model)
+
+    assert not torch.equal(run(3.0)[0], run()[0])
+    assert all(map(torch.equal, run(1.0), run()))
+    assert all(map(torch.equal, run(0.5, 6.0), run(3.0)))
+    assert len(calls) == 6
+
+
+# -- after a step -----------------------------------------------------------------------------------------------------
+
+
+def test_gradients_of_the_past_do_not_come_back() -> None:
+    """In a step that moves nothing, after the gradients were set to None."""
+    model = layers()
+    optimizer = torch.optim.SGD(trained(model), lr=1e-2)
+    LoraOver(model, optimizer, MPO(order=3), At(0))
+    backward(model, 2)
+    optimizer.step()
+    optimizer.zero_grad()
+    optimizer.param_groups[0]["lr"] = 0.0
+    optimizer.step()
+    assert all(parameter.grad is None for parameter in trained(model))
+
+
+def test_what_a_step_was_given_is_let_go() -> None:
+    model = layers()
+    optimizer = torch.optim.SGD(trained(model), lr=1e-2)
+    LoraOver(model, optimizer, MPO(order=3), At(0))
+
+    def closure() -> float:
+        backward(model, 2)
+        return 0.0
+
+    known = weakref.ref(closure)
+    optimizer.step(closure)
+    del closure
+    gc.collect()
+    assert known() is None
+
+
+def test_an_error_of_one_process_does_not_speak_of_ranks() -> None:
+    model = layers()
+    optimizer = torch.optim.SGD(trained(model), lr=1e-2)
+    LoraOver(model, optimizer, MPO(order=3), At(0))
+    backward(model, 2)
+    next(iter(trained(model))).grad.fill_(float("nan"))
+    with pytest.raises(FloatingPointError) as caught:
+        optimizer.step()
+    assert "ranks" not in "".join(getattr(caught.value, "__notes__", []))
 
 
 # -- steps that move nothing ------------------------------------------------------------------------------------------

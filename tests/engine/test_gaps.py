@@ -77,6 +77,14 @@ def test_damaged_members_are_refused(damage: str) -> None:
     assert all(same(value, after[key]) for key, value in before.items())
 
 
+def test_a_number_of_rounds_is_a_number() -> None:
+    _, _, over = after_a_step(torch.optim.AdamW, SVD(max_bond=2))
+    state = copy.deepcopy(over.state_dict())
+    state["engine"]["rounds"] = "many"
+    with pytest.raises(ValueError, match="the number of rounds is 'many'"):
+        over.load_state_dict(state)
+
+
 def test_what_is_within_the_limit_goes_its_own_way() -> None:
     """Of two matrices of one cohort one is shortened, and the other goes where it goes without a limit."""
 
