@@ -33,7 +33,7 @@ from .models import (
     trainable,
     whole_values,
 )
-from .ranks import Ranks
+from .ranks import Failed, Ranks
 from .test_fsdp import cpu_mesh, shard
 
 ENGINES = pytest.mark.parametrize("engine", ["ddp", "fsdp"])
@@ -204,3 +204,30 @@ def _broadcast(start: Callable[[], None], in_a_group: bool) -> list[list[float]]
 @pytest.mark.parametrize("in_a_group", [False, True])
 def test_values_are_those_of_the_first_rank(two: Ranks, in_a_group: bool) -> None:
     assert two.run(_broadcast, in_a_group) == [[[1.0] * 2, [10.0] * 3]] * 2
+
+
+def _after_rounding(start: Callable[[], None], error: float) -> int:
+    """Adapters that start with zeros as B, and with what rounding may make of A on the second rank, or more than that."""
+    start()
+    rank, _ = place()
+    model = net(0)
+    for layer in [*model.layers, model.head]:
+        with torch.no_grad():
+            layer.lora_B.weight.zero_()
+            layer.lora_A.weight.mul_(1 + rank * error)
+    optimizer = torch.optim.SGD(trainable(model), lr=1e-2)
+    over = LoraOver(model, optimizer, MPO(order=4), Static())
+    loss_of(model, batch(0)).backward()
+    optimizer.step()
+    return len(over.expanded)
+
+
+def test_ranks_may_differ_by_rounding(two: Ranks) -> None:
+    assert two.run(_after_rounding, 2.0**-52) == [8, 8]
+
+
+def test_ranks_may_not_differ_by_more(two: Ranks) -> None:
+    with pytest.raises(
+        Failed, match=r"ranks hold different values of layers\.0\.A, layers\.1\.A, layers\.2\.A and 1 more"
+    ):
+        two.run(_after_rounding, 1e-13)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from tnadapt import MPO, SVD, Factorization, LoraOver, OverParamAdapter
+from tnadapt import MPO, SVD, Factorization, LoraMatrix, LoraOver, OverParamAdapter, Scheduler
 from tnadapt.engine.outside import Outside
 
 from .models import everything, same
@@ -174,3 +174,28 @@ def test_where_an_answer_is_waited_for_edits_are_looked_for_now_and_then(monkeyp
     monkeypatch.setattr("tnadapt.engine.outside.is_distributed", lambda group: True)
     assert steps("cuda", True) == now_and_then
     assert steps("cpu", True) == every
+
+
+def test_updates_are_of_what_is_expanded() -> None:
+    _, _, over = after_a_step(torch.optim.AdamW, MPO(order=3))
+    assert set(over.update_norms()) == {"0.A", "0.B"}
+    over.fold(["0.A"])
+    assert set(over.update_norms()) == {"0.B"}
+
+
+class Never(Scheduler):
+    """Expands nothing."""
+
+    def select(self, step: int, matrices: Mapping[str, LoraMatrix]) -> Iterable[str]:
+        return ()
+
+
+def test_large_gradients_are_finite() -> None:
+    """Their squares may not be."""
+    model = layers(12)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-200)
+    over = LoraOver(model, optimizer, MPO(order=3), Never())
+    for parameter in (model[0].lora_A.weight, model[0].lora_B.weight):
+        parameter.grad = torch.full_like(parameter, 1e200)
+    optimizer.step()
+    assert over.step == 1
