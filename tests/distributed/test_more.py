@@ -231,3 +231,25 @@ def test_ranks_may_not_differ_by_more(two: Ranks) -> None:
         Failed, match=r"ranks hold different values of layers\.0\.A, layers\.1\.A, layers\.2\.A and 1 more"
     ):
         two.run(_after_rounding, 1e-13)
+
+
+def _at_rest(start: Callable[[], None]) -> float:
+    """Steps at a rate of zero of adapters whose B is zero; what is warned of is raised."""
+    start()
+    model = net(0)
+    for layer in [*model.layers, model.head]:
+        nn.init.zeros_(layer.lora_B.weight)
+    shard(model, cpu_mesh())
+    optimizer = torch.optim.SGD(trainable(model), lr=0.0)
+    LoraOver(model, optimizer, MPO(order=4), Static())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for step in range(3):
+            loss_of(model, batch(step)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return max(float(value.abs().max()) for name, value in whole_values(model).items() if "lora_B" in name)
+
+
+def test_zeros_that_rest_are_not_an_edit(two: Ranks) -> None:
+    assert two.run(_at_rest) == [0.0, 0.0]

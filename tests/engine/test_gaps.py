@@ -181,6 +181,8 @@ def test_updates_are_of_what_is_expanded() -> None:
     assert set(over.update_norms()) == {"0.A", "0.B"}
     over.fold(["0.A"])
     assert set(over.update_norms()) == {"0.B"}
+    over.load_state_dict(copy.deepcopy(over.state_dict()))
+    assert over.update_norms() == {}
 
 
 class Never(Scheduler):
