@@ -283,7 +283,7 @@ class WithEntries(Descent):
     def __init__(self, parameters: list[nn.Parameter], change: Callable[[list[dict[str, Any]]], None]) -> None:
         super().__init__(parameters)
         self.change = change
-        entries = {"weight_decay": 0.0, "count": 0}
+        entries = {"weight_decay": 0.0, "shift": torch.zeros(1), "count": 0}
         self.defaults.update(entries)
         self.param_groups[0].update(entries)
 
