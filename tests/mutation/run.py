@@ -45,7 +45,10 @@ ENGINE_TESTS = ["steps", "cohorts", "coupling", "gaps", "handover", "bad_input",
 #: the tests that mutants of a module run, those that find most first
 TESTS = {
     "tnadapt/planning.py": ["tests/test_planning.py"],
-    "tnadapt/schedulers": ["tests/test_schedulers.py", "tests/test_loss_ablation.py"],
+    "tnadapt/schedulers": [
+        *("tests/test_schedulers.py", "tests/test_loss_ablation.py"),
+        *(f"tests/distributed/test_{name}.py" for name in ("fsdp", "offload")),
+    ],
     "tnadapt/factorizations": [f"tests/factorizations/test_{name}.py" for name in FACTORIZATION_TESTS],
     "tnadapt/engine": [
         *(f"tests/engine/test_{name}.py" for name in ENGINE_TESTS),
