@@ -30,6 +30,15 @@ def test_any_matrix(name: str, data: st.DataObject) -> None:
     assert relative_error(factorization.fold(cores), matrix) <= tolerance(matrix.dtype, len(cores))
 
 
+@pytest.mark.parametrize("name", EXACT)
+def test_equal_entries(name: str) -> None:
+    """Their roundings do not cancel in the norms that a decomposition takes."""
+    for shape in ((199, 199), (1, 40_000), (40_000, 1)):
+        matrix = torch.full(shape, -0.75, dtype=torch.float64)
+        cores = EXACT[name].unfold(matrix)
+        assert relative_error(EXACT[name].fold(cores), matrix) <= tolerance(matrix.dtype, len(cores))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", EXACT_SITES)
 def test_explicit_sites(name: str, kind: str) -> None:
