@@ -161,3 +161,20 @@ def contract(cores: list[Tensor]) -> Tensor:
         chain = wider.reshape(wider.shape[0] * wider.shape[1], wider.shape[2] * wider.shape[3], -1)
     assert chain.shape[-1] == 1
     return chain[:, :, 0]
+
+
+def adapters(*widths: int) -> nn.ModuleList:
+    """Adapters from 12 features to so many each, in float64, the same at every call. `B` is not zero."""
+    torch.manual_seed(0)
+    model = nn.ModuleList(
+        OverParamAdapter.from_linear(nn.Linear(12, width, dtype=torch.float64), rank=4, alpha=8) for width in widths
+    )
+    for layer in model:
+        nn.init.normal_(layer.lora_B.weight)
+    return model
+
+
+def backward_through(model: nn.ModuleList, *chosen: int, **options: Any) -> None:
+    """Gradients of some of the `adapters`."""
+    x = torch.linspace(-1, 1, 24, dtype=torch.float64).view(2, 12)
+    torch.stack([model[k](x).square().mean() for k in chosen]).sum().backward(**options)

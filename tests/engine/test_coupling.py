@@ -14,7 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tnadapt import MPO, LoraMatrix, LoraOver, OverParamAdapter, Scheduler
+from tnadapt import MPO, LoraMatrix, LoraOver, Scheduler
+
+from .models import adapters, backward_through, trainable
 
 PAIR = ("0.A", "0.B")
 
@@ -29,26 +31,6 @@ class At(Scheduler):
         return PAIR if step == self.step else ()
 
 
-def layers(count: int = 2) -> nn.ModuleList:
-    torch.manual_seed(0)
-    model = nn.ModuleList(
-        OverParamAdapter.from_linear(nn.Linear(12, 12, dtype=torch.float64), rank=4, alpha=8) for _ in range(count)
-    )
-    for layer in model:
-        nn.init.normal_(layer.lora_B.weight)
-    return model
-
-
-def trained(model: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-
-def backward(model: nn.ModuleList, count: int, **options: Any) -> None:
-    """Gradients of the first so many layers."""
-    x = torch.linspace(-1, 1, 24, dtype=torch.float64).view(2, 12)
-    torch.stack([layer(x).square().mean() for layer in model[:count]]).sum().backward(**options)
-
-
 # -- entries of the optimizer's state ---------------------------------------------------------------------------------
 
 
@@ -61,11 +43,11 @@ def as_distributed(optimizer: torch.optim.Optimizer, monkeypatch: pytest.MonkeyP
 
 def test_entries_that_there_are_stay_in_saved_states(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only expanded matrices without an entry get zeros; who was not stepped is not there."""
-    model = layers(3)
-    optimizer = torch.optim.AdamW(trained(model), lr=1e-2)
+    model = adapters(12, 12, 12)
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
     LoraOver(model, optimizer, MPO(order=3), At(2))
     for _ in range(2):
-        backward(model, 2)  # nothing comes to the third layer
+        backward_through(model, 0, 1)  # nothing comes to the third layer
         optimizer.step()
         optimizer.zero_grad()
     entries = as_distributed(optimizer, monkeypatch)["state"]
@@ -75,34 +57,34 @@ def test_entries_that_there_are_stay_in_saved_states(monkeypatch: pytest.MonkeyP
 
 def test_entries_that_are_missing_are_shaped_like_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """The cores have none either: those of parameters that were stepped are to go by."""
-    model = layers()
-    optimizer = torch.optim.AdamW(trained(model), lr=1e-2)
+    model = adapters(12, 12)
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
     LoraOver(model, optimizer, MPO(order=3), At(0))
-    for parameter in trained(model[1]):
+    for parameter in trainable(model[1]):
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     entries = as_distributed(optimizer, monkeypatch)["state"]
     assert set(entries) == {0, 1, 2, 3}
-    for index, parameter in enumerate(trained(model[0])):
+    for index, parameter in enumerate(trainable(model[0])):
         assert entries[index]["exp_avg"].shape == parameter.shape
         assert not entries[index]["exp_avg"].any()
 
 
 def test_entries_of_other_shapes_are_not_made_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """As Adafactor's rows and columns."""
-    model = layers()
-    optimizer = torch.optim.Adafactor(trained(model), lr=1e-2)
+    model = adapters(12, 12)
+    optimizer = torch.optim.Adafactor(trainable(model), lr=1e-2)
     LoraOver(model, optimizer, MPO(order=3), At(0))
-    backward(model, 2)
+    backward_through(model, 0, 1)
     optimizer.step()
     assert set(as_distributed(optimizer, monkeypatch)["state"]) == {2, 3}
 
 
 def test_a_state_is_not_loaded_where_the_optimizer_lost_a_matrix() -> None:
-    model = layers()
-    optimizer = torch.optim.AdamW(trained(model), lr=1e-2)
+    model = adapters(12, 12)
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
     over = LoraOver(model, optimizer, MPO(order=3), At(0))
-    backward(model, 2)
+    backward_through(model, 0, 1)
     optimizer.step()
     state = copy.deepcopy(over.state_dict())
     del optimizer.param_groups[0]["params"][0]
@@ -115,35 +97,35 @@ def test_a_state_is_not_loaded_where_the_optimizer_lost_a_matrix() -> None:
 
 def test_gradients_that_carry_a_graph_step_like_others() -> None:
     def run(create_graph: bool) -> list[nn.Parameter]:
-        model = layers()
-        optimizer = torch.optim.SGD(trained(model), lr=1e-2)
+        model = adapters(12, 12)
+        optimizer = torch.optim.SGD(trainable(model), lr=1e-2)
         LoraOver(model, optimizer, MPO(order=3), At(0))
         for _ in range(2):
-            backward(model, 2, create_graph=create_graph)
+            backward_through(model, 0, 1, create_graph=create_graph)
             optimizer.step()
             optimizer.zero_grad()
-        return trained(model)
+        return trainable(model)
 
     assert all(map(torch.equal, run(True), run(False)))
 
 
 def test_a_scale_is_known_during_the_step_only() -> None:
-    model = layers()
-    optimizer = torch.optim.SGD(trained(model), lr=1e-2, fused=True)
+    model = adapters(12, 12)
+    optimizer = torch.optim.SGD(trainable(model), lr=1e-2, fused=True)
     optimizer.grad_scale = torch.tensor(4.0)  # as GradScaler gives it
     over = LoraOver(model, optimizer, MPO(order=3), At(0))
-    backward(model, 2)
+    backward_through(model, 0, 1)
     optimizer.step()
     matrix = over.matrices["1.A"]
     assert matrix.gradient is matrix.parameter.grad
 
 
 def test_the_rate_of_the_cores_is_that_of_the_first() -> None:
-    model = layers()
-    groups = [{"params": trained(layer), "lr": rate} for layer, rate in zip(model, (1e-2, 1e-3), strict=True)]
+    model = adapters(12, 12)
+    groups = [{"params": trainable(layer), "lr": rate} for layer, rate in zip(model, (1e-2, 1e-3), strict=True)]
     optimizer = torch.optim.SGD(groups, lr=1e-2)
     over = LoraOver(model, optimizer, MPO(order=3), core_lr=5e-3)
-    backward(model, 2)
+    backward_through(model, 0, 1)
     optimizer.step()
     assert over.core_rate() == 5e-3
 
@@ -153,10 +135,10 @@ def test_the_rate_of_the_cores_is_that_of_the_first() -> None:
 
 def flagged(finite: bool, monkeypatch: pytest.MonkeyPatch) -> tuple[LoraOver, Callable[[], None]]:
     """A run of one step whose gradients were finite or not, as a device that is not waited for tells it; and one step more."""
-    model = layers()
-    optimizer = torch.optim.SGD(trained(model), lr=1e-2)
+    model = adapters(12, 12)
+    optimizer = torch.optim.SGD(trainable(model), lr=1e-2)
     over = LoraOver(model, optimizer, MPO(order=3), At(0))
-    backward(model, 2)
+    backward_through(model, 0, 1)
     pull_back = over._engine.pull_back
     with monkeypatch.context() as patched:
         patched.setattr(over._engine, "pull_back", lambda: [*pull_back(), torch.tensor(True), torch.tensor(finite)])
@@ -214,10 +196,10 @@ class Descent(torch.optim.Optimizer):
 
 
 def test_whether_cores_move_is_looked_at_again_after_a_step_that_died() -> None:
-    model = layers()
-    optimizer = Descent(trained(model), own_list=True, dies_at=1)
+    model = adapters(12, 12)
+    optimizer = Descent(trainable(model), own_list=True, dies_at=1)
     LoraOver(model, optimizer, MPO(order=3), At(0))
-    backward(model, 2)
+    backward_through(model, 0, 1)
     with pytest.raises(ArithmeticError):
         optimizer.step()
     with pytest.raises(RuntimeError, match="did not step the cores"):
@@ -226,11 +208,11 @@ def test_whether_cores_move_is_looked_at_again_after_a_step_that_died() -> None:
 
 def test_an_optimizer_that_has_stepped_cores_may_rest() -> None:
     """One that gathers gradients over steps, say."""
-    model = layers()
-    optimizer = Descent(trained(model), rests_at=2)
+    model = adapters(12, 12)
+    optimizer = Descent(trainable(model), rests_at=2)
     over = LoraOver(model, optimizer, MPO(order=3), At(0))
     for _ in range(3):
-        backward(model, 2)
+        backward_through(model, 0, 1)
         optimizer.step()
         optimizer.zero_grad()
     assert over.step == 3
@@ -238,12 +220,12 @@ def test_an_optimizer_that_has_stepped_cores_may_rest() -> None:
 
 def test_groups_at_a_rate_of_zero_hide_nothing() -> None:
     """Their cores need not move, those of other groups must."""
-    model = layers()
-    optimizer = Descent(trained(model[0]), own_list=True)
-    optimizer.add_param_group({"params": trained(model[1])})
+    model = adapters(12, 12)
+    optimizer = Descent(trainable(model[0]), own_list=True)
+    optimizer.add_param_group({"params": trainable(model[1])})
     optimizer.param_groups[0]["lr"] = 0.0
     LoraOver(model, optimizer, MPO(order=3))
-    backward(model, 2)
+    backward_through(model, 0, 1)
     with pytest.raises(RuntimeError, match="did not step the cores"):
         optimizer.step()
 
@@ -263,14 +245,14 @@ def test_an_optimizer_without_rates() -> None:
                         parameter.sub_(parameter.grad, alpha=1e-2)
 
     def run(kind: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> tuple[list[nn.Parameter], LoraOver]:
-        model = layers()
-        optimizer = kind(trained(model))
+        model = adapters(12, 12)
+        optimizer = kind(trainable(model))
         over = LoraOver(model, optimizer, MPO(order=3), At(0))
         for _ in range(2):
-            backward(model, 2)
+            backward_through(model, 0, 1)
             optimizer.step()
             optimizer.zero_grad()
-        return trained(model), over
+        return trainable(model), over
 
     (mine, over), (like, _) = run(Unit), run(Descent)
     assert all(map(torch.equal, mine, like))
@@ -301,20 +283,20 @@ def nothing(_: list[dict[str, Any]]) -> None:
 @pytest.mark.parametrize("decay", [None, 0.1])
 def test_state_in_groups_is_found_out(decay: float | None) -> None:
     """Cores are in a group for the step only: their count would start anew at every step."""
-    model = layers()
-    optimizer = WithEntries(trained(model), lambda groups: groups[-1].update(count=groups[-1]["count"] + 1))
+    model = adapters(12, 12)
+    optimizer = WithEntries(trainable(model), lambda groups: groups[-1].update(count=groups[-1]["count"] + 1))
     LoraOver(model, optimizer, MPO(order=3), At(0), core_weight_decay=decay)
-    backward(model, 2)
+    backward_through(model, 0, 1)
     with pytest.raises(RuntimeError, match=r"keeps state in its parameter groups \('count'\)"):
         optimizer.step()
 
 
 def test_entries_of_the_cores_group_may_be_others() -> None:
     """The decay, where the cores have one of their own, and what is only there."""
-    model = layers()
-    optimizer = WithEntries(trained(model), lambda groups: groups[-1].update(seen=True))
+    model = adapters(12, 12)
+    optimizer = WithEntries(trainable(model), lambda groups: groups[-1].update(seen=True))
     over = LoraOver(model, optimizer, MPO(order=3), core_weight_decay=0.1)
-    backward(model, 2)
+    backward_through(model, 0, 1)
     optimizer.step()
     assert over.step == 1
 
@@ -324,18 +306,18 @@ def test_arguments_of_a_step_are_handed_on() -> None:
     calls = []
 
     def run(*arguments: Any) -> list[nn.Parameter]:
-        model = layers()
-        optimizer = WithEntries(trained(model), nothing)
+        model = adapters(12, 12)
+        optimizer = WithEntries(trainable(model), nothing)
         LoraOver(model, optimizer, MPO(order=3), At(0))
 
         def closure() -> float:
             calls.append(1)
             optimizer.zero_grad()
-            backward(model, 2)
+            backward_through(model, 0, 1)
             return 1.0
 
         optimizer.step(closure, *arguments)
-        return trained(model)
+        return trainable(model)
 
     assert not torch.equal(run(3.0)[0], run()[0])
     assert all(map(torch.equal, run(1.0), run()))
@@ -348,24 +330,24 @@ def test_arguments_of_a_step_are_handed_on() -> None:
 
 def test_gradients_of_the_past_do_not_come_back() -> None:
     """In a step that moves nothing, after the gradients were set to None."""
-    model = layers()
-    optimizer = torch.optim.SGD(trained(model), lr=1e-2)
+    model = adapters(12, 12)
+    optimizer = torch.optim.SGD(trainable(model), lr=1e-2)
     LoraOver(model, optimizer, MPO(order=3), At(0))
-    backward(model, 2)
+    backward_through(model, 0, 1)
     optimizer.step()
     optimizer.zero_grad()
     optimizer.param_groups[0]["lr"] = 0.0
     optimizer.step()
-    assert all(parameter.grad is None for parameter in trained(model))
+    assert all(parameter.grad is None for parameter in trainable(model))
 
 
 def test_what_a_step_was_given_is_let_go() -> None:
-    model = layers()
-    optimizer = torch.optim.SGD(trained(model), lr=1e-2)
+    model = adapters(12, 12)
+    optimizer = torch.optim.SGD(trainable(model), lr=1e-2)
     LoraOver(model, optimizer, MPO(order=3), At(0))
 
     def closure() -> float:
-        backward(model, 2)
+        backward_through(model, 0, 1)
         return 0.0
 
     known = weakref.ref(closure)
@@ -376,11 +358,11 @@ def test_what_a_step_was_given_is_let_go() -> None:
 
 
 def test_an_error_of_one_process_does_not_speak_of_ranks() -> None:
-    model = layers()
-    optimizer = torch.optim.SGD(trained(model), lr=1e-2)
+    model = adapters(12, 12)
+    optimizer = torch.optim.SGD(trainable(model), lr=1e-2)
     LoraOver(model, optimizer, MPO(order=3), At(0))
-    backward(model, 2)
-    next(iter(trained(model))).grad.fill_(float("nan"))
+    backward_through(model, 0, 1)
+    next(iter(trainable(model))).grad.fill_(float("nan"))
     with pytest.raises(FloatingPointError) as caught:
         optimizer.step()
     assert "ranks" not in "".join(getattr(caught.value, "__notes__", []))
@@ -392,14 +374,14 @@ def test_an_error_of_one_process_does_not_speak_of_ranks() -> None:
 @pytest.mark.parametrize("rate", [0.0, torch.tensor(0.0)], ids=["number", "tensor"])
 def test_steps_that_only_make_state_do_not_count(rate: float | Tensor) -> None:
     """As torch.distributed.checkpoint does them: all rates zero and all gradients too."""
-    model = layers()
-    optimizer = torch.optim.AdamW(trained(model), lr=rate, foreach=False)
+    model = adapters(12, 12)
+    optimizer = torch.optim.AdamW(trainable(model), lr=rate, foreach=False)
     over = LoraOver(model, optimizer, MPO(order=3), At(1))
-    for parameter in trained(model):
+    for parameter in trainable(model):
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     assert (over.step, over.expanded) == (0, ())
     optimizer.zero_grad()
-    backward(model, 2)
+    backward_through(model, 0, 1)
     optimizer.step()
     assert (over.step, over.expanded) == (1, PAIR)

@@ -12,38 +12,20 @@ import pytest
 import torch
 from torch import nn
 
-from tnadapt import MPO, SVD, Factorization, LoraMatrix, LoraOver, OverParamAdapter, Scheduler
+from tnadapt import MPO, SVD, Factorization, LoraMatrix, LoraOver, Scheduler
 from tnadapt.engine.outside import Outside
 
-from .models import everything, same
-
-
-def layers(*widths: int) -> nn.ModuleList:
-    """Adapters from 12 features to so many each, in float64."""
-    torch.manual_seed(0)
-    model = nn.ModuleList(
-        OverParamAdapter.from_linear(nn.Linear(12, width, dtype=torch.float64), rank=4, alpha=8) for width in widths
-    )
-    for layer in model:
-        nn.init.normal_(layer.lora_B.weight)
-    return model
-
-
-def backward(model: nn.ModuleList, *chosen: int) -> None:
-    """Gradients of some of the layers."""
-    x = torch.linspace(-1, 1, 24, dtype=torch.float64).view(2, 12)
-    torch.stack([model[k](x).square().mean() for k in chosen]).sum().backward()
-
+from .models import adapters, backward_through, everything, same, trainable
 
 Attached = tuple[nn.ModuleList, torch.optim.Optimizer, LoraOver]
 
 
 def after_a_step(optimizer_type: Callable[..., torch.optim.Optimizer], factorization: Factorization) -> Attached:
     """One expanded adapter that was stepped; its gradients are kept."""
-    model = layers(12)
-    optimizer = optimizer_type([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    model = adapters(12)
+    optimizer = optimizer_type(trainable(model), lr=1e-2)
     over = LoraOver(model, optimizer, factorization)
-    backward(model, 0)
+    backward_through(model, 0)
     optimizer.step()
     return model, optimizer, over
 
@@ -89,8 +71,8 @@ def test_what_is_within_the_limit_goes_its_own_way() -> None:
     """Of two matrices of one cohort one is shortened, and the other goes where it goes without a limit."""
 
     def run(limit: float | None) -> tuple[nn.ModuleList, LoraOver]:
-        model = layers(12, 12)
-        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        model = adapters(12, 12)
+        optimizer = torch.optim.SGD(trainable(model), lr=1e-2)
         over = LoraOver(model, optimizer, MPO(order=3), max_update=limit)
         generator = torch.Generator().manual_seed(0)
         for k, layer in enumerate(model):
@@ -145,11 +127,11 @@ def test_an_optimizer_may_keep_gradients_without_copying_them() -> None:
                     self.state[parameter]["last"] = parameter.grad.clone() if self.copies else parameter.grad
 
     def run(copies: bool) -> nn.ModuleList:
-        model = layers(12)
-        optimizer = Averaged([p for p in model.parameters() if p.requires_grad], copies)
+        model = adapters(12)
+        optimizer = Averaged(trainable(model), copies)
         over = LoraOver(model, optimizer, MPO(order=3))
         for _ in range(4):
-            backward(model, 0)
+            backward_through(model, 0)
             optimizer.step()
             optimizer.zero_grad()
         assert len(over.expanded) == 2
@@ -194,8 +176,8 @@ class Never(Scheduler):
 
 def test_large_gradients_are_finite() -> None:
     """Their squares may not be."""
-    model = layers(12)
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-200)
+    model = adapters(12)
+    optimizer = torch.optim.SGD(trainable(model), lr=1e-200)
     over = LoraOver(model, optimizer, MPO(order=3), Never())
     for parameter in (model[0].lora_A.weight, model[0].lora_B.weight):
         parameter.grad = torch.full_like(parameter, 1e200)
