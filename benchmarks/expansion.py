@@ -33,8 +33,8 @@ from rich.console import Console
 from torch import nn
 from tqdm import tqdm
 
-from tnadapt import MPO, LoraMatrix, LoraOver, OverParamAdapter, Scheduler
-from tnadapt.engine import Engine
+from tnadapt import MPO, TrainedMatrix, LoraOver, OverParamAdapter, Scheduler
+from tnadapt.engine import Expanded
 from tnadapt.report.provenance import environment, write_json
 
 RESULTS = Path(__file__).parent / "results"
@@ -50,7 +50,7 @@ class PerGroup(Scheduler):
     def __init__(self, count: int, steps: tuple[int, ...]) -> None:
         self.count, self.steps = count, steps
 
-    def select(self, step: int, matrices: Mapping[str, LoraMatrix]) -> Iterable[str]:
+    def select(self, step: int, matrices: Mapping[str, TrainedMatrix]) -> Iterable[str]:
         if step not in self.steps:
             return []
         waiting: dict[str, list[str]] = {}
@@ -82,7 +82,7 @@ def adapters(layers: int, device: str) -> nn.Module:
 def timed_expansions(device: str) -> Iterator[list[float]]:
     """Collects the seconds of every expansion."""
     seconds: list[float] = []
-    expand = Engine.expand
+    expand = Expanded.expand
 
     def timed(*args: Any, **kwargs: Any) -> None:
         synchronize(device)
@@ -91,7 +91,7 @@ def timed_expansions(device: str) -> Iterator[list[float]]:
         synchronize(device)
         seconds.append(time.perf_counter() - started)
 
-    with mock.patch.object(Engine, "expand", timed):
+    with mock.patch.object(Expanded, "expand", timed):
         yield seconds
 
 

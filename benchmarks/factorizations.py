@@ -27,7 +27,8 @@ import torch
 from tqdm import tqdm
 
 from tnadapt.backends import BACKENDS
-from tnadapt.factorizations import CP, MPO, SVD, Factorization, Tucker, rows_from_sites, rows_to_sites
+from tnadapt.factorizations import CP, MPO, SVD, Factorization, Tucker
+from tnadapt.factorizations.sites import from_sites, to_sites
 
 RESULTS = Path(__file__).parent / "results"
 RANK = 8
@@ -99,17 +100,15 @@ def measure(factorization: Factorization, shape: tuple[int, int], batch: int, se
     grad = torch.randn(batch, *shape)
     cores = factorization.unfold(matrix)
     fused = factorization.fused_shapes(factorization.core_shapes(shape))
-    workspace = factorization.workspace([core.view(batch, *own) for core, own in zip(cores, fused, strict=True)])
-    rows, flat = torch.empty(batch, matrix[0].numel()), torch.empty(batch, matrix[0].numel())
+    kernel = factorization.kernel([core.view(batch, *own) for core, own in zip(cores, fused, strict=True)])
     sites = factorization.structure(shape).sites
 
     def fold() -> None:
-        rows_from_sites(workspace.contract(), sites, rows)
+        from_sites(kernel.contract(), sites)
 
     def fold_and_pull_back() -> None:
         fold()
-        rows_to_sites(grad.flatten(1), sites, flat)
-        workspace.pull_back(flat)
+        kernel.pull_back(to_sites(grad, sites).reshape(batch, -1))
 
     return {
         "unfold_ms": median_ms(lambda: factorization.unfold(matrix), seconds),

@@ -33,9 +33,8 @@ from step_overhead import CASES, Case, Variant, build_base, make_batch, synchron
 from torch import Tensor
 from tqdm import tqdm
 
-import tnadapt.engine.engine
-from tnadapt.engine import Coupling, Engine, Outside
-from tnadapt.engine.cohort import Cohort
+from tnadapt.engine import Step
+from tnadapt.engine.cores import Cohort
 from tnadapt.lora_over import LoraOver
 from tnadapt.report.provenance import environment, write_json
 
@@ -44,21 +43,20 @@ RESULTS = Path(__file__).parent / "results"
 SCHEDULE = "schedule, and be able to undo"
 #: (where a function is, its name, the phase it belongs to), in the order of a step
 PHASES: list[tuple[Any, str, str]] = [
-    (Coupling, "_resolve", "find parameters and groups"),
-    (Coupling, "_moves_nothing", "find parameters and groups"),
-    (LoraOver, "_decide", SCHEDULE),
-    (LoraOver, "_follow_outside_changes", "compare with outside changes"),
-    (Outside, "warn_of_switches", SCHEDULE),
-    (Engine, "_stack_gradients", "stack gradients"),
-    (Engine, "_require_finite", "check gradients"),
+    (Step, "_resolve", "find parameters and groups"),
+    (Step, "_moves_nothing", "find parameters and groups"),
+    (Step, "_follow_edits", "compare with outside changes"),
+    (Step, "_warn_of_switches", SCHEDULE),
+    (Step, "_decide", SCHEDULE),
+    (Cohort, "rows", "stack gradients"),
     (Cohort, "pull_back", "pull back"),
-    (Engine, "pull_back", "check gradients"),
-    (Engine, "lend", "lend cores"),
-    (Coupling, "_prepare", "lend cores"),
+    (Step, "_require_finite_plain", "check gradients"),
+    (Step, "_loan_of", "lend cores"),
+    (Step, "_lend", "lend cores"),
+    (Step, "_prepare", SCHEDULE),
     (Cohort, "fold", "refold"),
-    (Engine, "refold", "norms and checksums"),
-    (tnadapt.engine.engine, "write_rows", "write matrices"),
-    (Coupling, "_finish", "take cores back"),
+    (Cohort, "refold", "norms, and write matrices"),
+    (Step, "_finish", "take cores back"),
 ]
 STEP = "the optimizer itself, on cores and the rest"
 ORDER = [*dict.fromkeys(label for _, _, label in PHASES), STEP]
@@ -100,11 +98,9 @@ class Watch:
 
 
 @contextmanager
-def watched(watch: Watch, over: LoraOver) -> Iterator[None]:
+def watched(watch: Watch) -> Iterator[None]:
     """Put stopwatches around every phase."""
-    # the coupling has taken this method off its object already
-    places = [*PHASES, (over._coupling, "_before_step", SCHEDULE)]
-    patches = [mock.patch.object(at, name, watch.around(getattr(at, name), label)) for at, name, label in places]
+    patches = [mock.patch.object(at, name, watch.around(getattr(at, name), label)) for at, name, label in PHASES]
     for patch in patches:
         patch.start()
     try:
@@ -170,7 +166,7 @@ def profile(name: str, case: Case, repeats: int, warmup: int, trace: Path | None
         profiler.export_chrome_trace(str(trace))
     medians = {label: statistics.median(seconds) for label, seconds in series.items()}
     rows = [{"phase": label, "seconds": statistics.median(p.get(label, 0.0) for p in phases)} for label in ORDER]
-    cohorts = len(ours.over._engine.cohorts)
+    cohorts = len(ours.over._expanded.now.cohorts)
     return {
         "case": name,
         "model": case.model,

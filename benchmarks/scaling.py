@@ -40,7 +40,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from tnadapt import MPO, Factorization, LoraMatrix, LoraOver, OverParamAdapter, Scheduler, Static
+from tnadapt import MPO, Factorization, TrainedMatrix, LoraOver, OverParamAdapter, Scheduler, Static
 from tnadapt.report.provenance import environment, read_json, write_json
 
 RESULTS = Path(__file__).parent / "results"
@@ -77,7 +77,7 @@ class InRounds(Scheduler):
     def __init__(self, rounds: int) -> None:
         self.rounds = rounds
 
-    def select(self, step: int, matrices: Mapping[str, LoraMatrix]) -> Iterable[str]:
+    def select(self, step: int, matrices: Mapping[str, TrainedMatrix]) -> Iterable[str]:
         return list(matrices)[step - 1 :: self.rounds] if 1 <= step <= self.rounds else ()
 
 

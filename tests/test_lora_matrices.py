@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from tnadapt import LoraMatrix, OverParamAdapter, find_lora_matrices
-from tnadapt.lora_matrices import canonical_name
+from tnadapt import TrainedMatrix, OverParamAdapter, find_lora_matrices
+from tnadapt.matrices import canonical_name
 
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
@@ -284,7 +284,7 @@ def test_wrappers_change_no_name():
 def test_gradient_without_the_scale():
     parameter = nn.Parameter(torch.zeros(2, 3))
     parameter.grad = torch.full((2, 3), 8.0)
-    matrix = LoraMatrix("x.A", "A", "", "x", None, nn.Linear(3, 2), parameter)
+    matrix = TrainedMatrix("x.A", "A", "", "x", None, nn.Linear(3, 2), parameter)
     assert matrix.gradient is parameter.grad
     matrix.grad_scale = torch.tensor(4.0)
     assert torch.equal(matrix.gradient, torch.full((2, 3), 2.0))

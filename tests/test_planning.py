@@ -33,7 +33,7 @@ def after_training(model: nn.Module, factorization, scheduler, steps: int) -> tu
         optimizer.zero_grad()
         sum(layer(torch.ones(1, layer.lora_A.in_features)).sum() for layer in model.layers).backward()
         optimizer.step()
-    members = over.state_dict()["engine"]["members"]
+    members = over.state_dict()["cores"]
     cores = sum(core.numel() for entry in members.values() for core in entry["cores"])
     left = sum(m.parameter.numel() for name, m in over.matrices.items() if name not in members)
     assert over.trained_parameters == cores + left

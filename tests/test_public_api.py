@@ -109,7 +109,7 @@ def test_detached_matrices_start_fresh() -> None:
     assert float(optimizer.state[weight]["step"]) == 2
     over.detach()
     assert weight not in optimizer.state
-    assert over.state_dict()["engine"]["members"]
+    assert over.state_dict()["cores"]
 
 
 def test_cores_follow_their_matrix_to_another_group() -> None:
@@ -151,7 +151,7 @@ def test_what_is_idle_does_not_take_the_moments_of_the_others() -> None:
         if k < 3:
             idle.grad = None
         optimizer.step()
-    members = over.state_dict()["engine"]["members"]
+    members = over.state_dict()["cores"]
     assert float(members["proj.B"]["state"][0]["step"]) == 4
     assert float(members["out.B"]["state"][0]["step"]) == 1
 

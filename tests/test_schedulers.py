@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tnadapt import SVD, LoraOver, OverParamAdapter, Scheduler, Static, TaylorRuntime, find_lora_matrices
-from tnadapt.lora_matrices import LoraMatrix
+from tnadapt.matrices import TrainedMatrix
 from tnadapt.schedulers import by_group, round_sizes
 
 
@@ -24,14 +24,14 @@ class Layers(nn.Module):
         )
 
 
-def matrices_of(count: int = 4, dtype: torch.dtype = torch.float64) -> dict[str, LoraMatrix]:
+def matrices_of(count: int = 4, dtype: torch.dtype = torch.float64) -> dict[str, TrainedMatrix]:
     found, _ = find_lora_matrices(Layers(count, dtype))
     for matrix in found.values():
         nn.init.normal_(matrix.parameter)
     return found
 
 
-def give_gradients(matrices: dict[str, LoraMatrix], step: int, idle: tuple[str, ...] = ()) -> dict[str, Tensor]:
+def give_gradients(matrices: dict[str, TrainedMatrix], step: int, idle: tuple[str, ...] = ()) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(step)
     for name, matrix in matrices.items():
         gradient = torch.randn(matrix.shape, generator=generator, dtype=torch.float64).to(matrix.parameter.dtype)
@@ -39,7 +39,7 @@ def give_gradients(matrices: dict[str, LoraMatrix], step: int, idle: tuple[str, 
     return {name: m.parameter.grad for name, m in matrices.items() if m.parameter.grad is not None}
 
 
-def mark(matrices: dict[str, LoraMatrix], names: list[str]) -> None:
+def mark(matrices: dict[str, TrainedMatrix], names: list[str]) -> None:
     for name in names:
         matrices[name].expanded = True
 
@@ -64,7 +64,7 @@ def test_rounds_by_hand(arguments, sizes):
     assert round_sizes(*arguments) == sizes
 
 
-def run(scheduler: TaylorRuntime, matrices: dict[str, LoraMatrix], steps: int) -> dict[int, list[str]]:
+def run(scheduler: TaylorRuntime, matrices: dict[str, TrainedMatrix], steps: int) -> dict[int, list[str]]:
     chosen: dict[int, list[str]] = {}
     for step in range(1, steps + 1):
         give_gradients(matrices, step)

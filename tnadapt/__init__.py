@@ -2,8 +2,8 @@
 
 from tnadapt.adapter import OverParamAdapter
 from tnadapt.factorizations import CP, MPO, SVD, Factorization, Tucker
-from tnadapt.lora_matrices import LoraMatrix, find_lora_matrices
 from tnadapt.lora_over import Event, FoldReport, LoraOver
+from tnadapt.matrices import TrainedMatrix, find_lora_matrices
 from tnadapt.planning import Plan, plan
 from tnadapt.schedulers import Budget, LossAblation, Scheduler, Static, TaylorRuntime, ablation_scores, predefined
 
@@ -15,7 +15,6 @@ __all__ = [
     "Event",
     "Factorization",
     "FoldReport",
-    "LoraMatrix",
     "LoraOver",
     "LossAblation",
     "OverParamAdapter",
@@ -23,6 +22,7 @@ __all__ = [
     "Scheduler",
     "Static",
     "TaylorRuntime",
+    "TrainedMatrix",
     "Tucker",
     "ablation_scores",
     "find_lora_matrices",

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from tnadapt.factorizations import Factorization, Structure
-from tnadapt.lora_matrices import LoraMatrix, Skipped, find_lora_matrices
+from tnadapt.matrices import Skipped, TrainedMatrix, find_lora_matrices
 from tnadapt.schedulers import by_group
 
 __all__ = ["Plan", "PlanRow", "plan"]
@@ -124,7 +124,7 @@ def plan(
     model: nn.Module,
     factorization: Factorization,
     top_n: int | None = None,
-    groups: Callable[[LoraMatrix], str] | None = None,
+    groups: Callable[[TrainedMatrix], str] | None = None,
 ) -> Plan:
     """What `factorization` would make of the LoRA matrices of `model`, which may be on the meta device.
 
@@ -151,7 +151,7 @@ def plan(
             expanded = min(count, budget)
             budget -= expanded
             rows.append(PlanRow(group, count, expanded, factorization.structure(shape)))
-    return Plan(factorization, tuple(rows), tuple(Skipped(s.name, s.reason) for s in skipped))
+    return Plan(factorization, tuple(rows), tuple(Skipped(s.name, s.reason, s.is_left_out) for s in skipped))
 
 
 def _why_little(structure: Structure) -> str:

@@ -100,7 +100,7 @@ def train(model: nn.Module, optimizer: Any, steps: range, rank: int = 0, world: 
 
 def outcome(model: nn.Module, over: LoraOver) -> dict[str, Any]:
     """What ranks are compared by."""
-    state = over.state_dict()["engine"]["members"]
+    state = over.state_dict()["cores"]
     return {
         "values": whole_values(model),
         "cores": {name: [core.clone() for core in entry["cores"]] for name, entry in state.items()},

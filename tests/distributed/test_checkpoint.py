@@ -185,5 +185,5 @@ def test_the_entry_is_a_copy_on_the_cpu() -> None:
     Checkpointed(other).load_state_dict(saved)
     assert other.expanded == over.expanded
     assert not other.changed_outside()
-    cores = saved["tnadapt"][0]["engine"]["members"]["head.A"]["cores"]
+    cores = saved["tnadapt"][0]["cores"]["head.A"]["cores"]
     assert all(core.device.type == "cpu" and torch.isfinite(core).all() for core in cores)

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from tnadapt import MPO, LoraOver, Static, TaylorRuntime
-from tnadapt.engine.tensors import broadcast_from_first, local
+from tnadapt.engine.ranks import broadcast_from_first, local
 from tnadapt.integrations.distributed import Checkpointed
 
 from .models import (
@@ -166,7 +166,7 @@ def _saved_while_training(start: Callable[[], None], folder: str) -> float:
     fresh = LoraOver(other, optimizer_of(trainable(other)), MPO(order=4), scheduler())
     dcp.load({"over": Checkpointed(fresh)}, checkpoint_id=folder)
     assert fresh.step == 5
-    members = fresh.state_dict()["engine"]["members"]
+    members = fresh.state_dict()["cores"]
     return max(float((a - b).abs().max()) for n in kept for a, b in zip(members[n]["cores"], kept[n], strict=True))
 
 

@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from tnadapt.engine.tensors import agree_any, broadcast_from_first, local_parts, stack_rows, write_rows
+from tnadapt.engine.ranks import agree_any, broadcast_from_first, local_parts, stack_rows, write_rows
 from tnadapt.schedulers.scores import taylor_scores
 
 from .ranks import Ranks

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from tnadapt import MPO, LoraOver, Static
-from tnadapt.lora_matrices import find_lora_matrices
+from tnadapt.matrices import find_lora_matrices
 
 from .models import net, optimizer_of, train, trainable
 from .ranks import Ranks

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -178,3 +179,14 @@ def backward_through(model: nn.ModuleList, *chosen: int, **options: Any) -> None
     """Gradients of some of the `adapters`."""
     x = torch.linspace(-1, 1, 24, dtype=torch.float64).view(2, 12)
     torch.stack([model[k](x).square().mean() for k in chosen]).sum().backward(**options)
+
+
+def when_lent(over: Any, look: Callable[..., None]) -> None:
+    """Call `look` in every step once the cores are lent: they are what the optimizer is about to step."""
+    lend = over._step._lend
+
+    def lend_and_look(loan: Any) -> None:
+        lend(loan)
+        look()
+
+    over._step._lend = lend_and_look

@@ -12,8 +12,7 @@ import torch
 from torch import nn
 
 from tnadapt import MPO, SVD, LoraOver, OverParamAdapter, Scheduler, Static, TaylorRuntime
-from tnadapt.engine.attachment import shown
-from tnadapt.engine.optimizers import REFUSED
+from tnadapt.engine.checks import REFUSED, shown
 
 from .models import Experts, backward, everything, expert_loss, llama, same, trainable
 
@@ -246,11 +245,14 @@ def test_one_that_nobody_holds_any_more_is_no_obstacle():
         LoraOver(model, torch.optim.SGD(model.parameters(), lr=0.1), SVD())
 
 
-def test_folding_twice():
+def test_folding_twice_does_nothing():
     model, optimizer, over = started()
-    over.fold()
-    with Kept(model, optimizer, over), pytest.raises(RuntimeError, match=r"folded or detached already.*attach anew"):
-        over.fold()
+    first = over.fold()
+    with Kept(model, optimizer, over):
+        second = over.fold()
+    assert first.folded
+    assert second.folded == ()
+    assert second.trained_parameters == second.lora_parameters
 
 
 def test_loading_into_one_that_is_folded():
@@ -294,7 +296,12 @@ def test_core_lr_that_is_not_positive(rate):
 def test_core_lr_without_a_base():
     model = Experts()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    refused(model, optimizer, ValueError, "defaults", "positive lr", core_lr=1e-3)
+    over = LoraOver(model, optimizer, MPO(order=3), core_lr=1e-3)
+    expert_loss(model, 0).backward()
+    before = everything(model, optimizer, over)
+    with pytest.raises(ValueError, match=r"core_lr=0.001 is the rate of the cores at the base rate.*that is 0.0"):
+        optimizer.step()
+    assert same(before, everything(model, optimizer, over))
 
 
 @pytest.mark.parametrize("decay", [-0.1, float("nan")])

@@ -9,14 +9,12 @@ from collections.abc import Mapping
 import peft
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
 
 from tnadapt import CP, MPO, LoraOver, OverParamAdapter, Scheduler, Tucker
-from tnadapt.engine.cohort import Cohort
-from tnadapt.engine.tensors import checksums, local_parts, stack_rows, write_rows
-from tnadapt.lora_matrices import LoraMatrix
+from tnadapt.engine.cores import Cohort
+from tnadapt.engine.ranks import local_parts, stack_rows, write_rows
+from tnadapt.matrices import TrainedMatrix
 
 
 @pytest.mark.parametrize("factorization", [MPO(order=5), Tucker(), CP()], ids=lambda f: f.label)
@@ -42,47 +40,13 @@ def test_transposed_shapes_share_a_cohort_and_train_as_alone(factorization: obje
     together, apart = model(), model()
     one = run(together, [together.lora_A.weight, together.lora_B.weight])
     two = run(apart, [apart.lora_A.weight], [apart.lora_B.weight])
-    assert (len(one._engine.cohorts), len(two._engine.cohorts)) == (1, 2)
+    assert (len(one._expanded.now.cohorts), len(two._expanded.now.cohorts)) == (1, 2)
     for name, parameter in together.named_parameters():
         assert torch.allclose(parameter, dict(apart.named_parameters())[name], rtol=1e-10, atol=1e-12), name
     for name, matrix in one.matrices.items():
-        cores = one.state_dict()["engine"]["members"][name]["cores"]
+        cores = one.state_dict()["cores"][name]["cores"]
         assert tuple(tuple(core.shape) for core in cores) == factorization.core_shapes(matrix.shape)
         assert torch.allclose(factorization.fold(cores), matrix.parameter, rtol=1e-12)
-
-
-@given(
-    shape=st.tuples(st.integers(1, 40), st.integers(1, 40)),
-    n=st.integers(1, 3),
-    dtype=st.sampled_from([torch.float64, torch.float32]),
-    data=st.data(),
-)
-def test_a_change_of_one_entry_changes_its_checksum(
-    shape: tuple[int, int], n: int, dtype: torch.dtype, data: st.DataObject
-) -> None:
-    rows = torch.randn(n, shape[0] * shape[1], generator=torch.Generator().manual_seed(0)).to(dtype)
-    before = checksums(rows)
-    assert torch.equal(checksums(rows.clone()), before)
-    m, entry = data.draw(st.integers(0, n - 1)), data.draw(st.integers(0, rows.shape[1] - 1))
-    change = data.draw(st.sampled_from([-1e-4, 1e-4, 1.0, float("nan")]))
-    rows[m, entry] += change * rows[m].abs().max()
-    assert (checksums(rows) != before).tolist() == [k == m for k in range(n)]
-
-
-@pytest.mark.parametrize("shape", [(4, 12), (8, 1024)])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_changes_of_all_entries_change_checksums(dtype: torch.dtype, shape: tuple[int, int]) -> None:
-    rows = torch.randn(50, shape[0] * shape[1], generator=torch.Generator().manual_seed(0), dtype=dtype)
-    before = checksums(rows)
-    changes = {
-        "negated": -rows,
-        "doubled": 2 * rows,
-        "halved": rows / 2,
-        "turned": rows.roll(2, 1),
-        "flipped": rows.flip(1),
-    }
-    for name, changed in changes.items():
-        assert (checksums(changed) != before).all(), name
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -117,16 +81,16 @@ def step(layer: OverParamAdapter, optimizer: torch.optim.Optimizer) -> None:
 def test_bits_without_meaning_are_no_change() -> None:
     """Zeros changed their signs, which torch counted: looked at in full, and found to be equal."""
     layer, optimizer, over = trained()
-    cohort = next(iter(over._engine.cohorts.values()))
+    cohort = next(iter(over._expanded.now.cohorts))
     with torch.no_grad():
-        for site in cohort.stacked(cohort.buffer):
+        for site in cohort._sites:
             site.zero_()
-    cohort.stepped = True
-    over._engine.refold()
+    with torch.no_grad():
+        cohort.refold()
     with torch.no_grad():
         layer.lora_A.weight.neg_()
-    assert over._engine.touched(cohort)
-    assert not over._engine.may_be_changed(cohort).any()
+    assert cohort.was_written_to()
+    assert cohort.edited() is None
     assert over.changed_outside() == ()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -136,22 +100,12 @@ def test_bits_without_meaning_are_no_change() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_a_write_that_torch_does_not_count_is_seen_at_the_next_step(dtype: torch.dtype) -> None:
     layer, optimizer, over = trained(dtype)
-    cohort = next(iter(over._engine.cohorts.values()))
-    assert not over._engine.may_be_changed(cohort).any()
+    cohort = next(iter(over._expanded.now.cohorts))
+    assert cohort.edited() is None
     layer.lora_A.weight.data[1, 2] += 0.25
     with pytest.warns(UserWarning, match="^A changed outside") as record:
         step(layer, optimizer)
     assert len(record) == 1
-
-
-def test_a_write_that_torch_counts_is_compared_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer, optimizer, _ = trained()
-    monkeypatch.setattr("tnadapt.engine.engine.checksums", lambda rows: torch.zeros(len(rows)))
-    step(layer, optimizer)
-    with torch.no_grad():
-        layer.lora_A.weight.copy_(layer.lora_A.weight.roll(2, 1))
-    with pytest.warns(UserWarning, match="^A changed outside"):
-        step(layer, optimizer)
 
 
 def test_off_the_cpu_a_write_is_followed_before_it_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,8 +113,8 @@ def test_off_the_cpu_a_write_is_followed_before_it_is_lost(monkeypatch: pytest.M
     layer, optimizer, over = trained()
     for _ in range(49):
         step(layer, optimizer)
-    cohort = next(iter(over._engine.cohorts.values()))
-    monkeypatch.setattr(cohort, "device", torch.device("cuda"))
+    cohort = next(iter(over._expanded.now.cohorts))
+    monkeypatch.setattr(cohort, "key", cohort.key._replace(device=torch.device("cuda")))
     layer.lora_A.weight.data.mul_(3)
     layer.lora_B.weight.data.mul_(3)
     wanted = layer.lora_A.weight.detach().clone()
@@ -169,13 +123,6 @@ def test_off_the_cpu_a_write_is_followed_before_it_is_lost(monkeypatch: pytest.M
         step(layer, optimizer)
     assert over.step == 51
     assert float((layer.lora_A.weight - wanted).abs().max()) < 0.01 * float(wanted.abs().max())
-
-
-def test_no_copy_of_matrices_that_tell_what_was_written() -> None:
-    _, _, over = trained()
-    assert all(cohort.written is None for cohort in over._engine.cohorts.values())
-    _, _, low = trained(torch.bfloat16)
-    assert all(cohort.written is not None for cohort in low._engine.cohorts.values())
 
 
 def two_adapters() -> nn.Module:
@@ -239,7 +186,7 @@ def test_the_first_step_is_capped_too(dtype: torch.dtype) -> None:
         norms = over.update_norms()
         assert norms.keys() == over.matrices.keys()
         assert max(norms.values()) <= 0.5 * 1e-1 * 48**0.5 * 1.01
-        assert all(cohort._before_step is None for cohort in over._engine.cohorts.values())
+        assert all(cohort._before is None for cohort in over._expanded.now.cohorts)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -260,7 +207,7 @@ def test_a_refold_that_failed_is_made_up_for(
             step(layer, optimizer)
             return layer, over
         with monkeypatch.context() as patched:
-            patched.setattr("tnadapt.engine.engine.write_rows", lambda *_: (_ for _ in ()).throw(MemoryError("full")))
+            patched.setattr(torch, "_foreach_copy_", lambda *_: (_ for _ in ()).throw(MemoryError("full")))
             with pytest.raises(MemoryError, match="full"):
                 step(layer, optimizer)
         optimizer.state_dict()
@@ -293,15 +240,14 @@ def train(model: nn.ModuleList, optimizer: torch.optim.Optimizer, steps: int, re
         optimizer.zero_grad()
 
 
-def test_what_rests_is_a_round_of_its_own_and_left_alone() -> None:
-    """Half of a cohort without gradient: not a piece per matrix, and not a bit of it changes."""
+def test_what_rests_is_a_cohort_of_its_own_and_left_alone() -> None:
+    """Half of a cohort without gradient: not a cohort per matrix, and not a bit of it changes."""
     model, optimizer, over = frozen_half(4)
     train(model, optimizer, 1, rests="lora_A")
     kept = {n: (p._version, p.detach().clone()) for n, p in model.named_parameters() if "lora_A" in n}
     assert len(kept) == 4
     train(model, optimizer, 3, rests="lora_A")
-    (cohort,) = over._engine.cohorts.values()
-    assert len(cohort.pieces) == 2 * 5
+    assert [len(cohort.pieces) for cohort in over._expanded.now.cohorts] == [1, 1]
     for name, parameter in model.named_parameters():
         if name in kept:
             assert parameter._version == kept[name][0]
@@ -309,7 +255,7 @@ def test_what_rests_is_a_round_of_its_own_and_left_alone() -> None:
     assert sorted(over.update_norms()) == [f"{k}.B" for k in range(4)]
     train(model, optimizer, 1)
     assert sorted(over.update_norms()) == sorted(over.matrices)
-    states = over.state_dict()["engine"]["members"]
+    states = over.state_dict()["cores"]
     counts = {name: {float(s["step"]) for s in entry["state"]} for name, entry in states.items()}
     assert counts == {f"{k}.{side}": {1.0 if side == "A" else 5.0} for k in range(4) for side in "AB"}
 
@@ -320,16 +266,16 @@ class InTwoRounds(Scheduler):
     def __init__(self, first: int, second: int) -> None:
         self.steps = (first, second)
 
-    def select(self, step: int, matrices: Mapping[str, LoraMatrix]) -> list[str]:
+    def select(self, step: int, matrices: Mapping[str, TrainedMatrix]) -> list[str]:
         names = list(matrices)
         half = len(names) // 2
         return {self.steps[0]: names[:half], self.steps[1]: names[half:]}.get(step, [])
 
 
 @pytest.mark.parametrize(
-    ("handover", "pieces"), [("warm", 1), ("restart", 2 * 5)], ids=["with equal step counts", "with others"]
+    ("handover", "cohorts"), [("warm", 1), ("restart", 2)], ids=["with equal step counts", "with others"]
 )
-def test_later_rounds_join_those_of_equal_step_counts(handover: str, pieces: int) -> None:
+def test_later_rounds_join_those_of_equal_step_counts(handover: str, cohorts: int) -> None:
     """Moments that were handed over bring their step count along; the matrices train as if they were in cohorts of their own."""
 
     def run(*sides: str) -> tuple[nn.ModuleList, LoraOver]:
@@ -342,29 +288,37 @@ def test_later_rounds_join_those_of_equal_step_counts(handover: str, pieces: int
         return model, over
 
     (together, one), (apart, two) = run(""), run("0.lora_A", "0.lora_B", "1.lora_A", "1.lora_B")
-    assert [len(cohort.pieces) for cohort in one._engine.cohorts.values()] == [pieces]
-    assert len(two._engine.cohorts) == 4
+    assert len(one._expanded.now.cohorts) == cohorts
+    assert len(two._expanded.now.cohorts) == 4
     for parameter, other in zip(together.parameters(), apart.parameters(), strict=True):
         assert torch.allclose(parameter, other, rtol=1e-4, atol=1e-6)
 
 
-def test_members_of_one_round_whose_step_counts_differ_keep_them() -> None:
-    """As a state says that was saved while they were in cohorts of their own."""
+def test_step_counts_survive_saving_and_loading() -> None:
     model, optimizer, over = frozen_half(2)
     train(model, optimizer, 2)
     train(model, optimizer, 2, rests="lora_A")
     state = over.state_dict()
-    for entry in state["engine"]["members"].values():
-        entry["round"] = 0
     fresh, its_optimizer, other = frozen_half(2)
     fresh.load_state_dict(model.state_dict())
     other.load_state_dict(state)
-    loaded = other.state_dict()["engine"]["members"]
-    for name, entry in loaded.items():
+    for name, entry in other.state_dict()["cores"].items():
         assert {float(s["step"]) for s in entry["state"]} == {2.0 if name.endswith("A") else 4.0}
     train(model, optimizer, 3)
     train(fresh, its_optimizer, 3)
     assert all(map(torch.equal, model.parameters(), fresh.parameters()))
+
+
+def test_one_cohort_of_different_step_counts_is_refused() -> None:
+    """One number cannot count the steps of both."""
+    model, optimizer, over = frozen_half(2)
+    train(model, optimizer, 2)
+    train(model, optimizer, 2, rests="lora_A")
+    state = over.state_dict()
+    for entry in state["cores"].values():
+        entry["cohort"] = 0
+    with pytest.raises(ValueError, match="differs in step counts"):
+        frozen_half(2)[2].load_state_dict(state)
 
 
 def test_groups_that_are_merged_keep_step_counts() -> None:
@@ -377,8 +331,8 @@ def test_groups_that_are_merged_keep_step_counts() -> None:
     train(model, optimizer, 1)
     optimizer.param_groups[0]["params"] += optimizer.param_groups.pop()["params"]
     train(model, optimizer, 1)
-    assert len(over._engine.cohorts) == 1
-    members = over.state_dict()["engine"]["members"]
+    assert {cohort.key.group for cohort in over._expanded.now.cohorts} == {0}
+    members = over.state_dict()["cores"]
     assert {n: float(e["state"][0]["step"]) for n, e in members.items()} == {"0.A": 2, "1.A": 2, "0.B": 5, "1.B": 5}
 
 
@@ -389,7 +343,7 @@ def test_following_that_fails_changes_nothing(monkeypatch: pytest.MonkeyPatch) -
     optimizer.param_groups[0]["params"] = parameters[:1]
     optimizer.add_param_group({"params": parameters[1:2]})
     optimizer.add_param_group({"params": parameters[2:]})
-    before = dict(over._engine.cohorts)
+    before = over._expanded.now.cohorts
     made = iter([None])
 
     def second_fails(*args: object) -> Cohort:
@@ -397,17 +351,17 @@ def test_following_that_fails_changes_nothing(monkeypatch: pytest.MonkeyPatch) -
         return Cohort(*args)
 
     with monkeypatch.context() as patched:
-        patched.setattr("tnadapt.engine.engine.Cohort", second_fails)
+        patched.setattr("tnadapt.engine.expanded.Cohort", second_fails)
         with pytest.raises((StopIteration, RuntimeError)):
             train(model, optimizer, 1)
-    assert over._engine.cohorts == before
+    assert over._expanded.now.cohorts == before
     optimizer.zero_grad()
     train(model, optimizer, 1)
-    assert sum(len(cohort.members) for cohort in over._engine.cohorts.values()) == 4
+    assert sum(len(cohort.matrices) for cohort in over._expanded.now.cohorts) == 4
 
 
-def test_precisions_in_one_cohort() -> None:
-    """A float32 and a bfloat16 layer share float32 cores, each is compared in its own precision."""
+def test_precisions_side_by_side() -> None:
+    """Matrices in float32 and in bfloat16 both have float32 cores; each is compared in its own precision."""
     model, _, first = frozen_half(2)
     first.detach()
     model[1].to(torch.bfloat16)
@@ -420,7 +374,7 @@ def test_precisions_in_one_cohort() -> None:
                 layer(torch.ones(2, 12, dtype=layer.lora_A.weight.dtype)).float().square().mean().backward()
             optimizer.step()
             optimizer.zero_grad()
-    assert len(over._engine.cohorts) == 1
+    assert sorted(len(cohort.matrices) for cohort in over._expanded.now.cohorts) == [2, 2]
     model[0].lora_A.weight.data += 1e-3
     assert over.changed_outside() == ("0.A",)
 
@@ -446,15 +400,15 @@ def test_float64_matrices_that_were_only_unfolded_are_not_changed(order: int) ->
     nn.init.normal_(layer.lora_B.weight)
     optimizer = torch.optim.SGD([layer.lora_A.weight, layer.lora_B.weight], lr=0.0)
     over = LoraOver(layer, optimizer, MPO(order=order))
-    over._engine.expand(["A", "B"], lambda matrix: 0)
+    over._expanded.expand(["A", "B"])
     assert over.changed_outside() == ()
 
 
 def test_detached_cores_need_no_workspace() -> None:
     _, _, over = trained()
     over.detach()
-    assert all(cohort._workspace is None for cohort in over._engine.cohorts.values())
-    assert over.state_dict()["engine"]["members"].keys() == {"A", "B"}
+    assert all(cohort._kernel is None for cohort in over._expanded.now.cohorts)
+    assert over.state_dict()["cores"].keys() == {"A", "B"}
 
 
 def test_left_out_weights_are_not_kept_alive() -> None:
@@ -476,10 +430,10 @@ def test_a_step_that_is_rolled_back_leaves_nothing_to_refold(monkeypatch: pytest
         raise RuntimeError("after the cores were lent")
 
     with monkeypatch.context() as patched:
-        patched.setattr(over._coupling, "_first_steps", fails)
+        patched.setattr(over._step, "_loan_of", fails)
         with pytest.raises(RuntimeError, match="after the cores were lent"):
             train(model, optimizer, 1)
-    assert not any(cohort.stepped for cohort in over._engine.cohorts.values())
+    assert not any(cohort.lent for cohort in over._expanded.now.cohorts)
     optimizer.state_dict()
     assert [p._version for p in model.parameters()] == versions
 
@@ -517,8 +471,8 @@ def test_a_cap_at_a_rate_of_zero_moves_nothing(dtype: torch.dtype) -> None:
 def test_off_the_cpu_a_counted_write_is_followed_in_any_step(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, optimizer, over = trained()
     step(layer, optimizer)
-    cohort = next(iter(over._engine.cohorts.values()))
-    monkeypatch.setattr(cohort, "device", torch.device("cuda"))
+    cohort = next(iter(over._expanded.now.cohorts))
+    monkeypatch.setattr(cohort, "key", cohort.key._replace(device=torch.device("cuda")))
     with torch.no_grad():
         layer.lora_A.weight.mul_(3)
         layer.lora_B.weight.mul_(3)

@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tnadapt import MPO, LoraMatrix, LoraOver, Scheduler
+from tnadapt import MPO, LoraOver, Scheduler, TrainedMatrix
+from tnadapt.engine.step import _read_later
 
 from .models import adapters, backward_through, trainable
 
@@ -27,7 +28,7 @@ class At(Scheduler):
     def __init__(self, step: int) -> None:
         self.step = step
 
-    def select(self, step: int, matrices: Mapping[str, LoraMatrix]) -> Iterable[str]:
+    def select(self, step: int, matrices: Mapping[str, TrainedMatrix]) -> Iterable[str]:
         return PAIR if step == self.step else ()
 
 
@@ -139,9 +140,12 @@ def flagged(finite: bool, monkeypatch: pytest.MonkeyPatch) -> tuple[LoraOver, Ca
     optimizer = torch.optim.SGD(trainable(model), lr=1e-2)
     over = LoraOver(model, optimizer, MPO(order=3), At(0))
     backward_through(model, 0, 1)
-    pull_back = over._engine.pull_back
+    assert over._step is not None
+    pull_back = over._step._pull_back
     with monkeypatch.context() as patched:
-        patched.setattr(over._engine, "pull_back", lambda: [*pull_back(), torch.tensor(True), torch.tensor(finite)])
+        patched.setattr(
+            over._step, "_pull_back", lambda: [*pull_back(), _read_later([torch.tensor(True), torch.tensor(finite)])]
+        )
         optimizer.step()
     return over, optimizer.step
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tnadapt import MPO, LoraOver, Static, TaylorRuntime
 
-from .models import backward, contract, largest_difference, llama, loss_of, tokens, values
+from .models import backward, contract, largest_difference, llama, loss_of, tokens, values, when_lent
 
 STEPS = 15
 
@@ -135,13 +135,13 @@ def check(
 
     def take(*_: Any) -> None:
         # cores as they are when the optimizer is about to step them
-        for name, entry in over.state_dict()["engine"]["members"].items():
+        for name, entry in over.state_dict()["cores"].items():
             if parameter_name(name) not in oracle.cores:
                 states = [{k: v.clone() for k, v in state.items()} for state in entry["state"]]
                 taken[parameter_name(name)] = ([core.clone() for core in entry["cores"]], states)
                 warm.extend(bool(state) for state in states)
 
-    optimizer.register_step_pre_hook(take)
+    when_lent(over, take)
     for step in range(1, steps + 1):
         rate = 1 - 0.03 * step  # a learning-rate schedule
         for name, stepped in (("over", optimizer), ("plain", plain_optimizer)):

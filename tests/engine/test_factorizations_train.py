@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tnadapt import MPO, SVD, LoraOver, Static, TaylorRuntime
 from tnadapt.factorizations import CP, Factorization, Tucker
 
-from .models import backward, largest_difference, llama, loss_of, tokens, trainable, values
+from .models import backward, largest_difference, llama, loss_of, tokens, trainable, values, when_lent
 
 STEPS = 50
 TARGETS = ["q_proj", "v_proj", "down_proj"]
@@ -178,7 +178,7 @@ def check(factorization: Factorization, start: str, *, truncated: bool, zero_sta
 
     def take(*_: Any) -> None:
         # matrices expanded for the step to come: their cores before it, and the matrices, which must not have moved
-        for name, entry in over.state_dict()["engine"]["members"].items():
+        for name, entry in over.state_dict()["cores"].items():
             if name in residuals:
                 continue
             full, cores = parameter_name(name), [core.clone() for core in entry["cores"]]
@@ -188,7 +188,7 @@ def check(factorization: Factorization, start: str, *, truncated: bool, zero_sta
             folded = contract(factorization, cores) + (0 if residual is None else residual)
             assert float((folded - before[full]).abs().max()) <= 1e-13 * max(1.0, float(before[full].abs().max()))
 
-    optimizer.register_step_pre_hook(take)
+    when_lent(over, take)
     for step in range(1, STEPS + 1):
         rate = 3e-3 * (1 - 0.01 * step)  # a learning-rate schedule
         before = values(model)
@@ -205,7 +205,7 @@ def check(factorization: Factorization, start: str, *, truncated: bool, zero_sta
     assert len(oracle.cores) == len(over.matrices) == 12
     assert [event.step for event in over.history] == ([0] if start == "static" else [10, 20])
     assert all((residual is not None) == truncated for residual in residuals.values())
-    for name, entry in over.state_dict()["engine"]["members"].items():
+    for name, entry in over.state_dict()["cores"].items():
         residual = residuals[name]
         if residual is not None:
             assert torch.equal(entry["residual"], residual), "the residual is frozen"

@@ -12,8 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from tnadapt import MPO, SVD, Factorization, LoraMatrix, LoraOver, Scheduler
-from tnadapt.engine.outside import Outside
+from tnadapt import MPO, SVD, Factorization, TrainedMatrix, LoraOver, Scheduler
 
 from .models import adapters, backward_through, everything, same, trainable
 
@@ -39,7 +38,6 @@ def nan_residual(entry: dict[str, Any]) -> None:
 
 
 DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
-    "round as a word": (lambda entry: entry.update(round="first"), "the round of 0.A is 'first'"),
     "no residual": (lambda entry: entry.update(residual=None), "residual of 0.A is damaged"),
     "residual shape": (half_residual, "residual of 0.A is damaged"),
     "residual NaN": (nan_residual, "residual of 0.A is damaged"),
@@ -51,20 +49,12 @@ def test_damaged_members_are_refused(damage: str) -> None:
     model, optimizer, over = after_a_step(torch.optim.AdamW, SVD(max_bond=2))
     state = copy.deepcopy(over.state_dict())
     spoil, said = DAMAGE[damage]
-    spoil(state["engine"]["members"]["0.A"])
+    spoil(state["cores"]["0.A"])
     before = everything(model, optimizer, over)
     with pytest.raises(ValueError, match=said):
         over.load_state_dict(state)
     after = everything(model, optimizer, over)
     assert all(same(value, after[key]) for key, value in before.items())
-
-
-def test_a_number_of_rounds_is_a_number() -> None:
-    _, _, over = after_a_step(torch.optim.AdamW, SVD(max_bond=2))
-    state = copy.deepcopy(over.state_dict())
-    state["engine"]["rounds"] = "many"
-    with pytest.raises(ValueError, match="the number of rounds is 'many'"):
-        over.load_state_dict(state)
 
 
 def test_what_is_within_the_limit_goes_its_own_way() -> None:
@@ -87,7 +77,7 @@ def test_what_is_within_the_limit_goes_its_own_way() -> None:
     assert 2 * slow < fast / 2, "the matrices differ"
     limit = 1.5 * slow / (1e-2 * math.sqrt(48))
     model, over = run(limit)
-    assert len(over._engine.cohorts) == 1
+    assert len(over._expanded.now.cohorts) == 1
     for name in ("1.A", "1.B"):
         assert over.update_norms()[name] == pytest.approx(1.5 * slow, rel=2e-3)
     for name in ("lora_A", "lora_B"):
@@ -99,7 +89,7 @@ def test_a_state_that_was_loaded_is_not_trained() -> None:
     _, optimizer, over = after_a_step(torch.optim.Adafactor, MPO(order=3))
     state = copy.deepcopy(over.state_dict())
     kept = copy.deepcopy(state)
-    assert "row_var" in state["engine"]["members"]["0.A"]["state"][0]
+    assert "row_var" in state["cores"]["0.A"]["state"][0]
     over.load_state_dict(state)
     optimizer.step()
     assert not same(over.state_dict(), kept)
@@ -140,24 +130,6 @@ def test_an_optimizer_may_keep_gradients_without_copying_them() -> None:
     assert all(map(torch.equal, run(False).parameters(), run(True).parameters()))
 
 
-def test_where_an_answer_is_waited_for_edits_are_looked_for_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Off the CPU: every 50 steps, and where torch counted a write, unless other ranks may not have counted it."""
-    engine: Any = SimpleNamespace(process_group=None, touched=lambda cohort: cohort.written_to)
-    outside = Outside(engine, [])
-
-    def steps(device: str, written_to: bool) -> list[int]:
-        cohort: Any = SimpleNamespace(device=torch.device(device), written_to=written_to)
-        return [step for step in range(1, 121) if outside._looks(cohort, step)]
-
-    every, now_and_then = list(range(1, 121)), [1, 51, 101]
-    assert steps("cpu", False) == steps("cpu", True) == every
-    assert steps("cuda", False) == now_and_then
-    assert steps("cuda", True) == every
-    monkeypatch.setattr("tnadapt.engine.outside.is_distributed", lambda group: True)
-    assert steps("cuda", True) == now_and_then
-    assert steps("cpu", True) == every
-
-
 def test_updates_are_of_what_is_expanded() -> None:
     _, _, over = after_a_step(torch.optim.AdamW, MPO(order=3))
     assert set(over.update_norms()) == {"0.A", "0.B"}
@@ -170,7 +142,7 @@ def test_updates_are_of_what_is_expanded() -> None:
 class Never(Scheduler):
     """Expands nothing."""
 
-    def select(self, step: int, matrices: Mapping[str, LoraMatrix]) -> Iterable[str]:
+    def select(self, step: int, matrices: Mapping[str, TrainedMatrix]) -> Iterable[str]:
         return ()
 
 

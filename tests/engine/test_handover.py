@@ -134,7 +134,7 @@ def test_matrices_with_different_step_counts_are_stepped_apart() -> None:
         if step == 0:
             idle.grad = None
         optimizer.step()
-    members = over.state_dict()["engine"]["members"]
+    members = over.state_dict()["cores"]
     # the step that expands is counted too: the idle matrix has one step less behind it
     assert float(members["0.A"]["state"][0]["step"]) == 2
     assert float(members["2.A"]["state"][0]["step"]) == 3

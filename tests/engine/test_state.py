@@ -107,7 +107,7 @@ def test_truncated_cores_keep_their_residual():
     model, optimizer, over = build()
     go(model, optimizer, range(3))
     adapter, state = copy.deepcopy(model.state_dict()), through_a_file(optimizer.state_dict())
-    assert state["tnadapt"]["engine"]["members"]["experts.0.A"]["residual"].abs().max() > 1e-3
+    assert state["tnadapt"]["cores"]["experts.0.A"]["residual"].abs().max() > 1e-3
     go(model, optimizer, range(3, 6))
     again, again_optimizer, again_over = build()
     again.load_state_dict(adapter)
@@ -163,7 +163,7 @@ def test_eight_bit_adam_resumes():
     model, optimizer, over = build()
     go(model, optimizer, range(3))
     adapter, state = copy.deepcopy(model.state_dict()), through_a_file(optimizer.state_dict())
-    members = state["tnadapt"]["engine"]["members"]
+    members = state["tnadapt"]["cores"]
     assert any(s["state1"].dtype == torch.uint8 for entry in members.values() for s in entry["state"])
     go(model, optimizer, range(3, 6))
     again, again_optimizer, again_over = build()
@@ -225,7 +225,7 @@ def test_state_with_cores_loads_into_a_plain_optimizer():
     over.detach()
     assert "tnadapt" not in optimizer.state_dict()
     state = over.state_dict()
-    assert state["engine"]["members"].keys() == over.matrices.keys()
+    assert state["cores"].keys() == over.matrices.keys()
     torch.optim.AdamW(trainable(model), lr=1e-3).load_state_dict({**optimizer.state_dict(), "tnadapt": state})
 
 
@@ -277,7 +277,7 @@ def running(scheduler: Any = None, factorization: Any = None, count: int = 3) ->
 
 
 def member(state: Any) -> Any:
-    return next(iter(state["engine"]["members"].values()))
+    return next(iter(state["cores"].values()))
 
 
 def cut_core(state: Any) -> None:
@@ -304,16 +304,17 @@ def spoil_moment(state: Any) -> None:
 DAMAGE: dict[str, tuple[Callable[[Any], Any], str]] = {
     "no history": (lambda s: s.pop("history"), "lacks history"),
     "no step": (lambda s: s.pop("step"), "lacks step"),
-    "no engine": (lambda s: s.pop("engine"), "lacks engine"),
-    "no members": (lambda s: s["engine"].pop("members"), "damaged"),
-    "no rounds": (lambda s: s["engine"].pop("rounds"), "damaged"),
+    "nothing expanded": (lambda s: s.pop("cores"), "lacks cores"),
+    "no rates": (lambda s: s["rates"].pop("base"), "damaged"),
+    "no cohort": (lambda s: member(s).pop("cohort"), "damaged"),
+    "cohort as a word": (lambda s: member(s).update(cohort="first"), "damaged.*the cohort of"),
     "no cores": (lambda s: member(s).pop("cores"), "damaged"),
     "no state": (lambda s: member(s).pop("state"), "damaged"),
     "one core": (lambda s: member(s).update(cores=member(s)["cores"][:1]), "cores"),
     "one state": (lambda s: member(s).update(state=member(s)["state"][:1]), "damaged"),
-    "other version": (lambda s: s.update(version=99), "format version 99.*reads 1"),
-    "strange pending": (lambda s: s.update(pending=["nobody.B"]), "nobody.B"),
-    "strange member": (lambda s: s["engine"]["members"].update({"nobody.B": member(s)}), "nobody.B.*own|saved from"),
+    "other version": (lambda s: s.update(version=99), "format version 99.*reads 2"),
+    "strange waiting": (lambda s: s.update(waiting=["nobody.B"]), "nobody.B"),
+    "strange member": (lambda s: s["cores"].update({"nobody.B": member(s)}), "nobody.B.*own|saved from"),
     "core shape": (cut_core, "cores .* of experts.*resume with the factorization"),
     "core NaN": (spoil_core, "hold NaN or infinity.*earlier checkpoint"),
     "moment shape": (cut_moment, "damaged"),

@@ -141,7 +141,7 @@ def test_error_inside_the_optimizer(when, then):
     elif then == "state_dict":
         state = optimizer.state_dict()
         assert len(state["param_groups"]) == 1
-        assert len(state["tnadapt"]["engine"]["members"]) == 4
+        assert len(state["tnadapt"]["cores"]) == 4
         assert same(gradients, [p.grad for p in trainable(model)])
     elif then == "fold":
         over.fold()
@@ -337,7 +337,7 @@ def test_report():
     train(model, optimizer, range(3))
     trained, lora = over.trained_parameters, over.lora_parameters
     assert lora == sum(p.numel() for p in trainable(model)) == 3 * (4 * 12 + 6 * 4)
-    held = sum(core.numel() for entry in over.state_dict()["engine"]["members"].values() for core in entry["cores"])
+    held = sum(core.numel() for entry in over.state_dict()["cores"].values() for core in entry["cores"])
     assert trained == held > lora
     report = over.fold()
     assert (report.steps, report.lora_parameters, report.trained_parameters) == (3, lora, trained)
@@ -355,10 +355,10 @@ def test_folding_some_goes_on_training_the_others_through_cores():
     report = over.fold(["experts.0.A", "experts.2.B"])
     assert report.folded == ("experts.0.A", "experts.2.B")
     assert over.attached
-    kept = over.state_dict()["engine"]["members"]
+    kept = over.state_dict()["cores"]
     assert set(kept) == {"experts.0.B", "experts.1.A", "experts.1.B", "experts.2.A"}
     for name, entry in kept.items():
-        assert same(entry, before["engine"]["members"][name])
+        assert same(entry, before["cores"][name])
     train(model, optimizer, range(2, 4))
     assert over.matrices["experts.0.A"].parameter in optimizer.state, "stepped by itself now"
     assert len(over.fold().folded) == 4

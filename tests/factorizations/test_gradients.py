@@ -11,9 +11,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tnadapt.backends.kernels import sweeps_from_left
+from tnadapt.backends.contractions import sweeps_from_left
 from tnadapt.factorizations import Factorization
-from tnadapt.factorizations.sites import rows_from_sites, rows_to_sites, to_sites
+from tnadapt.factorizations.sites import from_sites, to_sites
 
 from .variants import CASES, EVERY, make_matrix, random_cores, reference_fold, shapes
 
@@ -69,12 +69,12 @@ def test_unfolded_cores(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_workspace(name: str) -> None:
+def test_kernel(name: str) -> None:
     """What the engine calls: the same numbers at every repetition, whether contracted before or not, and as the cores change."""
     factorization, shape = CASES[name]
     sites = factorization.structure(shape).sites
     fused = stack_fused(factorization, random_cores(factorization, shape, (3,)))
-    workspace = factorization.workspace(fused)
+    kernel = factorization.kernel(fused)
     for seed, contracts in enumerate((True, False, True, True)):
         for core, new in zip(
             fused, stack_fused(factorization, random_cores(factorization, shape, (3,), seed=seed)), strict=True
@@ -83,14 +83,10 @@ def test_workspace(name: str) -> None:
         cores = [core.view(3, *own) for core, own in zip(fused, factorization.core_shapes(shape), strict=True)]
         grad = make_matrix((3, *shape), seed=seed)
         if contracts:
-            rows = torch.full((3, grad[0].numel()), float("nan"), dtype=grad.dtype)
-            rows_from_sites(workspace.contract(), sites, rows)
-            assert not rows.requires_grad
-            assert torch.equal(rows.view(grad.shape), factorization.fold(cores))
-        flat = torch.full((3, grad[0].numel()), float("nan"), dtype=grad.dtype)
-        rows_to_sites(grad.flatten(1), sites, flat)
-        assert torch.equal(flat, to_sites(grad, sites).flatten(1))
-        found = torch.split(workspace.pull_back(flat), [core.numel() for core in cores])
+            matrices = from_sites(kernel.contract(), sites)
+            assert not matrices.requires_grad
+            assert torch.equal(matrices, factorization.fold(cores))
+        found = torch.split(kernel.pull_back(to_sites(grad, sites).flatten(1)), [core.numel() for core in cores])
         for actual, want in zip(found, factorization.pull_back(cores, grad), strict=True):
             assert actual.is_contiguous()
             assert_close(actual.view(want.shape), want)

@@ -6,12 +6,12 @@ import math
 
 import pytest
 import torch
-from hypothesis import example, given
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from tnadapt.backends import Kernel, get_backend
-from tnadapt.factorizations.sites import from_sites, rows_from_sites, rows_to_sites, to_sites
+from tnadapt.factorizations.sites import from_sites, to_sites
 
 SIZES = st.integers(1, 5)
 
@@ -103,28 +103,21 @@ def test_gradients_and_prefixes_share_one_memory(shape: tuple[int, int, int]) ->
     sites=st.lists(st.tuples(st.integers(1, 4), st.sampled_from([1, 2, 3, 4, 8])), min_size=1, max_size=4),
     dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
     n=st.integers(1, 3),
-    skip=st.integers(0, 2),
-    begin=st.integers(0, 2),
 )
-# the last axis comes first: what is moved in words must not be runs of another axis
-@example(sites=[(1, 4), (4, 1)], dtype=torch.float32, n=2, skip=0, begin=0)
-def test_rows_and_sites(sites: list[tuple[int, int]], dtype: torch.dtype, n: int, skip: int, begin: int) -> None:
-    """The same permutation as the differentiable one, also of rows in the middle of a tensor; bits stay as they are."""
+def test_sites_and_back(sites: list[tuple[int, int]], dtype: torch.dtype, n: int) -> None:
+    """Entry (i_1 ... i_m, j_1 ... j_m) of a matrix is entry (i_1 j_1, ..., i_m j_m) of the tensor; bits stay as they are."""
     rows, cols = math.prod(i for i, _ in sites), math.prod(j for _, j in sites)
-    matrices = torch.randn(skip + n, rows, cols, generator=torch.Generator().manual_seed(rows * cols)).to(dtype)
-    matrices[..., 0, 0] = float("nan")
-    given_rows = matrices.flatten(1)[skip:]
-    # memory that begins anywhere
-    memory = [torch.zeros(begin + (skip + n) * rows * cols, dtype=dtype) for _ in range(2)]
-    flat, back = (whole[begin:].view(-1, rows * cols) for whole in memory)
-    rows_to_sites(given_rows, tuple(sites), flat[skip:])
-    assert same_bits(flat[skip:], to_sites(matrices[skip:], tuple(sites)).reshape(n, -1))
-    rows_from_sites(flat[skip:], tuple(sites), back[skip:])
-    assert same_bits(back[skip:], given_rows)
-    assert same_bits(back[skip:], from_sites(flat[skip:], tuple(sites)).flatten(1))
-    assert not flat[:skip].any()
-
-
-def same_bits(one: Tensor, other: Tensor) -> bool:
-    word = {2: torch.int16, 4: torch.int32, 8: torch.int64}[one.element_size()]
-    return torch.equal(one.contiguous().view(word), other.contiguous().view(word))
+    matrices = torch.randn(n, rows, cols, generator=torch.Generator().manual_seed(rows * cols)).to(dtype)
+    tensor = to_sites(matrices, tuple(sites))
+    assert tensor.shape == (n, *[i * j for i, j in sites])
+    for seed in range(4):
+        draw = torch.Generator().manual_seed(seed)
+        where = [
+            (int(torch.randint(i, (), generator=draw)), int(torch.randint(j, (), generator=draw))) for i, j in sites
+        ]
+        row = col = 0
+        for (i, j), (a, b) in zip(sites, where, strict=True):
+            row, col = row * i + a, col * j + b
+        site = tuple(a * j + b for (_, j), (a, b) in zip(sites, where, strict=True))
+        assert torch.equal(tensor[(slice(None), *site)], matrices[:, row, col])
+    assert torch.equal(from_sites(tensor.reshape(n, -1), tuple(sites)), matrices)

@@ -12,7 +12,7 @@ import torch
 from tnadapt.backends import get_backend
 from tnadapt.backends.kernels import ChainKernel, CPKernel, TuckerKernel
 from tnadapt.factorizations import CP, MPO, Tucker, precision
-from tnadapt.factorizations.precision import ieee_matmul
+from tnadapt.backends.kernels import ieee_matmul
 from tnadapt.factorizations.sites import from_sites, to_sites
 
 from .variants import CASES, make_matrix
@@ -40,12 +40,10 @@ def test_autocast_does_not_lower_the_precision(name: str) -> None:
         again = factorization.unfold(matrix)
         folded, grads = factorization.fold(cores), factorization.pull_back(cores, grad)
         fused = factorization.fused_shapes(factorization.core_shapes(shape))
-        workspace = factorization.workspace([core.view(1, *own) for core, own in zip(cores, fused, strict=True)])
+        kernel = factorization.kernel([core.view(1, *own) for core, own in zip(cores, fused, strict=True)])
         sites = factorization.structure(shape).sites
-        kept = from_sites(workspace.contract(), sites)
-        kept_grads = torch.split(
-            workspace.pull_back(to_sites(grad[None], sites).flatten(1)), [c.numel() for c in cores]
-        )
+        kept = from_sites(kernel.contract(), sites)
+        kept_grads = torch.split(kernel.pull_back(to_sites(grad[None], sites).flatten(1)), [c.numel() for c in cores])
     assert torch.equal(folded, expected)
     assert torch.equal(kept[0], expected)
     assert folded.dtype == torch.float32

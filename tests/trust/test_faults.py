@@ -8,19 +8,18 @@ import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import Any, ClassVar
 
 import pytest
 import torch
 import torch.distributed as dist
-from engine.models import Experts, everything, expert_loss, same, trainable
+from engine.models import Experts, everything, expert_loss, same, trainable, when_lent
 from torch import nn
 
-from tnadapt import MPO, LoraOver, TaylorRuntime, lora_over
+from tnadapt import MPO, LoraOver, TaylorRuntime
 from tnadapt.backends.kernels import ChainKernel
 from tnadapt.backends.torch_backend import TorchBackend
-from tnadapt.engine import outside
+from tnadapt.engine import ranks
 from tnadapt.schedulers import Budget, Scheduler
 
 STEPS = 7
@@ -95,12 +94,12 @@ class Run:
         return self
 
     def all_of_it(self) -> dict[str, Any]:
-        engine = self.over._engine
+        cohorts = self.over._expanded.now.cohorts
         return {
             # what is not a copy of a public state comes first: asking for a state dict may mend things
-            "cores": [cohort.buffer.clone() for cohort in engine.cohorts.values()],
-            "lent": [piece.parameter.grad is not None for c in engine.cohorts.values() for piece in c.pieces],
-            "norms": {name: norm.clone() for name, norm in engine.update_norms.items()},
+            "cores": [cohort.buffer.clone() for cohort in cohorts],
+            "lent": [piece.parameter.grad is not None for cohort in cohorts for piece in cohort.pieces],
+            "norms": self.over.update_norms(),
             "rate": self.over.core_rate(),
             "scales": [matrix.grad_scale for matrix in self.over.matrices.values()],
             "state": {name: copy.deepcopy(self.optimizer.state.get(p)) for name, p in self.model.named_parameters()},
@@ -215,7 +214,7 @@ def test_out_of_memory(
             nonlocal count
             count = len(calls)
 
-        probe.optimizer.register_step_pre_hook(look)
+        when_lent(probe.over, look)
         probe.optimizer.step()
     if operation == "pull_back" or (operation == "chain_decompose" and step != ORDINARY):
         assert count, "the fault would not happen"
@@ -249,7 +248,7 @@ def test_out_of_memory_in_the_refold(monkeypatch: pytest.MonkeyPatch, clean: Any
         nonlocal inside
         inside = True
 
-    handle = run.optimizer.register_step_pre_hook(about_to_step)
+    when_lent(run.over, about_to_step)
     original, calls = ChainKernel.contract, itertools.count(1)
 
     def full(self: Any) -> Any:
@@ -262,7 +261,7 @@ def test_out_of_memory_in_the_refold(monkeypatch: pytest.MonkeyPatch, clean: Any
         with pytest.raises(torch.OutOfMemoryError) as raised:
             run.optimizer.step()
     assert "do not repeat the batch" in raised.value.__notes__[0]
-    handle.remove()
+    inside = False
     assert len(run.optimizer.param_groups) == 1
     assert same(gradients, [p.grad for p in trainable(run.model)])
     if then == "fold":
@@ -362,7 +361,7 @@ def test_broadcast_that_fails(monkeypatch: pytest.MonkeyPatch, clean: Any, step:
         with (
             failing_call(
                 monkeypatch,
-                __import__("tnadapt.engine.engine", fromlist=["engine"]),
+                ranks,
                 "broadcast_from_first",
                 k,
                 lambda: dist.DistBackendError("connection closed by peer"),
@@ -376,20 +375,18 @@ def test_broadcast_that_fails(monkeypatch: pytest.MonkeyPatch, clean: Any, step:
     require_same_end(clean(), run)
 
 
-@pytest.mark.parametrize(("module", "name"), [(outside, "agree_any"), (lora_over, "gather_objects")])
+@pytest.mark.parametrize("name", ["agree_any", "gather_objects"])
 @pytest.mark.parametrize("step", [EXPANDS, RELEASES])
-def test_agreement_that_fails(
-    monkeypatch: pytest.MonkeyPatch, clean: Any, step: int, module: ModuleType, name: str
-) -> None:
+def test_agreement_that_fails(monkeypatch: pytest.MonkeyPatch, clean: Any, step: int, name: str) -> None:
     run = Run().go(range(1, step))
     run.gradients(step)
 
     def fault() -> None:
         with (
             monkeypatch.context() as patched,
-            failing_call(monkeypatch, module, name, 1, lambda: dist.DistBackendError("timed out")),
+            failing_call(monkeypatch, ranks, name, 1, lambda: dist.DistBackendError("timed out")),
         ):
-            patched.setattr(lora_over, "is_distributed", lambda group=None: True)
+            patched.setattr(run.over._step, "_distributed", True)
             with pytest.raises(RuntimeError, match="timed out"):
                 run.optimizer.step()
 
@@ -499,7 +496,7 @@ def test_state_of_another_model(scheduler: str) -> None:
 
 def damage(state: Any, way: str) -> None:
     """Spoil the optimizer's state of one core."""
-    entry = next(e for e in state["tnadapt"]["engine"]["members"].values() if e["state"])
+    entry = next(e for e in state["tnadapt"]["cores"].values() if e["state"])
     first = dict(entry["state"][0])
     if way == "missing moment":
         del first["exp_avg_sq"]

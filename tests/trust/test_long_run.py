@@ -48,9 +48,10 @@ def require_folded(over: LoraOver) -> int:
 
     Expanding alone writes no matrix: one that has had no gradient since agrees to rounding."""
     exact = 0
-    for cohort in over._engine.cohorts.values():
-        folded = [cohort.factorization.fold([core[None] for core in member.cores])[0] for member in cohort.extract()]
-        for member, value in zip(cohort.members, folded, strict=True):
+    for cohort in over._expanded.now.cohorts:
+        fold = cohort.key.factorization.fold
+        folded = [(member, fold([core[None] for core in member.cores])[0]) for member in cohort.members()]
+        for member, value in folded:
             if member.matrix.parameter.grad is not None:
                 assert torch.equal(member.matrix.parameter.detach(), value), member.matrix.name
                 exact += 1

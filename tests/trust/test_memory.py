@@ -1,6 +1,6 @@
 """Peak memory of an optimizer step above that of plain LoRA, as the allocator saw it, against the sum that is documented.
 
-    cores + their optimizer state + max(core gradients, kept prefixes)
+    cores + their optimizer state + max(core gradients, kept prefixes) + a copy of the matrices
           + the largest cohort's scratch: 2 x its matrices, 2 x a square of its bond for each of them (none at order 2)
           - the optimizer state that plain LoRA has of the expanded matrices
 
@@ -74,7 +74,7 @@ def stated(order: int, state: int, scratch: float) -> tuple[int, float]:
     cores = COUNT * sum(factorization.num_parameters(shape) for shape in shapes)
     matrices = COUNT * sum(rows * cols for rows, cols in shapes)
     # sites of 1x1 make square cores, as large as the prefix that ends at them; only the first prefix is not kept but is core 0
-    always = (1 + state) * cores + cores - state * matrices
+    always = (1 + state) * cores + cores + matrices - state * matrices
     bond = max(max(core[0] for core in factorization.core_shapes(shape)) for shape in shapes)
     # of what flows back through 1x1 sites, what goes into a core and what comes out; the last goes where it belongs
     flowing = min(order - 2, 2) * COUNT * len(shapes) * bond**2

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from engine.models import Experts, base_llama, contract, expert_loss, loss_of, tokens
+from engine.models import Experts, base_llama, contract, expert_loss, loss_of, tokens, when_lent
 from engine.test_equivalence import square_view
 from torch import Tensor, nn
 
@@ -270,7 +270,7 @@ def run(case: Case) -> dict[str, float]:
 
     def take(*_: Any) -> None:
         """Cores as they are when the optimizer is about to step them."""
-        for name, entry in over.state_dict()["engine"]["members"].items():
+        for name, entry in over.state_dict()["cores"].items():
             raw = names[id(over.matrices[name].parameter)]
             if raw not in oracle.cores:
                 states = entry["state"] or [{} for _ in entry["cores"]]
@@ -281,7 +281,7 @@ def run(case: Case) -> dict[str, float]:
         if taken:
             jumps.append(jump(case, model, {name: contract(cores) for name, (cores, _) in taken.items()}))
 
-    optimizer.register_step_pre_hook(take)
+    when_lent(over, take)
     for step in range(1, STEPS + 1):
         optimizer.zero_grad()
         backward(case, model, step, scale)

@@ -9,10 +9,10 @@ from __future__ import annotations
 from functools import cache
 from importlib import import_module
 
-from tnadapt.backends.kernels import Kernel
+from tnadapt.backends.kernels import Kernel, full_precision
 from tnadapt.backends.torch_backend import TorchBackend
 
-__all__ = ["BACKENDS", "Kernel", "TorchBackend", "get_backend"]
+__all__ = ["BACKENDS", "Kernel", "TorchBackend", "full_precision", "get_backend"]
 
 #: name -> (module, class). The name is also that of the library and of the pip extra.
 BACKENDS: dict[str, tuple[str, str]] = {

@@ -26,25 +26,26 @@ class AutogradBackend(TorchBackend):
         return AutogradKernel(self.cp_contract, factors)
 
 
-class AutogradKernel:
+class AutogradKernel(Kernel):
     """Keeps the autograd graph of a contraction between contracting and pulling back."""
 
     def __init__(self, contract: Callable[[Sequence[Tensor]], Tensor], tensors: Sequence[Tensor]) -> None:
-        self._contract, self._tensors = contract, tensors
+        super().__init__(tensors[0].device)
+        self._differentiable, self._tensors = contract, tensors
         self._graph: tuple[list[Tensor], Tensor] | None = None
 
-    def contract(self) -> Tensor:
+    def _contract(self) -> Tensor:
         """The library's contraction, [n, P]."""
         with torch.enable_grad():
             leaves = [tensor.detach().requires_grad_() for tensor in self._tensors]
-            result = self._contract(leaves)
+            result = self._differentiable(leaves)
         self._graph = leaves, result
         return result.detach()
 
-    def pull_back(self, grad: Tensor) -> Tensor:
+    def _pull_back(self, grad: Tensor) -> Tensor:
         """Gradients of `sum(grad * contract())`, in memory of their own."""
         if self._graph is None:
-            self.contract()
+            self._contract()
         assert self._graph is not None
         (leaves, result), self._graph = self._graph, None
         return flatten(torch.autograd.grad(result, leaves, grad))

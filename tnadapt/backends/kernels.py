@@ -1,4 +1,9 @@
-"""Contractions in torch, and the kernels that repeat them at every training step.
+"""Kernels: contractions that a training loop repeats at every step, and their gradients, in the precision of the cores.
+
+Whatever the training around it has switched on, a kernel multiplies exactly as its dtype allows. Autocast contracts float32
+tensors in half precision, and the float32 matmul settings of torch (`tf32`, "high", "medium") round the factors of a product
+to ten bits or seven. Both would move the matrix by a thousandth of its size at every fold, where rounding moves it by a
+ten-millionth.
 
 Letters as in `torch_backend`.
 """
@@ -6,43 +11,160 @@ Letters as in `torch_backend`.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from functools import lru_cache
-from typing import Protocol
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import wraps
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-__all__ = [
-    "CPKernel",
-    "ChainKernel",
-    "Kernel",
-    "TuckerKernel",
-    "contract_chain",
-    "contract_cp",
-    "contract_tucker",
-    "cp_split",
-    "flatten",
-    "khatri_rao",
-    "sweeps_from_left",
-]
+from tnadapt.backends.contractions import contract_cp, contract_tucker, sweeps_from_left
+
+__all__ = ["CPKernel", "ChainKernel", "Kernel", "TuckerKernel", "flatten", "full_precision", "ieee_matmul"]
+
+# -- precision ---------------------------------------------------------------------------------------------------------
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
-class Kernel(Protocol):
-    """A contraction of tensors that stay where they are while their numbers change, and its gradients."""
+def full_precision(method: F) -> F:
+    """Run a method outside autocast and with exact float32 products. The device is that of its object, or of the first tensor
+    among the arguments."""
 
+    @wraps(method)
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        device = _device_of(self, args, kwargs)
+        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        if not autocast and not _reduced():
+            return method(self, *args, **kwargs)
+        with ExitStack() as stack:
+            if autocast:
+                stack.enter_context(torch.autocast(device, enabled=False))
+            stack.enter_context(ieee_matmul())
+            return method(self, *args, **kwargs)
+
+    return wrapped  # type: ignore[return-value]
+
+
+def _device_of(owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    if hasattr(owner, "device"):
+        return str(owner.device.type)
+    tensors = next(iter((*args, *kwargs.values())), ())
+    first = tensors if isinstance(tensors, Tensor) else next(iter(tensors), None)
+    return "cpu" if first is None else first.device.type
+
+
+class _Switch:
+    """The settings are the process's, not the thread's: the first to come in saves them, the last to leave restores them."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.inside = 0
+        self.saved: Any = None
+
+
+_SWITCH = _Switch()
+
+
+@contextmanager
+def ieee_matmul() -> Iterator[None]:
+    """float32 products without TF32 or bfloat16, on every device; the settings are put back afterwards."""
+    with _SWITCH.lock:
+        if _SWITCH.inside == 0:
+            _SWITCH.saved = _save_and_set()
+        _SWITCH.inside += 1
+    try:
+        yield
+    finally:
+        with _SWITCH.lock:
+            _SWITCH.inside -= 1
+            if _SWITCH.inside == 0:
+                _restore(_SWITCH.saved)
+
+
+def _settings() -> list[Any]:
+    """Where torch keeps the precision of float32 products, one entry per kind of device (torch 2.9 and later; reading the
+    older global setting there is an error when the newer ones were used)."""
+    places = (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None))
+    return [place for place in places if hasattr(place, "fp32_precision")]
+
+
+def _reduced() -> bool:
+    places = _settings()
+    if not places:
+        return torch.get_float32_matmul_precision() != "highest"
+    return any(place.fp32_precision in ("tf32", "bf16") for place in places)
+
+
+def _save_and_set() -> Any:
+    places = _settings()
+    if not places:
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        return before
+    inherited = getattr(torch.backends, "fp32_precision", "none")
+    saved = []
+    for place in places:
+        value = place.fp32_precision
+        # what is inherited from the setting for everything reads like one's own; "none" inherits it again
+        saved.append("none" if value == inherited else value)
+        place.fp32_precision = "ieee"
+    return saved
+
+
+def _restore(saved: Any) -> None:
+    places = _settings()
+    if not places:
+        torch.set_float32_matmul_precision(saved)
+        return
+    for place, value in zip(places, saved, strict=True):
+        place.fp32_precision = value
+
+
+# -- kernels -----------------------------------------------------------------------------------------------------------
+
+
+class Kernel(ABC):
+    """A contraction of tensors that stay where they are while their numbers change, and its gradients.
+
+    Neither method records a graph, and both run in full precision.
+
+    Args:
+        device: where the tensors are.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    @torch.no_grad()
+    @full_precision
     def contract(self) -> Tensor:
         """The contraction of the tensors as they are now, [n, P]. Keeps what pulling back through it reuses."""
+        return self._contract()
 
+    @torch.no_grad()
+    @full_precision
     def pull_back(self, grad: Tensor) -> Tensor:
         """Gradients of `sum(grad * contract())` with respect to all tensors, flat, one tensor after the other.
 
         `grad` is [n, P]. The tensors must not have changed since they were contracted; where they were not contracted, or were
         pulled back through since, they are contracted again. The result lasts until the next contraction.
         """
+        return self._pull_back(grad)
+
+    @abstractmethod
+    def _contract(self) -> Tensor:
+        """`contract`, as a kernel does it."""
+
+    @abstractmethod
+    def _pull_back(self, grad: Tensor) -> Tensor:
+        """`pull_back`, as a kernel does it."""
 
 
-class ChainKernel:
+class ChainKernel(Kernel):
     """A chain in place, swept from the end that takes fewer multiplications.
 
     From the left, with X_k the contraction of cores 0..k and C_k core k: X_k = X_{k-1} C_k, so dC_k = X_{k-1}^T dX_k and
@@ -55,6 +177,7 @@ class ChainKernel:
     """
 
     def __init__(self, cores: Sequence[Tensor]) -> None:
+        super().__init__(cores[0].device)
         n, m = cores[0].shape[0], len(cores)
         shapes = [tuple(core.shape[1:]) for core in cores]
         self._from_left = sweeps_from_left(tuple(shapes))
@@ -100,7 +223,7 @@ class ChainKernel:
         n = partial.shape[0]
         return partial.view(n, -1, shape[2]) if self._from_left else partial.view(n, shape[0], -1)
 
-    def contract(self) -> Tensor:
+    def _contract(self) -> Tensor:
         """All cores contracted, [n, P]."""
         self._ready = False
         self._sweep()
@@ -112,7 +235,7 @@ class ChainKernel:
         for rows, columns, out in self._forward[:-1]:
             torch.bmm(rows, columns, out=out)
 
-    def pull_back(self, grad: Tensor) -> Tensor:
+    def _pull_back(self, grad: Tensor) -> Tensor:
         """Gradients of `sum(grad * contract())`, in memory that the next contraction overwrites."""
         if not self._ready:
             self._sweep()
@@ -129,23 +252,24 @@ class ChainKernel:
         return self._flat
 
 
-class TuckerKernel:
+class TuckerKernel(Kernel):
     """A Tucker in place. Y_k = X_k^T U_k^T, with X_k the partial contraction [n, R_k, the others], gives
     dU_k = dY_k^T X_k^T and dX_k = U_k^T dY_k^T."""
 
     def __init__(self, factors: Sequence[Tensor], core: Tensor) -> None:
+        super().__init__(core.device)
         self._factors, self._core = factors, core
         self._partial: Sequence[Tensor] | None = None
 
-    def contract(self) -> Tensor:
+    def _contract(self) -> Tensor:
         """Factors and core tensor contracted, [n, P]."""
         flat, self._partial = contract_tucker(self._factors, self._core)
         return flat
 
-    def pull_back(self, grad: Tensor) -> Tensor:
+    def _pull_back(self, grad: Tensor) -> Tensor:
         """Gradients of `sum(grad * contract())`, in memory of their own."""
         if self._partial is None:
-            self.contract()
+            self._contract()
         assert self._partial is not None
         partial, self._partial = self._partial, None
         n, factors = grad.shape[0], self._factors
@@ -158,23 +282,24 @@ class TuckerKernel:
         return flatten([*reversed(grads), flow])
 
 
-class CPKernel:
+class CPKernel(Kernel):
     """A CP in place: the Khatri-Rao products of both halves, and one batched matmul that joins them."""
 
     def __init__(self, factors: Sequence[Tensor]) -> None:
+        super().__init__(factors[0].device)
         self._factors = factors
         self._halves: tuple[list[Tensor], list[Tensor]] | None = None
 
-    def contract(self) -> Tensor:
+    def _contract(self) -> Tensor:
         """Factors contracted, [n, P]."""
         flat, self._halves = contract_cp(self._factors)
         return flat
 
-    def pull_back(self, grad: Tensor) -> Tensor:
+    def _pull_back(self, grad: Tensor) -> Tensor:
         """Gradients of `sum(grad * contract())`, in memory of their own: two batched matmuls, then elementwise products down
         both halves."""
         if self._halves is None:
-            self.contract()
+            self._contract()
         assert self._halves is not None
         (left, right), self._halves = self._halves, None
         split = len(left)
@@ -191,72 +316,6 @@ class CPKernel:
 def flatten(tensors: Sequence[Tensor]) -> Tensor:
     """All entries, one tensor after the other."""
     return torch.cat([tensor.reshape(-1) for tensor in tensors])
-
-
-def contract_chain(cores: Sequence[Tensor]) -> Tensor:
-    """Chain cores contracted to [n, P], from the end that takes fewer multiplications; differentiable."""
-    n, m = cores[0].shape[0], len(cores)
-    if sweeps_from_left(tuple(tuple(core.shape[1:]) for core in cores)):
-        partial = cores[0].reshape(n, -1, cores[0].shape[-1])
-        for core in cores[1:]:
-            d_left, p, d_right = core.shape[1:]
-            partial = torch.bmm(partial, core.reshape(n, d_left, p * d_right)).reshape(n, -1, d_right)
-        return partial.reshape(n, -1)
-    partial = cores[-1].reshape(n, cores[-1].shape[1], -1)
-    for k in range(m - 2, -1, -1):
-        d_left, p, d_right = cores[k].shape[1:]
-        partial = torch.bmm(cores[k].reshape(n, d_left * p, d_right), partial).reshape(n, d_left, -1)
-    return partial.reshape(n, -1)
-
-
-@lru_cache(maxsize=1024)
-def sweeps_from_left(shapes: tuple[tuple[int, ...], ...]) -> bool:
-    """Whether contracting cores [d_left, p, d_right] from the left takes no more multiplications than from the right."""
-    modes = [p for _, p, _ in shapes]
-    left = sum(math.prod(modes[:k]) * math.prod(shapes[k]) for k in range(1, len(shapes)))
-    right = sum(math.prod(modes[k + 1 :]) * math.prod(shapes[k]) for k in range(len(shapes) - 1))
-    return left <= right
-
-
-def contract_tucker(factors: Sequence[Tensor], core: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Factors and core tensor contracted to [n, P], and the partial contraction before each mode; differentiable.
-
-    Every step takes the first mode off and puts its contraction last, so that after m steps all are in order and no
-    step moves memory to get its mode in place."""
-    n = core.shape[0]
-    partial, kept = core, []
-    for factor in factors:
-        partial = partial.reshape(n, factor.shape[2], -1)
-        kept.append(partial)
-        partial = torch.bmm(partial.transpose(1, 2), factor.transpose(1, 2))
-    return partial.reshape(n, -1), tuple(kept)
-
-
-def khatri_rao_prefixes(factors: Sequence[Tensor]) -> list[Tensor]:
-    """Columnwise Kronecker products of the first 1, 2, ... factors, each [n, p_1 * ... * p_k, R]."""
-    products = [factors[0]]
-    for factor in factors[1:]:
-        product = products[-1].unsqueeze(2) * factor.unsqueeze(1)
-        products.append(product.reshape(product.shape[0], -1, product.shape[-1]))
-    return products
-
-
-def khatri_rao(factors: Sequence[Tensor]) -> Tensor:
-    """Columnwise Kronecker product of all factors, [n, P, R]."""
-    return khatri_rao_prefixes(factors)[-1]
-
-
-@lru_cache(maxsize=1024)
-def cp_split(modes: tuple[int, ...]) -> int:
-    """Where to cut the modes into two halves so that their Khatri-Rao products are smallest together."""
-    return min(range(1, len(modes)), key=lambda k: math.prod(modes[:k]) + math.prod(modes[k:]))
-
-
-def contract_cp(factors: Sequence[Tensor]) -> tuple[Tensor, tuple[list[Tensor], list[Tensor]]]:
-    """CP factors contracted to [n, P], and the Khatri-Rao products of both halves; differentiable."""
-    split = cp_split(tuple(factor.shape[1] for factor in factors))
-    left, right = khatri_rao_prefixes(factors[:split]), khatri_rao_prefixes(factors[split:])
-    return torch.bmm(left[-1], right[-1].transpose(1, 2)).reshape(factors[0].shape[0], -1), (left, right)
 
 
 def _khatri_rao_pull_back(factors: Sequence[Tensor], products: Sequence[Tensor], flow: Tensor) -> list[Tensor]:

@@ -17,16 +17,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tnadapt.backends.kernels import (
-    ChainKernel,
-    CPKernel,
-    Kernel,
-    TuckerKernel,
-    contract_chain,
-    contract_cp,
-    contract_tucker,
-    khatri_rao,
-)
+from tnadapt.backends.contractions import contract_chain, contract_cp, contract_tucker, khatri_rao
+from tnadapt.backends.kernels import ChainKernel, CPKernel, Kernel, TuckerKernel
 
 __all__ = ["TorchBackend"]
 

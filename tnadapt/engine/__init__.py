@@ -1,24 +1,35 @@
-"""Cohorts of cores and the coupling to the optimizer."""
+"""What happens to expanded matrices: their cores, which matrices they are, and the optimizer step."""
 
-from tnadapt.engine.attachment import WrappedLoading, check_matrices, check_rates, shown
-from tnadapt.engine.coupling import Coupling
-from tnadapt.engine.engine import Engine
+from tnadapt.engine.checks import (
+    check_factorization,
+    check_matrices,
+    check_model,
+    check_rates,
+    check_scheduler,
+    checked_choice,
+    is_elementwise,
+    shown,
+    unwrap,
+)
+from tnadapt.engine.cores import state_signature
+from tnadapt.engine.expanded import Event, Expanded
 from tnadapt.engine.handover import HANDOVERS
-from tnadapt.engine.optimizers import is_elementwise, unwrap
-from tnadapt.engine.outside import Outside
-from tnadapt.engine.tensors import gather_objects, is_distributed
+from tnadapt.engine.step import CoreRates, Step
 
 __all__ = [
     "HANDOVERS",
-    "Coupling",
-    "Engine",
-    "Outside",
-    "WrappedLoading",
+    "CoreRates",
+    "Event",
+    "Expanded",
+    "Step",
+    "check_factorization",
     "check_matrices",
+    "check_model",
     "check_rates",
-    "gather_objects",
-    "is_distributed",
+    "check_scheduler",
+    "checked_choice",
     "is_elementwise",
     "shown",
+    "state_signature",
     "unwrap",
 ]

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tnadapt.factorizations import Factorization
 
-__all__ = ["HANDOVERS", "warm_state", "what_is_behind"]
+__all__ = ["HANDOVERS", "warm_state"]
 
 HANDOVERS = ("warm", "restart")
 
@@ -66,22 +66,13 @@ def warm_state(
     return result
 
 
-def what_is_behind(state: Mapping[str, Any]) -> list[tuple[str, float | None]]:
-    """Names of the entries of an optimizer state, with those that are scalars (step counts): what differs in these cannot be
-    stepped as one tensor."""
-    return [
-        (key, None if value is None or (isinstance(value, Tensor) and value.dim() > 0) else float(value))
-        for key, value in sorted(state.items())
-    ]
-
-
 def _pull_squares(factorization: Factorization, cores: Sequence[Tensor], moment: Tensor) -> Sequence[Tensor]:
     # a generator of its own: the global random state, and with it the data order and dropout, is left alone
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     root = moment.sqrt()
     totals = [torch.zeros_like(core) for core in cores]
     for _ in range(_SAMPLES):
-        signs = torch.randint(0, 2, root.shape, generator=generator).to(root) * 2 - 1
+        signs = torch.randint(0, 2, root.shape, generator=generator, device="cpu").to(root) * 2 - 1
         for total, pulled in zip(totals, factorization.pull_back(cores, root * signs), strict=True):
             total.addcmul_(pulled, pulled, value=1 / _SAMPLES)
     return totals

@@ -3,10 +3,9 @@
 from tnadapt.factorizations.base import Factorization, core_dtype
 from tnadapt.factorizations.cp import CP, CP_GAUGES
 from tnadapt.factorizations.mpo import GAUGES, MPO, SVD
-from tnadapt.factorizations.sites import rows_from_sites, rows_to_sites
+from tnadapt.factorizations.sites import site_axes
 from tnadapt.factorizations.structure import Shape, Structure, full_bonds, near_square, paper_sites
 from tnadapt.factorizations.tucker import TUCKER_GAUGES, Tucker
-from tnadapt.factorizations.workspace import Workspace
 
 __all__ = [
     "CP",
@@ -19,11 +18,9 @@ __all__ = [
     "Shape",
     "Structure",
     "Tucker",
-    "Workspace",
     "core_dtype",
     "full_bonds",
     "near_square",
     "paper_sites",
-    "rows_from_sites",
-    "rows_to_sites",
+    "site_axes",
 ]

@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from tnadapt.backends import Kernel, TorchBackend, get_backend
-from tnadapt.factorizations.precision import full_precision
+from tnadapt.backends import Kernel, TorchBackend, full_precision, get_backend
 from tnadapt.factorizations.sites import from_sites, to_sites
 from tnadapt.factorizations.structure import (
     Shape,
@@ -28,7 +27,6 @@ from tnadapt.factorizations.structure import (
     nearest_sites,
     resolve_sites,
 )
-from tnadapt.factorizations.workspace import Workspace
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -143,8 +141,9 @@ class Factorization(ABC):
         """Contract fused cores (see `fused_shapes`), one mode per site in their order; differentiable."""
 
     @abstractmethod
-    def _kernel(self, fused: Sequence[Tensor]) -> Kernel:
-        """`_contract` for fused cores that keep their memory."""
+    def kernel(self, fused: Sequence[Tensor]) -> Kernel:
+        """For training loops: what contracts fused cores [n, *fused_k], which keep their memory, and pulls back through them
+        again and again."""
 
     @abstractmethod
     def _sites_of(self, shapes: Sequence[tuple[int, ...]]) -> Sites:
@@ -267,12 +266,8 @@ class Factorization(ABC):
         n = flat[0].shape[0]
         split = to_sites(grad.reshape(n, *shape).to(flat[0].dtype), sites).reshape(n, -1)
         fused = self._fuse([core.detach().contiguous() for core in flat], shapes)
-        grads = torch.split(self.workspace(fused).pull_back(split), [core.numel() for core in flat])
+        grads = torch.split(self.kernel(fused).pull_back(split), [core.numel() for core in flat])
         return tuple(_own_memory(g.view(core.shape)) for g, core in zip(grads, cores, strict=True))
-
-    def workspace(self, fused: Sequence[Tensor]) -> Workspace:
-        """For training loops: what contracts stacked cores [n, *fused_k] and pulls back through them again and again."""
-        return Workspace(self._kernel(fused), fused[0].device)
 
     def _fuse(self, cores: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
         return [core.reshape(-1, *shape) for core, shape in zip(cores, self.fused_shapes(shapes), strict=True)]

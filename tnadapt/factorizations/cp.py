@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tnadapt.backends import Kernel
-from tnadapt.backends.kernels import cp_split
+from tnadapt.backends.contractions import cp_split
 from tnadapt.factorizations.base import Factorization, check_cap, power_of_two_scale, spread_exponents
 from tnadapt.factorizations.sites import to_sites
 from tnadapt.factorizations.structure import Shape, Sites, Structure
@@ -135,7 +135,7 @@ class CP(Factorization):
     def _contract(self, fused: Sequence[Tensor]) -> Float[Tensor, "n numel"]:
         return self.operations.cp_contract(fused)
 
-    def _kernel(self, fused: Sequence[Tensor]) -> Kernel:
+    def kernel(self, fused: Sequence[Tensor]) -> Kernel:
         return self.operations.cp_kernel(fused)
 
     def _sites_of(self, shapes: Sequence[tuple[int, ...]]) -> Sites:

@@ -119,7 +119,7 @@ class MPO(Factorization):
     def _contract(self, fused: Sequence[Tensor]) -> Float[Tensor, "n numel"]:
         return self.operations.chain_contract(fused)
 
-    def _kernel(self, fused: Sequence[Tensor]) -> Kernel:
+    def kernel(self, fused: Sequence[Tensor]) -> Kernel:
         return self.operations.chain_kernel(fused)
 
     def _sites_of(self, shapes: Sequence[tuple[int, ...]]) -> Sites:

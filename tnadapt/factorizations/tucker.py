@@ -131,7 +131,7 @@ class Tucker(Factorization):
     def _contract(self, fused: Sequence[Tensor]) -> Float[Tensor, "n numel"]:
         return self.operations.tucker_contract(fused[:-1], fused[-1])
 
-    def _kernel(self, fused: Sequence[Tensor]) -> Kernel:
+    def kernel(self, fused: Sequence[Tensor]) -> Kernel:
         return self.operations.tucker_kernel(fused[:-1], fused[-1])
 
     def _sites_of(self, shapes: Sequence[tuple[int, ...]]) -> Sites:

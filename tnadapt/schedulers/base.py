@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from tnadapt.lora_matrices import LoraMatrix
+from tnadapt.matrices import TrainedMatrix
 
 __all__ = ["Scheduler", "by_group", "warn_small_groups"]
 
@@ -17,20 +17,23 @@ class Scheduler(ABC):
 
     Steps count optimizer steps from 1; step 0 is the attachment, before any training. At each step `observe` comes
     first, with gradients present, then `release`, then `select`. Matrices selected at a step are trained through their
-    cores from that very step on.
+    cores from that very step on, or from the next one if `after_update` is set.
     """
 
-    def attach(self, matrices: Mapping[str, LoraMatrix]) -> None:
+    #: whether what is selected at a step is expanded after the update of that step
+    after_update: bool = False
+
+    def attach(self, matrices: Mapping[str, TrainedMatrix]) -> None:
         """Check the settings against the matrices of a model; raise ValueError before anything changed."""
 
-    def observe(self, step: int, matrices: Mapping[str, LoraMatrix]) -> None:
+    def observe(self, step: int, matrices: Mapping[str, TrainedMatrix]) -> None:
         """Look at the gradients of `step`; do not write to them."""
 
     @abstractmethod
-    def select(self, step: int, matrices: Mapping[str, LoraMatrix]) -> Iterable[str]:
+    def select(self, step: int, matrices: Mapping[str, TrainedMatrix]) -> Iterable[str]:
         """Names of matrices, not yet expanded, to expand now."""
 
-    def release(self, step: int, matrices: Mapping[str, LoraMatrix]) -> Iterable[str]:
+    def release(self, step: int, matrices: Mapping[str, TrainedMatrix]) -> Iterable[str]:
         """Names of expanded matrices to fold back now."""
         return ()
 
@@ -51,15 +54,15 @@ class Scheduler(ABC):
         return type(self).__name__
 
 
-def by_group(matrices: Mapping[str, LoraMatrix]) -> dict[str, list[LoraMatrix]]:
+def by_group(matrices: Mapping[str, TrainedMatrix]) -> dict[str, list[TrainedMatrix]]:
     """Matrices of each group, in the order of the model."""
-    groups: dict[str, list[LoraMatrix]] = {}
+    groups: dict[str, list[TrainedMatrix]] = {}
     for matrix in matrices.values():
         groups.setdefault(matrix.group, []).append(matrix)
     return groups
 
 
-def warn_small_groups(owner: str, top_n: int, matrices: Mapping[str, LoraMatrix]) -> None:
+def warn_small_groups(owner: str, top_n: int, matrices: Mapping[str, TrainedMatrix]) -> None:
     """Warn once where groups have fewer than `top_n` matrices; called from `attach`, so that it points at whoever attaches."""
     groups = by_group(matrices)
     small = {group: len(members) for group, members in groups.items() if len(members) < top_n}

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tnadapt.lora_matrices import LoraMatrix
+from tnadapt.matrices import TrainedMatrix
 from tnadapt.schedulers.base import Scheduler, by_group
 from tnadapt.schedulers.scores import check_finite, check_reduction, taylor_scores, to_floats
 
@@ -58,7 +58,7 @@ class Budget(Scheduler):
         self._scores: dict[str, Tensor] = {}
         self._decided: tuple[int, tuple[str, ...], tuple[str, ...]] = (0, (), ())
 
-    def attach(self, matrices: Mapping[str, LoraMatrix]) -> None:
+    def attach(self, matrices: Mapping[str, TrainedMatrix]) -> None:
         if self._scores:
             raise ValueError(
                 "Budget: this scheduler has scores of another run; make a new one (to resume, load its state later)"
@@ -75,20 +75,20 @@ class Budget(Scheduler):
     def due(self, step: int) -> bool:
         return step > 0 and step % self.every == 0 and (self.until is None or step <= self.until)
 
-    def observe(self, step: int, matrices: Mapping[str, LoraMatrix]) -> None:
+    def observe(self, step: int, matrices: Mapping[str, TrainedMatrix]) -> None:
         for name, score in taylor_scores(matrices.values(), self.reduction).items():
             known = self._scores.get(name)
             fresh = score * (1 - self.decay)
             self._scores[name] = fresh if known is None else known.to(score.device) * self.decay + fresh
 
-    def release(self, step: int, matrices: Mapping[str, LoraMatrix]) -> Iterable[str]:
+    def release(self, step: int, matrices: Mapping[str, TrainedMatrix]) -> Iterable[str]:
         self._decide(step, matrices)
         return self._decided[1]
 
-    def select(self, step: int, matrices: Mapping[str, LoraMatrix]) -> Iterable[str]:
+    def select(self, step: int, matrices: Mapping[str, TrainedMatrix]) -> Iterable[str]:
         return self._decided[2] if self._decided[0] == step else ()
 
-    def _decide(self, step: int, matrices: Mapping[str, LoraMatrix]) -> None:
+    def _decide(self, step: int, matrices: Mapping[str, TrainedMatrix]) -> None:
         scores = to_floats(self._scores)
         check_finite("Budget", scores, step)
         released: list[str] = []
@@ -105,7 +105,7 @@ class Budget(Scheduler):
             chosen += [name for name in keep if not matrices[name].expanded]
         self._decided = (step, tuple(released), tuple(chosen))
 
-    def _shares(self, matrices: Mapping[str, LoraMatrix]) -> list[tuple[int, list[LoraMatrix]]]:
+    def _shares(self, matrices: Mapping[str, TrainedMatrix]) -> list[tuple[int, list[TrainedMatrix]]]:
         if not self.per_group:
             return [(self.added_parameters, list(matrices.values()))]
         total = sum(m.added_parameters for m in matrices.values())

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from tnadapt.lora_matrices import LoraMatrix, find_lora_matrices
+from tnadapt.matrices import TrainedMatrix, find_lora_matrices
 from tnadapt.schedulers.base import Scheduler, by_group, warn_small_groups
 
 __all__ = ["LossAblation", "ablation_scores", "predefined"]
@@ -35,7 +35,7 @@ class LossAblation(Scheduler):
         self.scores = dict(scores)
         self.top_n = top_n
 
-    def attach(self, matrices: Mapping[str, LoraMatrix]) -> None:
+    def attach(self, matrices: Mapping[str, TrainedMatrix]) -> None:
         missing = [name for name in matrices if name not in self.scores]
         if missing:
             raise ValueError(
@@ -45,7 +45,7 @@ class LossAblation(Scheduler):
 
         warn_small_groups("LossAblation", self.top_n, matrices)
 
-    def select(self, step: int, matrices: Mapping[str, LoraMatrix]) -> Iterable[str]:
+    def select(self, step: int, matrices: Mapping[str, TrainedMatrix]) -> Iterable[str]:
         if step != 0:
             return ()
         chosen: list[str] = []
@@ -89,7 +89,7 @@ def ablation_scores(model: nn.Module, evaluate: Callable[[], float], progress: b
             f"the adapter is merged into the base ({merged[0]} and others), so that zeroing its matrices would change "
             "nothing; call unmerge_adapter() first"
         )
-    pairs: dict[str, list[LoraMatrix]] = {}
+    pairs: dict[str, list[TrainedMatrix]] = {}
     for matrix in matrices.values():
         pairs.setdefault(matrix.name.removesuffix(f".{matrix.kind}"), []).append(matrix)
     scores: dict[str, float] = {}
@@ -156,7 +156,9 @@ def _finite(loss: object, of: str) -> float:
     return value
 
 
-def _progress(pairs: Mapping[str, list[LoraMatrix]], wanted: bool | None) -> Iterable[tuple[str, list[LoraMatrix]]]:
+def _progress(
+    pairs: Mapping[str, list[TrainedMatrix]], wanted: bool | None
+) -> Iterable[tuple[str, list[TrainedMatrix]]]:
     show = sys.stderr.isatty() if wanted is None else wanted
     if show:
         try:

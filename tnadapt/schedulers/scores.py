@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tnadapt.lora_matrices import LoraMatrix
+from tnadapt.matrices import TrainedMatrix
 
 __all__ = ["REDUCTIONS", "check_finite", "check_reduction", "taylor_scores", "to_floats"]
 
@@ -23,12 +23,12 @@ def check_reduction(owner: str, reduction: str) -> None:
 
 
 @torch.no_grad()
-def taylor_scores(matrices: Iterable[LoraMatrix], reduction: str) -> dict[str, Tensor]:
+def taylor_scores(matrices: Iterable[TrainedMatrix], reduction: str) -> dict[str, Tensor]:
     """Score of this step of every matrix with a gradient: `|<g, W>|` for `"inner"`, `sum |g * w|` for `"elementwise"`.
 
     One batched product per shape, device and sharding, no host synchronisation.
     """
-    alike: dict[object, list[LoraMatrix]] = {}
+    alike: dict[object, list[TrainedMatrix]] = {}
     for matrix in matrices:
         parameter = matrix.parameter
         if parameter.grad is not None:

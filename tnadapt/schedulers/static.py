@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
-from tnadapt.lora_matrices import LoraMatrix
+from tnadapt.matrices import TrainedMatrix
 from tnadapt.schedulers.base import Scheduler
 
 __all__ = ["Static"]
@@ -22,7 +22,7 @@ class Static(Scheduler):
         self._pattern = re.compile(which) if isinstance(which, str) else None
         self._names = None if which is None or isinstance(which, str) else tuple(which)
 
-    def attach(self, matrices: Mapping[str, LoraMatrix]) -> None:
+    def attach(self, matrices: Mapping[str, TrainedMatrix]) -> None:
         chosen = self._choose(matrices)
         if not chosen:
             wanted = "an empty list of names" if self._pattern is None else f"the pattern {self._pattern.pattern!r}"
@@ -31,13 +31,13 @@ class Static(Scheduler):
                 f"{', '.join(list(matrices)[:3])}"
             )
 
-    def select(self, step: int, matrices: Mapping[str, LoraMatrix]) -> Iterable[str]:
+    def select(self, step: int, matrices: Mapping[str, TrainedMatrix]) -> Iterable[str]:
         return self._choose(matrices) if step == 0 else ()
 
     def due(self, step: int) -> bool:
         return step == 0
 
-    def _choose(self, matrices: Mapping[str, LoraMatrix]) -> list[str]:
+    def _choose(self, matrices: Mapping[str, TrainedMatrix]) -> list[str]:
         if self._names is not None:
             missing = [name for name in self._names if name not in matrices]
             if missing:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tnadapt.lora_matrices import LoraMatrix
+from tnadapt.matrices import TrainedMatrix
 from tnadapt.schedulers.base import Scheduler, by_group, warn_small_groups
 from tnadapt.schedulers.scores import check_finite, check_reduction, taylor_scores, to_floats
 
@@ -67,7 +67,7 @@ class TaylorRuntime(Scheduler):
         #: for the report: what each round knew, as {"step": int, "scores": {name: float}, "selected": [names]}
         self.rounds: list[dict[str, Any]] = []
 
-    def attach(self, matrices: Mapping[str, LoraMatrix]) -> None:
+    def attach(self, matrices: Mapping[str, TrainedMatrix]) -> None:
         if self.rounds_done or self._scores:
             raise ValueError(
                 f"TaylorRuntime: this scheduler has {self.rounds_done} of {self.split} rounds behind it; make a new one for "
@@ -78,7 +78,7 @@ class TaylorRuntime(Scheduler):
     def due(self, step: int) -> bool:
         return step > 0 and step % self.every == 0 and self.rounds_done < self.split
 
-    def observe(self, step: int, matrices: Mapping[str, LoraMatrix]) -> None:
+    def observe(self, step: int, matrices: Mapping[str, TrainedMatrix]) -> None:
         if self.rounds_done == self.split:
             return
         waiting = [matrix for matrix in matrices.values() if not matrix.expanded]
@@ -87,7 +87,7 @@ class TaylorRuntime(Scheduler):
             self._scores[name] = score if known is None else known.to(score.device) + score
             self._counts[name] = self._counts.get(name, 0) + 1
 
-    def select(self, step: int, matrices: Mapping[str, LoraMatrix]) -> Iterable[str]:
+    def select(self, step: int, matrices: Mapping[str, TrainedMatrix]) -> Iterable[str]:
         if not self.due(step):
             return ()
         scores = self.scores()

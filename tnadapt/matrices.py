@@ -1,4 +1,4 @@
-"""Finds and groups the LoRA matrices of any model. The one file that knows how PEFT names things.
+"""The matrices that can be trained through cores, and the finder of LoRA's. The one file that knows how PEFT names things.
 
 A pair is any module with `lora_A` and `lora_B` that are `nn.Linear` (our `OverParamAdapter`, or a layer of one's own), or
 `nn.ModuleDict` of them by adapter name (PEFT). What is LoRA but cannot be expanded is listed with the reason.
@@ -6,15 +6,19 @@ A pair is any module with `lora_A` and `lora_B` that are `nn.Linear` (our `OverP
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Iterator
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["LoraMatrix", "Skipped", "canonical_name", "default_group", "find_lora_matrices"]
+from tnadapt.factorizations import Factorization
+
+__all__ = ["Skipped", "TrainedMatrix", "canonical_name", "default_group", "find_lora_matrices"]
 
 #: Wrappers that put a component into parameter names without being part of the model.
 _WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
@@ -32,8 +36,10 @@ class _Weight(NamedTuple):
 
 
 @dataclass(eq=False)
-class LoraMatrix:
-    """One LoRA matrix: an `A` [r, d_in] or a `B` [d_out, r] that stays an ordinary parameter of the model.
+class TrainedMatrix:
+    """A matrix that stays an ordinary parameter of the model, such as LoRA's `A` [r, d_in] or `B` [d_out, r].
+
+    A parameter of more than two dimensions is the matrix of its first one by all others, row-major.
 
     Attributes:
         name: canonical module path and side, such as `model.layers.0.self_attn.q_proj.A`; for PEFT adapters that are not
@@ -42,10 +48,10 @@ class LoraMatrix:
         group: matrices that are ranked against each other; by default those whose paths differ in numbers only.
         module: canonical path of the module that owns the pair.
         layer: first number in the path, None where there is none.
-        linear: the layer whose `weight` it is.
-        parameter: that weight, looked up anew where a wrapper has replaced it.
-        expanded: whether tensor-network cores train it now.
-        added_parameters: numbers that expanding it adds (LoRA-Over, Eq. 6); set by `LoraOver`.
+        owner: the module that has the parameter.
+        attribute: under which name it has it.
+        parameter: that parameter, looked up anew where a wrapper has replaced it.
+        factorization: how it becomes cores; set by `LoraOver`, None before.
     """
 
     name: str
@@ -53,17 +59,29 @@ class LoraMatrix:
     group: str
     module: str
     layer: int | None
-    linear: nn.Module = field(repr=False)
+    owner: nn.Module = field(repr=False)
+    attribute: str = field(repr=False)
     parameter: nn.Parameter = field(repr=False)
-    expanded: bool = False
-    added_parameters: int = 0
+    factorization: Factorization | None = field(default=None, repr=False)
     grad_scale: Tensor | None = field(default=None, repr=False)
+    #: gives the names of all expanded matrices; set by whoever expands them
+    roster: Callable[[], AbstractSet[str]] | None = field(default=None, repr=False)
+
+    @property
+    def expanded(self) -> bool:
+        """Whether tensor-network cores train it now, or will from the next step on."""
+        return self.roster is not None and self.name in self.roster()
 
     @property
     def shape(self) -> tuple[int, int]:
         """`(rows, cols)`."""
-        rows, cols = self.parameter.shape
-        return rows, cols
+        rows, *others = self.parameter.shape
+        return rows, math.prod(others)
+
+    @property
+    def added_parameters(self) -> int:
+        """Numbers that expanding it adds (LoRA-Over, Eq. 6); 0 while it has no factorization."""
+        return 0 if self.factorization is None else self.factorization.added_parameters(self.shape)
 
     @property
     def value(self) -> Tensor:
@@ -84,11 +102,13 @@ class Skipped:
     """A LoRA weight that is not a candidate for expansion, and why.
 
     Attributes:
+        is_left_out: whether it is trained as it is for want of a way to expand it, rather than by choice (frozen, inactive).
         parameter: the weight, for as long as the model has it; None afterwards, and in a plan.
     """
 
     name: str
     reason: str
+    is_left_out: bool = False
     _weight: weakref.ref[nn.Parameter] | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -106,15 +126,15 @@ def canonical_name(name: str) -> str:
     return ".".join(parts)
 
 
-def default_group(matrix: LoraMatrix) -> str:
+def default_group(matrix: TrainedMatrix) -> str:
     """Module type, side and stack: the path with its numbers replaced by `*`. T5's encoder, decoder self-attention and
     cross-attention are different groups, as the paper has them."""
     return ".".join("*" if part.isdigit() else part for part in matrix.name.split("."))
 
 
 def find_lora_matrices(
-    model: nn.Module, groups: Callable[[LoraMatrix], str] | None = None
-) -> tuple[dict[str, LoraMatrix], list[Skipped]]:
+    model: nn.Module, groups: Callable[[TrainedMatrix], str] | None = None
+) -> tuple[dict[str, TrainedMatrix], list[Skipped]]:
     """All LoRA matrices of `model` that can be expanded, by name and in the order of the model, and those that cannot.
 
     Args:
@@ -125,7 +145,7 @@ def find_lora_matrices(
         TypeError: the model is in the hands of an engine that does not keep parameters whole (FSDP1, DeepSpeed).
     """
     _refuse_engines(model)
-    found: dict[str, LoraMatrix] = {}
+    found: dict[str, TrainedMatrix] = {}
     skipped: list[Skipped] = []
     owners: dict[int, str] = {}
     shared = _shared_storage(model)
@@ -144,12 +164,17 @@ def find_lora_matrices(
             reason = f"it is the same parameter as {owners[id(weight)]}"
         elif id(weight) in shared:
             reason = f"it shares storage with {shared[id(weight)]} (tied adapters)"
+        elif name in found:
+            reason = (
+                "another matrix has the same name, without what wrappers put into it; rename one of the two modules"
+            )
         if reason is not None:
-            skipped.append(Skipped(name, reason, weakref.ref(weight)))
+            left_out = active and weight.requires_grad and id(weight) not in owners
+            skipped.append(Skipped(name, reason, left_out, weakref.ref(weight)))
             continue
         owners[id(weight)] = name
         layer = next((int(part) for part in path.split(".") if part.isdigit()), None)
-        matrix = LoraMatrix(name, side, "", path, layer, linear, weight)
+        matrix = TrainedMatrix(name, side, "", path, layer, linear, "weight", weight)
         matrix.group = (groups or default_group)(matrix)
         found[name] = matrix
     return found, skipped

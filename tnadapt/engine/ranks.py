@@ -8,8 +8,8 @@ Matrices of one size are handled as rows: [n, numel], each matrix row-major.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import groupby
+from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby, zip_longest
 from typing import Any
 
 import torch
@@ -20,13 +20,14 @@ from torch._utils import _flatten_dense_tensors
 __all__ = [
     "agree_any",
     "broadcast_from_first",
-    "checksums",
+    "choice_of_first",
     "gather_objects",
     "is_distributed",
     "is_sharded",
     "local",
     "local_parts",
     "obstacle_to_gathering",
+    "require_agreement",
     "stack_rows",
     "write_rows",
 ]
@@ -104,13 +105,6 @@ def local_parts(parameters: Sequence[Tensor], rows: Tensor) -> list[Tensor]:
 def write_rows(parameters: Sequence[Tensor], rows: Tensor) -> None:
     """Write `rows` [n, numel] into the parameters in place, or each rank's shard of them where they are sharded."""
     torch._foreach_copy_([local(p) for p in parameters], local_parts(parameters, rows))
-
-
-def checksums(rows: Tensor) -> Tensor:
-    """A number per row of [n, numel], as its bits, that follows every change above rounding: the sum of the entries, each with
-    a weight of its own between 1 and 2. Scaling, negating and permuting change it, and so does one entry."""
-    weights = torch.linspace(1, 2, rows.shape[1], dtype=rows.dtype, device=rows.device)
-    return (rows @ weights).view(torch.int32 if rows.element_size() == 4 else torch.int64)
 
 
 def _layout(tensor: Tensor) -> _Layout:
@@ -195,3 +189,42 @@ def gather_objects(value: Any, group: Any = None) -> list[Any]:
     values: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(values, value, group=group)
     return values
+
+
+def require_agreement(facts: Mapping[str, Any], group: Any = None) -> None:
+    """Raise RuntimeError on every rank of `group` where the `facts` of ranks differ."""
+    everyone = gather_objects(dict(facts), group)
+    for what, first in everyone[0].items():
+        for rank, others in enumerate(everyone):
+            if others[what] != first:
+                raise RuntimeError(
+                    f"ranks 0 and {rank} differ in {what}: {_first_difference(first, others[what])}. All ranks of process_group "
+                    "must attach LoraOver to the same model in the same way, and load its state on every rank; where ranks train "
+                    "different models or parts of one (pipelines, several jobs in one world), give each the ranks that train "
+                    "the same matrices as process_group="
+                )
+
+
+def choice_of_first(choose: Callable[[], Any], what: str, group: Any = None) -> Any:
+    """What the first rank chooses, on every rank of `group`; an error on every rank where choosing fails on any."""
+    choice: Any = None
+    failure: Exception | None = None
+    try:
+        choice = choose()
+    except Exception as error:
+        failure = error
+    outcomes = gather_objects((choice, None if failure is None else repr(failure)), group)
+    if failure is not None:
+        raise failure
+    for rank, (_, problem) in enumerate(outcomes):
+        if problem is not None:
+            raise RuntimeError(f"{what} failed on rank {rank}: {problem}")
+    return outcomes[0][0]
+
+
+def _first_difference(one: Any, other: Any) -> str:
+    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
+        for a, b in zip_longest(one, other, fillvalue="nothing"):
+            if a != b:
+                return f"{a} and {b}"
+    return f"{one} and {other}"

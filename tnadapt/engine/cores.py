@@ -1,0 +1,456 @@
+"""Storage of the cores: one flat buffer per cohort, laid out by site, that folds and pulls back as one batch.
+
+A cohort is the expanded matrices that are contracted and stepped as one: of one factorization, dtype, device and optimizer
+group, with cores of the same fused shapes (the `A` and `B` of transposed shapes, say), and with one past: equal step counts,
+and gradients in the same steps.
+
+Letters: n = members, k = site (or core), core_k = shape of core k, numel = entries of a matrix. The buffer holds
+`[site 0: n x core_0][site 1: n x core_1]...`, so the stacked cores of a site are one contiguous tensor. Matrices are handled
+as rows: [n, numel], each row-major.
+
+The optimizer steps *pieces* of the buffer, each lent as a Parameter with a state of its own. An elementwise optimizer gets
+the whole buffer as one piece. Any other gets one piece per member and site, as a matrix, so that it sees an unfolding of a core.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._utils import _flatten_dense_tensors
+
+from tnadapt.backends import Kernel
+from tnadapt.engine import ranks
+from tnadapt.factorizations import Factorization, site_axes
+from tnadapt.matrices import TrainedMatrix
+
+__all__ = ["Cohort", "Key", "Member", "Piece", "matrix_view_shape", "state_signature"]
+
+#: relative accuracy to which a capped update ends at its cap, and how often the step is scaled anew for that at most
+_CAP_ACCURACY, _CAP_ROUNDS = 1e-3, 100
+
+
+class Key(NamedTuple):
+    """What the members of a cohort have in common besides their past."""
+
+    factorization: Factorization
+    fused_shapes: tuple[tuple[int, ...], ...]
+    #: of the cores, and of the matrices
+    dtype: torch.dtype
+    matrix_dtype: torch.dtype
+    device: torch.device
+    #: index of the optimizer group that holds the matrices
+    group: int
+
+
+@dataclass(eq=False)
+class Member:
+    """One matrix on its way into a cohort.
+
+    Attributes:
+        cores: its cores, each of the shape that its structure has.
+        value: what the matrix holds, [numel] in its own dtype; None where that must be looked up at the next step.
+        state: optimizer state of each core; None where it starts fresh.
+        residual: what the cores miss of the matrix, [rows, cols]; None where they are exact.
+        update_norm: Frobenius norm of the last update of the matrix; None before any.
+    """
+
+    matrix: TrainedMatrix
+    cores: Sequence[Tensor]
+    value: Tensor | None = None
+    state: list[dict[str, Any]] | None = None
+    residual: Tensor | None = None
+    update_norm: Tensor | None = None
+
+
+@dataclass(eq=False)
+class Piece:
+    """A contiguous range of the buffer that the optimizer steps as one Parameter."""
+
+    start: int
+    parameter: nn.Parameter
+    state: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.parameter.numel()
+
+
+def state_signature(state: Mapping[str, Any]) -> tuple[tuple[str, float | None], ...]:
+    """Names of the entries of an optimizer state, with the values of those that are scalars (step counts). Only cores of
+    equal signatures can be stepped as one tensor."""
+    return tuple(
+        (key, None if value is None or (isinstance(value, Tensor) and value.dim() > 0) else float(value))
+        for key, value in sorted(state.items())
+    )
+
+
+def matrix_view_shape(core_shape: Sequence[int]) -> tuple[int, int]:
+    """The unfolding of a core into a matrix that is nearest to square."""
+    splits = [(math.prod(core_shape[:k]), math.prod(core_shape[k:])) for k in range(1, len(core_shape))]
+    return min(splits, key=lambda split: abs(math.log(split[0] / split[1])))
+
+
+class Cohort:
+    """The cores of matrices that are contracted and stepped as one, and the work on them.
+
+    A cohort never gains or loses members: whatever changes them makes a new one and leaves this one as it is.
+
+    Args:
+        key: what the members have in common.
+        elementwise: whether the optimizer's update works element by element.
+        members: at least one; all of one past.
+    """
+
+    def __init__(self, key: Key, elementwise: bool, members: Sequence[Member]) -> None:
+        # matrices of one shape stand together, so that each shape is permuted in one go
+        members = sorted(members, key=lambda member: member.matrix.shape)
+        self.key = key
+        self.elementwise = elementwise
+        self.matrices = [member.matrix for member in members]
+        self.structures = [key.factorization.structure(matrix.shape) for matrix in self.matrices]
+        #: runs of members of one shape: (members, sizes and order of the axes of a matrix, the same of its sites)
+        self._runs: list[tuple[slice, Any]] = []
+        for m, matrix in enumerate(self.matrices):
+            if m and matrix.shape == self.matrices[m - 1].shape:
+                self._runs[-1] = (slice(self._runs[-1][0].start, m + 1), self._runs[-1][1])
+            else:
+                self._runs.append((slice(m, m + 1), site_axes(self.structures[m].sites)))
+        count = len(members) * sum(map(math.prod, key.fused_shapes))
+        self.buffer = torch.empty(count, dtype=key.dtype, device=key.device)
+        self._sites = self._by_site(self.buffer)
+        for k, site in enumerate(self._sites):
+            for row, member in zip(site, members, strict=True):
+                row.copy_(member.cores[k].reshape(row.shape))
+        residuals = [member.residual.reshape(-1) for member in members if member.residual is not None]
+        #: what the cores of each member miss, [n, numel]; None where the structure is exact
+        self.residual = torch.stack(residuals).to(key.device) if residuals else None
+        self.pieces = self._make_pieces(members)
+        values = [member.value for member in members if member.value is not None]
+        #: what the matrices held when they were last written or looked at, [n, numel] in their own dtype; None after loading
+        self.written = torch.stack(values).to(key.device) if len(values) == len(members) else None
+        #: gradients of all cores, laid out like the buffer; None between steps
+        self.grad: Tensor | None = None
+        #: whether the cores are with the optimizer, or have come back and are not folded yet
+        self.lent = False
+        #: Frobenius norm of the last update of each matrix, [n]; None before any
+        norms = [member.update_norm for member in members if member.update_norm is not None]
+        self.update_norms = torch.stack(norms).to(key.device) if len(norms) == len(members) else None
+        #: largest Frobenius norm of an update in the coming step; None for no cap
+        self.cap: float | None = None
+        self._before: Tensor | None = None
+        self._kernel: Kernel | None = None
+        self._versions = [parameter._version for parameter in self.parameters]
+
+    # -- layout -------------------------------------------------------------------------------------------------------
+
+    def _by_site(self, flat: Tensor) -> list[Tensor]:
+        """Views of a tensor like the buffer, one per site: [n, *fused_k]."""
+        n = len(self.matrices)
+        parts = torch.split(flat, [n * math.prod(shape) for shape in self.key.fused_shapes])
+        return [part.view(n, *shape) for part, shape in zip(parts, self.key.fused_shapes, strict=True)]
+
+    def _make_pieces(self, members: Sequence[Member]) -> list[Piece]:
+        if self.elementwise:
+            sites = range(len(self.key.fused_shapes))
+            states = [m.state[k] for k in sites for m in members if m.state is not None]
+            return [self._piece(0, self.buffer, states)]
+        pieces: list[Piece] = []
+        start = 0
+        for k, site in enumerate(self._sites):
+            for row, member, structure in zip(site, members, self.structures, strict=True):
+                view = row.view(matrix_view_shape(structure.core_shapes[k]))
+                pieces.append(self._piece(start, view, [] if member.state is None else [member.state[k]]))
+                start += row.numel()
+        return pieces
+
+    @staticmethod
+    def _piece(start: int, view: Tensor, states: Sequence[Mapping[str, Any]]) -> Piece:
+        parameter = nn.Parameter(view)
+        return Piece(start, parameter, _join(states, parameter))
+
+    def members(self) -> list[Member]:
+        """The members with their cores and state as views into the storage; a cohort made of them copies."""
+        return [
+            Member(
+                matrix,
+                [site[m].view(shape) for site, shape in zip(self._sites, structure.core_shapes, strict=True)],
+                None if self.written is None else self.written[m],
+                self._core_states(m),
+                None if self.residual is None else self.residual[m].view(matrix.shape),
+                None if self.update_norms is None else self.update_norms[m],
+            )
+            for m, (matrix, structure) in enumerate(zip(self.matrices, self.structures, strict=True))
+        ]
+
+    def _core_states(self, m: int) -> list[dict[str, Any]]:
+        """Optimizer state of each core of member `m`; entries of the size of cores are views into that of their piece."""
+        states: list[dict[str, Any]] = []
+        offset = 0
+        for shape in self.key.fused_shapes:
+            size = math.prod(shape)
+            start = offset + m * size
+            piece = next(p for p in self.pieces if p.start <= start < p.stop)
+            states.append({key: _part(value, piece, start, size) for key, value in piece.state.items()})
+            offset += len(self.matrices) * size
+        return states
+
+    def signature(self) -> Any:
+        """What a newcomer must equal to be stepped together with the members; None where any can."""
+        return state_signature(self.pieces[0].state) if self.elementwise else None
+
+    # -- the work of a step -------------------------------------------------------------------------------------------
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The matrices' parameters."""
+        return [matrix.parameter for matrix in self.matrices]
+
+    def rows(self, tensors: Sequence[Tensor]) -> Tensor:
+        """One tensor of each member, parameters or gradients, as rows [n, numel]. Gathered where they are sharded; may be a view
+        of the tensor of an only member."""
+        if any(hasattr(t, "full_tensor") for t in tensors):
+            gathered: Tensor = ranks.stack_rows(tensors)
+            return gathered
+        flat: Tensor = _flatten_dense_tensors(tensors)  # type: ignore[no-untyped-call]
+        return flat.view(len(tensors), -1)
+
+    def pull_back(self) -> Tensor | None:
+        """Pull the gradients of the matrices back to the cores.
+
+        Off the CPU, where looking would wait for the device, zeros are pulled back in place of gradients that are not finite.
+        Returns the boolean that tells whether they were finite there, None on the CPU.
+
+        Raises:
+            FloatingPointError: a gradient holds NaN or infinity, on the CPU.
+        """
+        found = [p.grad for p in self.parameters if p.grad is not None]
+        assert len(found) == len(self.matrices), "members of a cohort have gradients in the same steps"
+        grads = self.rows(found).detach().to(self.key.dtype)
+        finite = None
+        if self.key.device.type == "cpu":
+            # a finite sum has finite terms: one fast pass; where it overflows, each entry is looked at
+            if not math.isfinite(float(grads.sum())):
+                raise_nonfinite(self.matrices, torch.isfinite(grads).all(1))
+        else:
+            finite = torch.isfinite(grads).all()
+            grads = torch.where(finite, grads, torch.zeros((), dtype=grads.dtype, device=grads.device))
+        flat = torch.empty_like(grads)
+        for run, (sizes, there, sites, _) in self._runs:
+            flat[run].view(-1, *sites).copy_(grads[run].view(-1, *sizes).permute(0, *there))
+        self.grad = self._contraction().pull_back(flat)
+        if not self.elementwise:
+            # torch's own optimizers copy what they keep of a gradient, others may not: its memory is not used again
+            self._kernel = None
+        return finite
+
+    def lend(self, cap: float | None) -> list[Piece]:
+        """Give the pieces their gradients: the optimizer may step them now.
+
+        Args:
+            cap: largest Frobenius norm that the update of a matrix may have; None for no cap.
+        """
+        assert self.grad is not None
+        self.cap = cap
+        self._before = None if cap is None else self.buffer.clone()
+        for piece in self.pieces:
+            piece.parameter.grad = self.grad[piece.start : piece.stop].view(piece.parameter.shape)
+        self.lent = True
+        return self.pieces
+
+    def fold(self) -> Tensor:
+        """All members folded, residuals added: [n, numel] in the dtype of the cores. Keeps what the next pull-back reuses."""
+        flat = self._contraction().contract()
+        rows = torch.empty_like(flat)
+        for run, (sizes, _, sites, back) in self._runs:
+            rows[run].view(-1, *sizes).copy_(flat[run].view(-1, *sites).permute(0, *back))
+        return rows if self.residual is None else rows.add_(self.residual)
+
+    def _contraction(self) -> Kernel:
+        if self._kernel is None:
+            with torch.inference_mode(False):  # its memory is written in training, wherever it is made
+                self._kernel = self.key.factorization.kernel(self._sites)
+        return self._kernel
+
+    def refold(self, except_for: Tensor | None = None) -> None:
+        """Write what the stepped cores fold to into the matrices, and let go of the core gradients.
+
+        Args:
+            except_for: [n] booleans, members that are left as they are; none by default.
+        """
+        self.release_gradients()
+        parameters = self.parameters
+        values = self.fold()
+        before = self.written
+        if before is None:
+            before = ranks.stack_rows(parameters)
+        if self.cap is not None:
+            values = self._capped(values, before.to(values.dtype))
+        written = values.to(self.key.matrix_dtype)
+        self.update_norms = torch.linalg.vector_norm(values - before, dim=1)
+        moved = list(range(len(parameters)))
+        if except_for is not None:
+            moved = torch.nonzero(~except_for).flatten().tolist()
+            written = torch.where(except_for[:, None], before, written)
+        if any(hasattr(p, "full_tensor") for p in parameters):
+            ranks.write_rows([parameters[m] for m in moved], torch.stack([written[m] for m in moved]))
+        else:
+            torch._foreach_copy_([parameters[m] for m in moved], [written[m].view(parameters[m].shape) for m in moved])
+        self.written = written
+        self._versions = [parameter._version for parameter in self.parameters]
+        self.settle()
+
+    def _capped(self, values: Tensor, before: Tensor) -> Tensor:
+        """Shorten the step of the cores of members whose matrix went further from `before` to `values` than the cap, so that the
+        update ends at it; returns all members folded.
+
+        The step keeps its direction and is scaled by s in (0, 1). The length of the update is a polynomial in s of the order of
+        the factorization, so steps of all sizes occur. A cap is between the lengths at two scales; the scale is looked for
+        between these, on a logarithmic axis, where a power is a straight line.
+        """
+        assert self.cap is not None
+        assert self._before is not None
+        cap = torch.full((len(self.matrices),), self.cap, dtype=values.dtype, device=values.device)
+
+        def lengths(rows: Tensor) -> Tensor:
+            # what overflowed on the way is too long
+            return torch.linalg.vector_norm(rows - before, dim=1).nan_to_num(math.inf, math.inf)
+
+        found = lengths(values)
+        over = found > cap * (1 + _CAP_ACCURACY)
+        if not bool(over.any()):
+            return values
+        start, stepped = self._before, self.buffer.clone()
+        one = torch.ones_like(cap)
+        # a cap of zero, as the first step of a warm-up has it, leaves the cores where they were
+        scale = torch.where(over & (cap == 0), 0 * one, one)
+        over = over & (cap > 0)
+        high, long = one.clone(), found  # too long
+        low, short = 0 * one, 0 * one  # not too long
+        for _ in range(_CAP_ROUNDS):
+            # a straight line through the cap on the logarithmic axis; where only one end is known, the line has slope one
+            known = (low > 0) & (short > 0) & long.isfinite()
+            slope = torch.where(known, (long / short).log() / (high / low).log(), one)
+            guess = torch.where(known, low * (cap / short) ** (1 / slope), high * (cap / long))
+            halfway = torch.where(low > 0, (low * high).sqrt(), high * 1e-2)
+            # away from both ends, so that neither can stay for ever
+            margin = (high / low).log().clamp(max=20.0) * 0.05
+            inside = (guess > low * margin.exp()) & (guess < high * (-margin).exp())
+            guess = torch.where(long.isfinite() & (inside | (low == 0)) & (guess > 0), guess, halfway)
+            scale = torch.where(over, guess, scale)
+            for now, old, new in zip(*map(self._by_site, (self.buffer, start, stepped)), strict=True):
+                torch.lerp(old, new, scale.view(-1, *[1] * (new.dim() - 1)), out=now)
+            values = self.fold()
+            found = lengths(values)
+            too_long = found > cap
+            high, long = torch.where(over & too_long, scale, high), torch.where(over & too_long, found, long)
+            low, short = torch.where(over & ~too_long, scale, low), torch.where(over & ~too_long, found, short)
+            over = over & ((found - cap).abs() > cap * _CAP_ACCURACY)
+            if not bool(over.any()):
+                break
+        return values
+
+    def take_back(self, state: Mapping[Any, Any]) -> None:
+        """The optimizer has stepped: its state of the pieces is theirs."""
+        for piece in self.pieces:
+            piece.state = state.get(piece.parameter, piece.state)
+
+    def release_gradients(self) -> None:
+        """Free the core gradients."""
+        self.grad = None
+        for piece in self.pieces:
+            piece.parameter.grad = None
+
+    def settle(self) -> None:
+        """The step is over, or was called off."""
+        self.release_gradients()
+        self.lent = False
+        self._before = None
+
+    def close(self) -> None:
+        """Free what only training needs; the cores stay."""
+        self._kernel = None
+
+    # -- writes of others ---------------------------------------------------------------------------------------------
+
+    def was_written_to(self) -> bool:
+        """Whether torch has counted a write to a matrix since the last refold. Writes through `.data` it does not count. Does not
+        wait for the device."""
+        return self._versions != [parameter._version for parameter in self.parameters]
+
+    @torch.no_grad()
+    def edited(self) -> Tensor | None:
+        """Which matrices somebody else has written since the last refold: [n] booleans (of this rank's shards where they are
+        sharded), None where no matrix was. Waits for the device."""
+        parameters = self.parameters
+        if any(hasattr(p, "full_tensor") for p in parameters):
+            written = self._loaded() if self.written is None else None
+            return written if written is not None else self._edited_shards()
+        if self.written is None:
+            return self._loaded()
+        present = self.rows(parameters)
+        if torch.equal(present, self.written):
+            return None
+        return (present != self.written).any(1)
+
+    def _edited_shards(self) -> Tensor | None:
+        assert self.written is not None
+        parts = ranks.local_parts(self.parameters, self.written)
+        same = [torch.equal(ranks.local(p), part) for p, part in zip(self.parameters, parts, strict=True)]
+        return None if all(same) else ~torch.tensor(same, device=self.key.device)
+
+    def _loaded(self) -> Tensor | None:
+        """The first look after a state was loaded: whether a matrix differs from what its cores fold to by more than rounding.
+        What agrees is what was written."""
+        folded = self.fold()
+        # Folding rounds in the cores' dtype once per core. Decomposing, which is done in float64, is the larger error of float64
+        # cores. Writing rounds every entry once in the dtype of the matrix.
+        many = len(self.key.fused_shapes) * (64 if folded.dtype == torch.float64 else 4)
+        bound = torch.finfo(folded.dtype).eps * many * folded.abs().amax(1, keepdim=True)
+        if self.key.matrix_dtype != folded.dtype:
+            bound = bound + torch.finfo(self.key.matrix_dtype).eps * folded.abs()
+        present = ranks.stack_rows(self.parameters)
+        agrees = ((present.to(folded.dtype) - folded).abs() <= bound).all(1)  # NaN does not agree
+        self.written = torch.where(agrees[:, None], present, folded.to(present.dtype))
+        return None if bool(agrees.all()) else ~agrees
+
+
+def raise_nonfinite(matrices: Iterable[TrainedMatrix], finite: Tensor) -> None:
+    """Raise FloatingPointError where a gradient is not finite; the flag is one for each matrix."""
+    broken = [matrix.name for matrix, ok in zip(matrices, finite.tolist(), strict=True) if not ok]
+    if broken:
+        raise FloatingPointError(
+            f"the gradient of {', '.join(broken[:5])} holds NaN or infinity; nothing was changed. Lower the learning rate, "
+            "clip gradients, skip this batch (zero_grad and go on), or use a GradScaler for float16"
+        )
+
+
+def _part(value: Any, piece: Piece, start: int, size: int) -> Any:
+    """The share of one core in an entry of its piece's state."""
+    if not isinstance(value, Tensor):
+        return value
+    if value.numel() == piece.parameter.numel() != size:
+        return value.view(-1)[start - piece.start : start - piece.start + size]
+    return value if value.dim() > 0 else value.clone()
+
+
+def _join(states: Sequence[Mapping[str, Any]], parameter: nn.Parameter) -> dict[str, Any]:
+    """State of a piece from those of the cores in it, in order. Their scalars (step counts) are equal."""
+    if not states:
+        return {}
+    joined: dict[str, Any] = {}
+    for key, first in states[0].items():
+        if not isinstance(first, Tensor):
+            joined[key] = first
+        elif first.dim() == 0:
+            joined[key] = first.clone()
+        elif len(states) == 1 and first.numel() != parameter.numel():
+            joined[key] = first.to(parameter.device, copy=True)
+        else:
+            value = torch.cat([state[key].reshape(-1) for state in states]).to(parameter.device)
+            joined[key] = value.view(parameter.shape)
+    return joined

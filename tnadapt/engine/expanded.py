@@ -1,0 +1,315 @@
+"""Which matrices are expanded: the one place that knows.
+
+What is expanded is a value, `Roster`, that is replaced whole. Expanding, dropping and regrouping make new cohorts and leave the
+old ones as they are, so that a step that fails half way is undone by putting the old roster back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from tnadapt.engine import ranks
+from tnadapt.engine.checks import lost
+from tnadapt.engine.cores import Cohort, Key, Member, state_signature
+from tnadapt.engine.handover import warm_state
+from tnadapt.factorizations import core_dtype
+from tnadapt.matrices import TrainedMatrix
+
+__all__ = ["Event", "Expanded", "Roster"]
+
+
+@dataclass(frozen=True)
+class Event:
+    """Matrices that were expanded or folded back at an optimizer step (0: at the attachment)."""
+
+    step: int
+    action: Literal["expand", "fold"]
+    names: tuple[str, ...]
+
+    def __str__(self) -> str:
+        shown = ", ".join(self.names[:3]) + (f" and {len(self.names) - 3} more" if len(self.names) > 3 else "")
+        return f"step {self.step}: {self.action} {shown}"
+
+
+@dataclass(frozen=True)
+class Roster:
+    """What is expanded, and how it came about.
+
+    Attributes:
+        step: optimizer steps taken.
+        cohorts: the cores.
+        waiting: names of matrices that get their cores at the next step. By then the model is where it will be trained:
+            wrapped, loaded, and the same on all ranks.
+        history: every expansion and folding so far.
+    """
+
+    step: int = 0
+    cohorts: tuple[Cohort, ...] = ()
+    waiting: tuple[str, ...] = ()
+    history: tuple[Event, ...] = ()
+
+    @cached_property
+    def names(self) -> frozenset[str]:
+        """Of all expanded matrices, waiting ones included."""
+        return frozenset(self.waiting).union(matrix.name for cohort in self.cohorts for matrix in cohort.matrices)
+
+
+class Expanded:
+    """The expanded matrices among `matrices`, and the changes to which they are.
+
+    Args:
+        matrices: all that can be expanded, by name; each with its factorization.
+        optimizer: it holds the matrices.
+        elementwise: whether its update works element by element.
+        warm: whether cores take over what the optimizer knows of their matrix; they start fresh otherwise.
+        process_group: ranks that train the same matrices; None for all.
+    """
+
+    def __init__(
+        self,
+        matrices: Mapping[str, TrainedMatrix],
+        optimizer: torch.optim.Optimizer,
+        elementwise: bool,
+        warm: bool,
+        process_group: Any = None,
+    ) -> None:
+        self.matrices = matrices
+        self.elementwise = elementwise
+        self.process_group = process_group
+        self.now = Roster()
+        self._optimizer = optimizer
+        self._warm = warm
+        for matrix in matrices.values():
+            matrix.roster = lambda: self.now.names
+
+    def wait(self, names: Sequence[str], step: int) -> None:
+        """Choose matrices that get their cores at the next step."""
+        if names:
+            event = Event(step, "expand", tuple(names))
+            self.now = replace(self.now, waiting=(*self.now.waiting, *names), history=(*self.now.history, event))
+
+    def expand(self, names: Sequence[str], fresh: bool = False) -> None:
+        """Make cores of these matrices, which are trained through them from now on.
+
+        Args:
+            fresh: whether the cores start without what the optimizer knows of the matrices.
+
+        Raises:
+            ValueError: a matrix holds NaN or infinity; nothing has changed then.
+            RuntimeError: ranks hold different values of a matrix; nothing has changed then, on any rank.
+        """
+        alike: dict[tuple[Any, ...], list[TrainedMatrix]] = {}
+        for name in names:
+            matrix = self.matrices[name]
+            alike.setdefault((matrix.shape, self._key(matrix)), []).append(matrix)
+        added: dict[Key, list[Member]] = {}
+        for (_, key), matrices in alike.items():
+            added.setdefault(key, []).extend(self._unfold(matrices, fresh))
+        cohorts = list(self.now.cohorts)
+        for key, members in added.items():
+            for past in _by_past(members, self.elementwise).values():
+                _join_in(cohorts, key, self.elementwise, past)
+        chosen = set(names)
+        waiting = tuple(name for name in self.now.waiting if name not in chosen)
+        self.now = replace(self.now, cohorts=tuple(cohorts), waiting=waiting)
+
+    def drop(self, names: Iterable[str]) -> None:
+        """Forget the cores of these matrices, which keep their values."""
+        chosen = set(names)
+        cohorts: list[Cohort] = []
+        for cohort in self.now.cohorts:
+            kept = [member for member in cohort.members() if member.matrix.name not in chosen]
+            if len(kept) == len(cohort.matrices):
+                cohorts.append(cohort)
+            elif kept:
+                cohorts.append(Cohort(cohort.key, self.elementwise, kept))
+        waiting = tuple(name for name in self.now.waiting if name not in chosen)
+        self.now = replace(self.now, cohorts=tuple(cohorts), waiting=waiting)
+
+    def record(self, step: int, action: Literal["expand", "fold"], names: Iterable[str]) -> None:
+        """Note an expansion or a folding in the history."""
+        self.now = replace(self.now, history=(*self.now.history, Event(step, action, tuple(names))))
+
+    def divide(self, cohort: Cohort, idle: Sequence[bool]) -> Cohort:
+        """Put members that rest in this step into a cohort of their own; returns that of the others."""
+        members = cohort.members()
+        active, resting = (
+            Cohort(cohort.key, self.elementwise, [m for m, rests in zip(members, idle, strict=True) if rests is wanted])
+            for wanted in (False, True)
+        )
+        cohorts = tuple(c for old in self.now.cohorts for c in ((active, resting) if old is cohort else (old,)))
+        self.now = replace(self.now, cohorts=cohorts)
+        return active
+
+    def follow(self) -> None:
+        """Put cores where their matrices are now: on their device, and with the optimizer group that holds them."""
+        cohorts: list[Cohort] = []
+        for cohort in self.now.cohorts:
+            homes = [(m.parameter.device, m.parameter.dtype, self.group_of(m)) for m in cohort.matrices]
+            if all(home == (cohort.key.device, cohort.key.matrix_dtype, cohort.key.group) for home in homes):
+                cohorts.append(cohort)
+                continue
+            moved: dict[Key, list[Member]] = {}
+            for member in cohort.members():
+                key = self._key(member.matrix)
+                if key.matrix_dtype != cohort.key.matrix_dtype:
+                    member = _converted(member, cohort.key.dtype, key.dtype)
+                moved.setdefault(key, []).append(member)
+            for key, members in moved.items():
+                _join_in(cohorts, key, self.elementwise, members)
+        if any(new is not old for new, old in zip(cohorts, self.now.cohorts, strict=False)):
+            self.now = replace(self.now, cohorts=tuple(cohorts))
+
+    def group_of(self, matrix: TrainedMatrix) -> int:
+        """Index of the optimizer group that holds the matrix now.
+
+        Raises:
+            RuntimeError: the optimizer does not hold it any more.
+        """
+        for index, group in enumerate(self._optimizer.param_groups):
+            if any(parameter is matrix.parameter for parameter in group["params"]):
+                return index
+        raise RuntimeError(lost(matrix))
+
+    def _key(self, matrix: TrainedMatrix) -> Key:
+        factorization = matrix.factorization
+        assert factorization is not None
+        fused = factorization.fused_shapes(factorization.structure(matrix.shape).core_shapes)
+        parameter = matrix.parameter
+        dtype = core_dtype(parameter.dtype)
+        return Key(factorization, fused, dtype, parameter.dtype, parameter.device, self.group_of(matrix))
+
+    def _unfold(self, matrices: Sequence[TrainedMatrix], fresh: bool) -> list[Member]:
+        """Members for matrices of one shape and factorization."""
+        rows = self._same_on_all_ranks(matrices, ranks.stack_rows([m.parameter.detach() for m in matrices]))
+        finite = torch.isfinite(rows).all(1).tolist()
+        broken = [m.name for m, ok in zip(matrices, finite, strict=True) if not ok]
+        if broken:
+            raise ValueError(
+                f"cannot expand {', '.join(broken[:5])}: the matrix holds NaN or infinity; restore it from the last good "
+                "checkpoint, or lower the learning rate that broke it"
+            )
+        factorization = matrices[0].factorization
+        assert factorization is not None
+        values = rows.view(-1, *matrices[0].shape)
+        cores = factorization.unfold(values)
+        ranks.broadcast_from_first(cores, self.process_group)
+        residual = None
+        if not factorization.structure(matrices[0].shape).exact:
+            residual = values.to(cores[0].dtype) - factorization.fold(cores)
+        states = [{} if fresh else self._known_state(m) for m in matrices]
+        known = [k for k, state in enumerate(states) if state]
+        warm = warm_state(factorization, [core[known] for core in cores], [states[k] for k in known])
+        handed = {} if warm is None else dict(zip(known, warm, strict=True))
+        return [
+            Member(
+                matrix,
+                [core[k] for core in cores],
+                rows[k],
+                handed.get(k),
+                None if residual is None else residual[k],
+            )
+            for k, matrix in enumerate(matrices)
+        ]
+
+    def _known_state(self, matrix: TrainedMatrix) -> dict[str, Any]:
+        """What the optimizer knows of a matrix, where it is to be handed over."""
+        if not (self._warm and self.elementwise):
+            return {}
+        state = {
+            key: ranks.stack_rows([value]).view(matrix.shape)
+            if isinstance(value, Tensor) and value.numel() == math.prod(matrix.shape) and value.dim() > 0
+            else value
+            for key, value in self._optimizer.state.get(matrix.parameter, {}).items()
+        }
+        # zeros are no moments: torch.distributed.checkpoint makes such entries by an empty step
+        moments = [value for value in state.values() if isinstance(value, Tensor) and value.dim() > 0]
+        return state if any(bool(moment.any()) for moment in moments) else {}
+
+    def _same_on_all_ranks(self, matrices: Sequence[TrainedMatrix], values: Tensor) -> Tensor:
+        """The first rank's values, which all others must have too, to rounding."""
+        if not ranks.is_distributed(self.process_group):
+            return values
+        first = values.clone()
+        ranks.broadcast_from_first([first], self.process_group)
+        # what is not finite on all ranks alike is reported by the caller
+        known, mine = first.nan_to_num(), values.nan_to_num()
+        same = (mine - known).abs().amax(1) <= torch.finfo(known.dtype).eps * 4 * known.abs().amax(1)
+        differs = ranks.agree_any(~same, self.process_group)
+        if bool(differs.any()):
+            names = [m.name for m, flag in zip(matrices, differs.tolist(), strict=True) if flag]
+            raise RuntimeError(
+                f"ranks hold different values of {', '.join(names[:3])}"
+                + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+                + ", so they do not train the same matrices. Wrap the model in DistributedDataParallel, make adapters with one "
+                "seed on all ranks where nothing broadcasts them, or give LoraOver the ranks that belong together as "
+                "process_group="
+            )
+        return first
+
+    # -- state --------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Cores and their optimizer state by matrix name: tensors and plain containers. Tensors are references."""
+        return {
+            member.matrix.name: {
+                "cohort": number,
+                "cores": [core.detach() for core in member.cores],
+                "state": member.state,
+                "residual": member.residual,
+            }
+            for number, cohort in enumerate(self.now.cohorts)
+            for member in cohort.members()
+        }
+
+    def load_state(self, cores: Mapping[str, Any], step: int, waiting: Sequence[str], history: Sequence[Event]) -> None:
+        """Replace everything by a validated state (see `tnadapt.state`); tensors are copied."""
+        grouped: dict[tuple[int, Key], list[Member]] = {}
+        for name, entry in cores.items():
+            matrix = self.matrices[name]
+            key = self._key(matrix)
+            group = self._optimizer.param_groups[key.group]
+            state = entry["state"]
+            if state is not None and (group.get("fused") or group.get("capturable")):
+                # torch's own loading does the same: these read their step counts on the device
+                state = [{**one, "step": one["step"].to(key.device)} if "step" in one else one for one in state]
+            member = Member(matrix, entry["cores"], None, state, entry["residual"])
+            grouped.setdefault((entry["cohort"], key), []).append(member)
+        cohorts = tuple(Cohort(key, self.elementwise, members) for (_, key), members in grouped.items())
+        self.now = Roster(step, cohorts, tuple(waiting), tuple(history))
+
+
+def _by_past(members: Sequence[Member], elementwise: bool) -> dict[Any, list[Member]]:
+    """Members that can be stepped as one, together."""
+    found: dict[Any, list[Member]] = {}
+    for member in members:
+        past = state_signature(member.state[0] if member.state else {}) if elementwise else None
+        found.setdefault(past, []).append(member)
+    return found
+
+
+def _join_in(cohorts: list[Cohort], key: Key, elementwise: bool, members: Sequence[Member]) -> None:
+    """Add members of one past to the cohort that they can be stepped with; a new one where there is none."""
+    for k, present in enumerate(cohorts):
+        if present.key == key and present.signature() in _by_past(members, elementwise):
+            cohorts[k] = Cohort(key, elementwise, [*present.members(), *members])
+            return
+    cohorts.append(Cohort(key, elementwise, members))
+
+
+def _converted(member: Member, old: torch.dtype, new: torch.dtype) -> Member:
+    """A member whose matrix was converted: its cores follow, and the matrix is looked at anew."""
+
+    def convert(value: Any) -> Any:
+        return value.to(new) if isinstance(value, Tensor) and value.dim() > 0 and value.dtype == old else value
+
+    states = member.state and [{key: convert(value) for key, value in state.items()} for state in member.state]
+    residual = None if member.residual is None else convert(member.residual)
+    return replace(member, cores=[convert(c) for c in member.cores], value=None, state=states, residual=residual)

@@ -1,0 +1,796 @@
+"""One optimizer step of a model with expanded matrices, from top to bottom.
+
+    before the optimizer steps (`_prepare`)
+        1. follow the matrices to where they are
+        2. leave alone a step that moves nothing
+        3. unfold anew what somebody else has written
+        4. make cores for the matrices that were chosen at the attachment
+        5. let the scheduler look, release and choose
+        6. pull the gradients back to the cores
+        7. lend the cores to the optimizer, in place of the matrices
+    the optimizer steps
+    after it (`_finish`)
+        8. take the cores and their state back
+        9. refold: write what the cores fold to into the matrices
+
+Whatever fails in 1 to 6 leaves everything as it was. Cores are in `optimizer.param_groups` only while the optimizer steps, so
+learning-rate schedulers, named parameters, checkpoints and whoever else counts groups see the user's own. Being stepped by
+the user's optimizer itself, in the same step, cores get its algorithm exactly: shared counters, norms over all groups, a
+GradScaler's scale.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import wraps
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from tnadapt.engine import ranks
+from tnadapt.engine.checks import checked_choice, checked_release, require_same_place, shown
+from tnadapt.engine.cores import Cohort, Piece, raise_nonfinite
+from tnadapt.engine.expanded import Expanded, Roster
+from tnadapt.matrices import Skipped, TrainedMatrix
+from tnadapt.schedulers import Scheduler
+
+__all__ = ["CoreRates", "Step"]
+
+#: optimizer steps between two looks at matrices off the CPU, each of which waits for the device once
+_LOOK_EVERY = 50
+#: group entries that an optimizer may rewrite without keeping state in them
+_MAY_CHANGE = frozenset({"params", "lr", "capturable", "foreach", "fused"})
+#: where torch runs the hooks of a step
+_HOOKS_FILE = torch.optim.Optimizer.profile_hook_step.__code__.co_filename
+
+
+@dataclass
+class CoreRates:
+    """How the hyper-parameters of cores follow those of their matrices.
+
+    Attributes:
+        lr: rate of the cores while the rate of the matrices is `base`; None for the rate of the matrices.
+        weight_decay: of the cores; None for that of the matrices.
+        max_update: largest root mean square of a matrix's update, in units of its cores' rate; None for no cap.
+        base: base rate of the first optimizer group that holds matrices: its `max_lr` where a schedule such as OneCycle has set
+            one, or its `initial_lr` where another schedule has, or its `lr` at the attachment. Fixed at the first step.
+    """
+
+    lr: float | None = None
+    weight_decay: float | None = None
+    max_update: float | None = None
+    base: float | None = None
+
+    def fix_base(self, group: Mapping[str, Any], at_attachment: Any) -> None:
+        """Find the base rate, once."""
+        if self.lr is None or self.base is not None:
+            return
+        base = group.get("max_lr", group.get("initial_lr", at_attachment))
+        if not isinstance(base, (int, float, Tensor)) or not float(base) > 0:
+            raise ValueError(
+                f"core_lr={self.lr!r} is the rate of the cores at the base rate of the first optimizer group with LoRA "
+                f"matrices, and that is {base!r}: make the optimizer with the rate that its schedule starts from or peaks at"
+            )
+        self.base = float(base)
+
+    @property
+    def ratio(self) -> float:
+        """Rate of cores over that of their matrices."""
+        return 1.0 if self.lr is None or self.base is None else self.lr / self.base
+
+
+@dataclass
+class _Loan:
+    """What the optimizer has of ours while it steps."""
+
+    #: groups of cores, each beside the user's group that it was made from
+    groups: list[tuple[dict[str, Any], dict[str, Any]]]
+    cohorts: list[Cohort]
+    #: the user's lists of parameters, in which stand-ins take the places of the matrices
+    lists: list[tuple[dict[str, Any], list[nn.Parameter]]]
+    #: matrices whose cores are lent, with their gradients and torch's count of writes to these
+    gradients: list[tuple[nn.Parameter, Tensor, int]]
+    #: scale of a GradScaler that the optimizer takes out of the gradients itself
+    scale: Tensor | None
+    #: cores that must move, as they were, where it is not known yet whether the optimizer steps what is lent to it
+    watched: list[tuple[Piece, Tensor]]
+
+
+class Step:
+    """Hooks on one optimizer that carry its steps through the cores.
+
+    Args:
+        optimizer: a torch optimizer that holds the matrices.
+        expanded: which of them are expanded.
+        scheduler: what to expand and fold back, and when.
+        rates: hyper-parameters of the cores.
+        skipped: matrices that were not candidates at the attachment.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        expanded: Expanded,
+        scheduler: Scheduler,
+        rates: CoreRates,
+        skipped: Sequence[Skipped] = (),
+    ) -> None:
+        self.optimizer = optimizer
+        self.expanded = expanded
+        self.scheduler = scheduler
+        self.rates = rates
+        #: rate of the first cores in the last step; None before it, or where the optimizer sets its own
+        self.core_rate: float | Tensor | None = None
+        #: calls of `optimizer.step()` that had gradients of matrices
+        self.stepped = 0
+        self._rates_at_attachment = [group.get("lr") for group in optimizer.param_groups]
+        self._asleep = [s for s in skipped if s.parameter is not None and not s.parameter.requires_grad]
+        self._resting: set[str] = set()
+        self._distributed = False
+        self._begun = False
+        # torch's own optimizers step what is lent to them, and may take steps too small for a core to show
+        self._proven = type(optimizer).__module__.startswith("torch.optim")
+        self._nonfinite: list[tuple[Tensor, torch.cuda.Event | None]] = []
+        self._loan: _Loan | None = None
+        # the step that is under way: the frame that runs its hooks, its thread, and how many steps are nested in it
+        self._frame: FrameType | None = None
+        self._thread = 0
+        self._nested = 0
+        self._stand_ins: dict[tuple[torch.dtype, torch.device], nn.Parameter] = {}
+        self._handles: list[Any] = []
+        self._attach()
+
+    # -- hooks --------------------------------------------------------------------------------------------------------
+
+    def _attach(self) -> None:
+        """Hook into the optimizer: last before it steps, so that other hooks have had the gradients, and first after it, so
+        that others see the refolded matrices. Its `zero_grad` reaches the matrices inside a step and after one that died."""
+        optimizer = self.optimizer
+        before, after = optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self._after)
+        hooks: Any = optimizer._optimizer_step_pre_hooks
+        finishers: Any = optimizer._optimizer_step_post_hooks
+        finishers.move_to_end(after.id, last=False)
+
+        def register(hook: Any) -> Any:
+            handle = type(optimizer).register_step_pre_hook(optimizer, hook)
+            hooks.move_to_end(before.id)
+            return handle
+
+        original = optimizer.zero_grad
+
+        @wraps(original)
+        def zero_grad(set_to_none: bool = True) -> None:
+            self.recover()
+            original(set_to_none)
+            # inside a step, cores stand in for the matrices
+            for parameter, _, _ in self._loan.gradients if self._loan is not None else ():
+                if set_to_none:
+                    parameter.grad = None
+                elif parameter.grad is not None:
+                    parameter.grad.zero_()
+
+        optimizer.register_step_pre_hook = register  # type: ignore[method-assign]
+        optimizer.zero_grad = zero_grad  # type: ignore[method-assign]
+        self._handles = [before, after, optimizer.register_state_dict_pre_hook(lambda _: self._require_between_steps())]
+        # A subclass whose step ends in that of its base may change gradients before it calls that. torch hooks the step of a class
+        # when the first optimizer of just that class is made; here the base needs its hooks too.
+        own = [cls for cls in type(optimizer).__mro__ if "step" in vars(cls) and cls is not torch.optim.Optimizer]
+        for base in own[1:]:
+            step: Any = vars(base)["step"]
+            if issubclass(base, torch.optim.Optimizer) and not getattr(step, "hooked", False):
+                hooked: Any = torch.optim.Optimizer.profile_hook_step(step)
+                hooked.hooked = True
+                base.step = hooked  # type: ignore[method-assign]
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        self.recover()
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        for name in ("register_step_pre_hook", "zero_grad"):
+            vars(self.optimizer).pop(name, None)
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def _before(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._frame is not None and self._thread == threading.get_ident() and _runs(self._frame, self._thread):
+            # step() of a base class, called by the step that is prepared already
+            self._nested += 1
+            self._pull_back_again()
+            return None
+        self.recover()
+        args, kwargs = _evaluate_closure(args, kwargs)
+        with self._without_autocast():
+            self._prepare()
+        self._frame, self._thread, self._nested = _step_frame(), threading.get_ident(), 0
+        return args, kwargs
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def _after(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._frame is None:
+            return
+        if self._nested:
+            self._nested -= 1
+            return
+        with self._without_autocast():
+            self._finish()
+
+    def _without_autocast(self) -> ExitStack:
+        stack = ExitStack()
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        return stack
+
+    # -- before the optimizer steps -----------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _prepare(self) -> None:
+        """Everything that can fail, and then the loan, which cannot."""
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "optimizer.step() is being captured into a CUDA graph, which would leave out all that is not a kernel; capture "
+                "the forward and backward passes, and step outside of the graph"
+            )
+        self._resolve()
+        self._warn_of_switches()
+        if self._moves_nothing():
+            return
+        self._raise_earlier_nonfinite()
+        matrices, before, scheduler_before = self.expanded.matrices, self.expanded.now, self.scheduler.state_dict()
+        step = before.step + 1
+        scale = getattr(self.optimizer, "grad_scale", None)
+        if scale is not None:
+            for matrix in matrices.values():
+                matrix.grad_scale = scale
+        try:
+            if not self._begun:
+                self._begin()
+            forgotten = self._follow_edits(step)
+            if self.expanded.now.waiting:
+                self.expanded.expand(self.expanded.now.waiting)
+            self.scheduler.observe(step, matrices)
+            if self.scheduler.due(step):
+                forgotten += self._decide(step)
+            flags = self._pull_back()
+            loan = self._loan_of(scale)
+        except BaseException as error:
+            _advise(error)
+            self._undo(before, scheduler_before)
+            raise
+        finally:
+            if scale is not None:
+                for matrix in matrices.values():
+                    matrix.grad_scale = None
+        self._nonfinite += flags
+        self.stepped += 1
+        self.expanded.now = replace(self.expanded.now, step=step)
+        for name in forgotten:
+            self.optimizer.state.pop(matrices[name].parameter, None)
+        self._lend(loan)
+
+    def _undo(self, before: Roster, scheduler: Mapping[str, Any]) -> None:
+        """Put back what a failed preparation has changed."""
+        for cohort in (*self.expanded.now.cohorts, *before.cohorts):
+            cohort.settle()
+        self.expanded.now = before
+        self.scheduler.load_state_dict(scheduler)
+
+    def _resolve(self) -> None:
+        """Follow parameters that wrappers replaced (FSDP2, `assign=True` loading) and moves between devices and dtypes."""
+        owners = {id(p): k for k, group in enumerate(self.optimizer.param_groups) for p in group["params"]}
+        for matrix in self.expanded.matrices.values():
+            current: Any = getattr(matrix.owner, matrix.attribute)
+            known = matrix.parameter
+            if current is not known and hasattr(known, "full_tensor") and not hasattr(current, "full_tensor"):
+                # FSDP2 holds the gathered parameter in its place (after an evaluation, say); the shard is what is trained
+                current = known
+            if current is not known or id(current) not in owners:
+                require_same_place(matrix, current, id(current) in owners)
+                matrix.parameter = current
+        for cohort in self.expanded.now.cohorts:
+            key = cohort.key
+            for matrix in cohort.matrices:
+                p = matrix.parameter
+                if p.device != key.device or p.dtype != key.matrix_dtype or owners[id(p)] != key.group:
+                    self.expanded.follow()
+                    return
+
+    def _moves_nothing(self) -> bool:
+        """Whether this step is a GradScaler's overflow, one without any gradient, or the one by which distributed checkpoints
+        initialise an optimizer: all rates zero and all gradients too."""
+        found_inf = getattr(self.optimizer, "found_inf", None)
+        if found_inf is not None and bool(found_inf.item()):
+            return True
+        grads = [g for m in self.expanded.matrices.values() if (g := m.parameter.grad) is not None]
+        if not grads:
+            return True
+        for group in self.optimizer.param_groups:
+            rate = group.get("lr")
+            # a rate on a device is not read: that would wait for it in every step
+            if rate is None or (isinstance(rate, Tensor) and rate.device.type != "cpu") or float(rate) != 0.0:
+                return False
+        moving = torch.tensor(any(bool(ranks.local(g).any()) for g in grads), device=grads[0].device)
+        if any(ranks.is_sharded(g) for g in grads):
+            moving = ranks.agree_any(moving, self.expanded.process_group)
+        return not bool(moving)
+
+    def _begin(self) -> None:
+        """What is done once, at the first step, and again after a state was loaded."""
+        index = min(self.expanded.group_of(m) for m in self.expanded.matrices.values())
+        at_attachment = self._rates_at_attachment[index] if index < len(self._rates_at_attachment) else None
+        self.rates.fix_base(self.optimizer.param_groups[index], at_attachment)
+        self._distributed = ranks.is_distributed(self.expanded.process_group)
+        if self._distributed:
+            now = self.expanded.now
+            ranks.require_agreement(
+                {
+                    "matrices": [
+                        (n, tuple(m.shape), str(m.parameter.dtype)) for n, m in self.expanded.matrices.items()
+                    ],
+                    "the factorization": [str(m.factorization) for m in self.expanded.matrices.values()],
+                    "the scheduler": self.scheduler.label,
+                    "steps taken": now.step,
+                    "expanded matrices": sorted(now.names),
+                    "the values of the cores": [float(cohort.buffer.double().sum()) for cohort in now.cohorts],
+                },
+                self.expanded.process_group,
+            )
+        self._begun = True
+
+    # what others do to the matrices
+
+    def _follow_edits(self, step: int) -> list[str]:
+        """Unfold anew what somebody else has written (a loaded adapter, a hand edit); returns the names."""
+        looked: list[tuple[Cohort, Tensor | None]] = []
+        for cohort in self.expanded.now.cohorts:
+            if (
+                cohort.key.device.type == "cpu"
+                or cohort.written is None
+                or step % _LOOK_EVERY == 1
+                or (
+                    # what only one rank has seen must not make it look alone
+                    not self._distributed and cohort.was_written_to()
+                )
+            ):
+                looked.append((cohort, cohort.edited()))
+        if self._distributed and looked:
+            looked = self._agreed(looked)
+        names = [
+            matrix.name
+            for cohort, flags in looked
+            if flags is not None
+            for matrix, flag in zip(cohort.matrices, flags.tolist(), strict=True)
+            if flag
+        ]
+        if names:
+            warnings.warn(
+                f"{shown(names)} changed outside the optimizer (a loaded adapter, a hand edit); unfolding anew, with "
+                "fresh optimizer state for the cores",
+                stacklevel=2,
+            )
+            self.expanded.drop(names)
+            self.expanded.expand(names, fresh=True)
+        return names
+
+    def _agreed(self, looked: Sequence[tuple[Cohort, Tensor | None]]) -> list[tuple[Cohort, Tensor | None]]:
+        """The same with flags that are set where any rank has set them: one collective."""
+        flags = [torch.zeros(len(c.matrices), dtype=torch.bool) if f is None else f.cpu() for c, f in looked]
+        together = torch.cat(flags).to(looked[0][0].key.device)
+        agreed = ranks.agree_any(together, self.expanded.process_group).cpu()
+        parts = torch.split(agreed, [len(f) for f in flags])
+        return [(cohort, part if bool(part.any()) else None) for (cohort, _), part in zip(looked, parts, strict=True)]
+
+    def _warn_of_switches(self) -> None:
+        """Say once of each matrix that it was frozen or woken since the attachment, as `set_adapter` does."""
+        frozen = [
+            matrix.name
+            for cohort in self.expanded.now.cohorts
+            for matrix in cohort.matrices
+            if not matrix.parameter.requires_grad and matrix.name not in self._resting
+        ]
+        if frozen:
+            self._resting.update(frozen)
+            warnings.warn(
+                f"{shown(frozen)} no longer required to have gradients (set_adapter, or requires_grad_(False)): their cores "
+                "rest until they are trained again. fold() before switching adapters for good",
+                stacklevel=2,
+            )
+        woken = [s for s in self._asleep if s.parameter is not None and s.parameter.grad is not None]
+        if woken:
+            self._asleep = [s for s in self._asleep if s not in woken]
+            held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+            names = [s.name for s in woken if id(s.parameter) in held]
+            if names:
+                warnings.warn(
+                    f"{shown(names)}, left out at the attachment ({woken[0].reason}), now trained as plain LoRA; fold() and "
+                    "attach a new LoraOver to expand them",
+                    stacklevel=2,
+                )
+
+    # what the scheduler wants
+
+    def _decide(self, step: int) -> list[str]:
+        """Release and expand what the scheduler chooses; returns the names of what was released."""
+        matrices, scheduler = self.expanded.matrices, self.scheduler
+
+        def choose() -> tuple[list[str], list[str]]:
+            return list(scheduler.release(step, matrices)), list(scheduler.select(step, matrices))
+
+        if self._distributed:
+            what = f"{scheduler.label} at step {step}"
+            released, chosen = ranks.choice_of_first(choose, what, self.expanded.process_group)
+        else:
+            released, chosen = choose()
+        released = checked_release(released, matrices, scheduler)
+        if released:
+            self.expanded.drop(released)
+            self.expanded.record(step, "fold", released)
+        chosen = checked_choice(chosen, matrices, scheduler)
+        if chosen and scheduler.after_update:
+            self.expanded.wait(chosen, step)
+        elif chosen:
+            self.expanded.expand(chosen)
+            self.expanded.record(step, "expand", chosen)
+        return released
+
+    # gradients
+
+    def _pull_back(self) -> list[tuple[Tensor, torch.cuda.Event | None]]:
+        """Pull the gradients back to the cores of all matrices that have one; the others rest. Returns flags that tell off the
+        CPU whether gradients were finite."""
+        self._require_finite_plain()
+        flags: list[Tensor] = []
+        for cohort in self.expanded.now.cohorts:
+            idle = [matrix.parameter.grad is None for matrix in cohort.matrices]
+            if all(idle):
+                continue
+            active = self.expanded.divide(cohort, idle) if any(idle) else cohort
+            finite = active.pull_back()
+            if finite is not None:
+                flags.append(finite)
+        return [_read_later(flags)] if flags else []
+
+    def _require_finite_plain(self) -> None:
+        """Raise where the gradient of a matrix that is not expanded is not finite; on the CPU, where it makes nobody wait."""
+        names = self.expanded.now.names
+        plain = [
+            matrix
+            for matrix in self.expanded.matrices.values()
+            if matrix.name not in names and matrix.parameter.grad is not None and matrix.parameter.device.type == "cpu"
+        ]
+        if not plain:
+            return
+        grads: list[Any] = [matrix.parameter.grad for matrix in plain]
+        sharded = any(hasattr(grad, "full_tensor") for grad in grads)
+        held: list[Tensor] = [ranks.local(grad) for grad in grads] if sharded else grads
+        # a finite norm has finite entries, and all norms are one call; where the squares overflow, each entry is looked at
+        finite = torch.isfinite(torch.stack(torch._foreach_norm(held)))
+        if not bool(finite.all()):
+            finite = torch.stack([torch.isfinite(g).all() for g in held])
+        if sharded:
+            finite = ~ranks.agree_any(~finite, self.expanded.process_group)
+        raise_nonfinite(plain, finite)
+
+    def _raise_earlier_nonfinite(self) -> None:
+        """Off the CPU, the flag that gradients were finite is read one step later, when it is there without waiting."""
+        pending, self._nonfinite = self._nonfinite, []
+        for flag, event in pending:
+            if event is not None:
+                event.synchronize()
+            if not bool(flag):
+                raise FloatingPointError(
+                    "a gradient of the step before held NaN or infinity; the cores were given zeros instead. Lower the "
+                    "learning rate, clip gradients, or use a GradScaler for float16; go on from the last checkpoint"
+                )
+
+    # the loan
+
+    def _loan_of(self, scale: Tensor | None) -> _Loan:
+        """Everything that the optimizer is to get, made ready; nothing is handed over yet."""
+        by_group: dict[int, list[Piece]] = {}
+        cohorts = [cohort for cohort in self.expanded.now.cohorts if cohort.grad is not None]
+        for cohort in cohorts:
+            pieces = cohort.lend(self._cap(cohort))
+            by_group.setdefault(cohort.key.group, []).extend(pieces)
+        groups = [(self.optimizer.param_groups[k], self._core_group(k, pieces)) for k, pieces in by_group.items()]
+        parameters = [p for cohort in cohorts for p in cohort.parameters]
+        gradients = [(p, p.grad, p.grad._version) for p in parameters if p.grad is not None]
+        watched = [] if self._proven else self._watched(by_group)
+        return _Loan(groups, cohorts, [], gradients, scale, watched)
+
+    def _cap(self, cohort: Cohort) -> float | None:
+        """Largest norm of the update of a matrix of a cohort."""
+        rate = self.optimizer.param_groups[cohort.key.group].get("lr")
+        if self.rates.max_update is None or rate is None:
+            return None
+        numel = cohort.matrices[0].parameter.numel()
+        return self.rates.max_update * float(rate) * self.rates.ratio * math.sqrt(numel)
+
+    def _core_group(self, index: int, pieces: Sequence[Piece]) -> dict[str, Any]:
+        """A group for cores: the matrices' group as it is now, with the cores' rate and decay."""
+        owner = self.optimizer.param_groups[index]
+        group = {key: value for key, value in owner.items() if key not in ("params", "param_names")}
+        group["params"] = [piece.parameter for piece in pieces]
+        if group.get("lr") is not None:
+            group["lr"] = group["lr"] * self.rates.ratio
+        if self.rates.weight_decay is not None:
+            group["weight_decay"] = self.rates.weight_decay
+        return group
+
+    def _watched(self, by_group: Mapping[int, Sequence[Piece]]) -> list[tuple[Piece, Tensor]]:
+        """One piece of each group that must move in this step, and a copy of it."""
+        watched: list[tuple[Piece, Tensor]] = []
+        for index, pieces in by_group.items():
+            rate = self.optimizer.param_groups[index].get("lr")
+            if rate is not None and float(rate) == 0.0:
+                continue
+            moving = (p for p in pieces if p.parameter.grad is not None and bool(p.parameter.grad.any()))
+            piece = next(moving, None)
+            if piece is not None:
+                watched.append((piece, piece.parameter.detach().clone()))
+        return watched
+
+    def _lend(self, loan: _Loan) -> None:
+        """Hand the cores over. Stand-ins without gradient take the places of the matrices, so that the optimizer passes them by
+        and positions in groups stay what they were; the matrices keep their gradients for everybody else."""
+        lent = {id(p): p for p, _, _ in loan.gradients}
+        for owner, _ in loan.groups:
+            own = owner["params"]
+            loan.lists.append((owner, own))
+            owner["params"] = [self._stand_in(p) if id(p) in lent else p for p in own]
+        for cohort in loan.cohorts:
+            for piece in cohort.pieces:
+                if piece.state:
+                    self.optimizer.state[piece.parameter] = piece.state
+        self.optimizer.param_groups.extend(group for _, group in loan.groups)
+        if loan.groups:
+            self.core_rate = loan.groups[0][1].get("lr")
+        self._loan = loan
+
+    def _stand_in(self, parameter: nn.Parameter) -> nn.Parameter:
+        place = parameter.dtype, parameter.device
+        if place not in self._stand_ins:
+            self._stand_ins[place] = nn.Parameter(torch.empty(0, dtype=place[0], device=place[1]))
+        return self._stand_ins[place]
+
+    def _pull_back_again(self) -> None:
+        """Where a subclass has changed gradients before it calls the step of its base (clipped them, say), the cores get what the
+        changed gradients pull back to."""
+        loan = self._loan
+        if loan is None or all(p.grad is grad and grad._version == count for p, grad, count in loan.gradients):
+            return
+        with torch.no_grad(), self._without_autocast():
+            for cohort in loan.cohorts:
+                cohort.pull_back()
+                cohort.lend(cohort.cap)
+        loan.gradients = [(p, p.grad, p.grad._version) for p, _, _ in loan.gradients if p.grad is not None]
+
+    # -- after the optimizer has stepped ------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _finish(self, died: bool = False) -> None:
+        """Take the loan back and refold; then say what the optimizer did wrong."""
+        loan, faults = self._loan, list[str]()
+        if loan is not None:
+            self._take_back(loan)
+            if not died:
+                faults = self._faults(loan)
+            self._loan = None
+        try:
+            for cohort in self.expanded.now.cohorts:
+                if cohort.lent:
+                    # what was restored after a step that died is not overwritten; the next step unfolds it anew
+                    cohort.refold(cohort.edited() if died else None)
+        except BaseException as error:
+            # the frame is kept, so that `recover` tries again
+            error.add_note(
+                "tnadapt: the optimizer has stepped the cores, but not all matrices were refolded from them. That is tried "
+                "again by the next step, state_dict() or fold(): make room (torch.cuda.empty_cache()), and do not repeat the batch"
+            )
+            raise
+        self._frame = None
+        if faults:
+            raise RuntimeError(faults[0])
+
+    def _take_back(self, loan: _Loan) -> None:
+        """Give the optimizer its own groups again, and keep its state of the cores."""
+        groups, state = self.optimizer.param_groups, self.optimizer.state
+        lent = {id(group) for _, group in loan.groups}
+        groups[:] = [group for group in groups if id(group) not in lent]
+        for owner, own in loan.lists:
+            owner["params"] = own
+        for cohort in loan.cohorts:
+            cohort.take_back(state)
+            for piece in cohort.pieces:
+                state.pop(piece.parameter, None)
+        if loan.scale is not None:
+            # as the optimizer's kernel leaves gradients that it has unscaled
+            for parameter, _, _ in loan.gradients:
+                if parameter.grad is not None:
+                    parameter.grad.div_(loan.scale.to(parameter.grad.device))
+
+    def _faults(self, loan: _Loan) -> list[str]:
+        """What the optimizer did that cores cannot follow."""
+        kind = type(self.optimizer).__name__
+        faults: list[str] = []
+        if not self._proven:
+            for owner, group in loan.groups:
+                faults += [
+                    f"{kind} keeps state in its parameter groups ({key!r}), which cores enter for the step only; such an "
+                    "optimizer cannot train tensor-network cores: use a torch.optim optimizer"
+                    for key in self._changed_entries(owner, group)
+                ]
+            moved = [bool(piece.state) or not torch.equal(piece.parameter, old) for piece, old in loan.watched]
+            if moved and not any(moved):
+                faults.append(
+                    f"{kind} did not step the cores that were lent to it (it keeps its own list of parameters); such an "
+                    "optimizer cannot train tensor-network cores: use a torch.optim optimizer"
+                )
+            self._proven = any(moved) and not faults
+        if not type(self.optimizer).__module__.startswith("torch.optim") and loan.scale is None:
+            changed = [
+                p for p, grad, count in loan.gradients if p.grad is grad and grad._version != count and grad.any()
+            ]
+            if changed:
+                faults.append(
+                    f"{kind} changed gradients of LoRA matrices inside its step (it clips them, perhaps) after they were pulled "
+                    "back to the cores, so the cores took the step without that; clip before optimizer.step(), or in a step "
+                    "pre-hook, and go on from the last checkpoint"
+                )
+        return faults
+
+    def _changed_entries(self, owner: Mapping[str, Any], group: Mapping[str, Any]) -> Iterable[str]:
+        """Entries of the cores' group that the optimizer made differ from those of the matrices' group."""
+        for key, value in group.items():
+            if key in _MAY_CHANGE or (key == "weight_decay" and self.rates.weight_decay is not None):
+                continue
+            if key not in owner or isinstance(value, Tensor) or isinstance(owner[key], Tensor):
+                continue
+            if value != owner[key]:
+                yield key
+
+    # -- after a step that died ---------------------------------------------------------------------------------------
+
+    def recover(self) -> None:
+        """Wait for a step that another thread is taking. Clean up after one that died inside the optimizer: take the loan back
+        and refold from the cores as they are, but for matrices that were written since."""
+        here = threading.get_ident()
+        while self._frame is not None and self._thread != here and _runs(self._frame, self._thread):
+            time.sleep(1e-3)
+        if self._frame is None or _runs(self._frame, self._thread):
+            return
+        with self._without_autocast():
+            self._finish(died=True)
+
+    def _require_between_steps(self) -> None:
+        self.recover()
+        if self._loan is not None:
+            raise RuntimeError(
+                "state_dict() was called by the optimizer itself, inside its step, while it has the cores on loan; call it "
+                "between steps, or in a step hook"
+            )
+
+    def reset(self) -> None:
+        """Another state has been loaded: forget what earlier steps left to be checked, and check anew what ranks hold."""
+        self._nonfinite = []
+        self._begun = False
+
+    # -- the optimizer's own state of the matrices --------------------------------------------------------------------
+
+    def forget(self, matrices: Iterable[TrainedMatrix]) -> None:
+        """Drop the optimizer's own state entries of these matrices."""
+        for matrix in matrices:
+            self.optimizer.state.pop(matrix.parameter, None)
+
+    def fill_missing(self, optimizer_state: dict[str, Any]) -> None:
+        """Give expanded matrices that were never stepped themselves an entry of zeros in a state dict of the optimizer.
+
+        torch.distributed.checkpoint wants an entry for every parameter, both when it reads and when it sets. The entries are
+        dropped with the cores. Without a process group nothing is done.
+        """
+        if not (dist.is_available() and dist.is_initialized()):
+            return
+        state = optimizer_state["state"]
+        names = self.expanded.now.names
+        ours = {id(m.parameter) for m in self.expanded.matrices.values() if m.name in names}
+        for group, packed in zip(self.optimizer.param_groups, optimizer_state["param_groups"], strict=True):
+            missing = [
+                (p, index)
+                for p, index in zip(group["params"], packed["params"], strict=True)
+                if id(p) in ours and index not in state
+            ]
+            like = self._entry_like(group["params"]) if missing else None
+            if like is not None:
+                state.update({index: _zero_entry(*like, parameter) for parameter, index in missing})
+
+    def _entry_like(self, parameters: list[Tensor]) -> tuple[Tensor, dict[str, Any]] | None:
+        """A parameter (or a core) and its state, all of whose entries are of its shape or scalars; None where there is none."""
+        pieces = [piece for cohort in self.expanded.now.cohorts for piece in cohort.pieces]
+        entries = [(p, self.optimizer.state[p]) for p in parameters if p in self.optimizer.state]
+        for parameter, entry in [*entries, *((piece.parameter, piece.state) for piece in pieces)]:
+            tensors = [value for value in entry.values() if isinstance(value, Tensor)]
+            if tensors and all(value.dim() == 0 or value.shape == parameter.shape for value in tensors):
+                return parameter, entry
+        return None
+
+
+def _read_later(flags: Sequence[Tensor]) -> tuple[Tensor, torch.cuda.Event | None]:
+    """Whether all flags are set, on its way to the host; nobody waits for it now."""
+    finite = torch.stack([flag.to(flags[0].device) for flag in flags]).all()
+    if finite.device.type != "cuda":
+        return finite, None
+    host = torch.empty((), dtype=torch.bool, pin_memory=True, device="cpu")
+    host.copy_(finite, non_blocking=True)
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record()
+    return host, event
+
+
+def _advise(error: BaseException) -> None:
+    """Say what can be done about an error that is not ours and stopped a step before anything was changed."""
+    if isinstance(error, torch.OutOfMemoryError):
+        error.add_note(
+            "tnadapt: out of memory before the optimizer stepped; model, optimizer and cores are what they were before the "
+            "step. Expand fewer matrices (top_n, added_parameters), lower the order or max_bond, or use smaller batches"
+        )
+    elif dist.is_available() and isinstance(error, dist.DistError):
+        error.add_note(
+            "tnadapt: the ranks could not agree before the optimizer stepped; on this rank nothing was changed. Restart all "
+            "ranks from the last whole checkpoint"
+        )
+
+
+def _zero_entry(parameter: Tensor, entry: dict[str, Any], target: Tensor) -> dict[str, Any]:
+    """Zeros for `target`, shaped as the state `entry` of `parameter`."""
+
+    def zeros(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return torch.zeros_like(target if value.shape == parameter.shape else value)
+
+    return {key: zeros(value) for key, value in entry.items()}
+
+
+def _evaluate_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Evaluate a closure once, so that gradients are there, and let the optimizer see its result."""
+    closure = kwargs.get("closure") if "closure" in kwargs else (args[1] if len(args) > 1 else None)
+    if closure is None:
+        return args, kwargs
+    with torch.enable_grad():
+        loss = closure()
+
+    def evaluated() -> Any:
+        return loss
+
+    if "closure" in kwargs:
+        return args, {**kwargs, "closure": evaluated}
+    return (args[0], evaluated, *args[2:]), kwargs
+
+
+def _step_frame() -> FrameType:
+    """The frame of torch's wrapper around `step`, which runs the hooks."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename != _HOOKS_FILE:
+        frame = frame.f_back
+    return sys._getframe(2) if frame is None else frame
+
+
+def _runs(frame: FrameType, thread: int) -> bool:
+    """Whether a thread is still executing `frame`."""
+    current = sys._current_frames().get(thread)
+    while current is not None:
+        if current is frame:
+            return True
+        current = current.f_back
+    return False
