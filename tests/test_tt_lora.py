@@ -247,7 +247,7 @@ def test_compiled_and_checkpointed_layers_train_the_same():
     made = layer(((4, 4), (4, 4)), 3)
     x = torch.randn(5, 16, dtype=torch.float64, requires_grad=True)
     expected = torch.autograd.grad(made(x).square().sum(), list(made.cores))
-    compiled = torch.compile(made, backend="eager")
+    compiled = torch.compile(made, backend="eager", fullgraph=True)
     got = torch.autograd.grad(compiled(x).square().sum(), list(made.cores))
     again = torch.utils.checkpoint.checkpoint(made, x, use_reentrant=False)
     recomputed = torch.autograd.grad(again.square().sum(), list(made.cores))
@@ -274,7 +274,7 @@ def test_a_regression_whose_solution_is_a_tensor_train_is_solved():
         return loss
 
     optimizer.step(closure)
-    assert float(closure()) < 1e-12
+    assert closure().item() < 1e-12
 
 
 def test_state_dict_round_trip():

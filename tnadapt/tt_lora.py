@@ -143,12 +143,15 @@ class TTLoraLinear(LinearAdapter):
 
     def halves(self) -> tuple[Float[Tensor, "r d_in"], Float[Tensor, "d_out r"]]:
         """`dW` as a LoRA pair: the contracted cores of d_in and of d_out, `dW = halves()[1] @ halves()[0]`. Differentiable."""
+        # every product is a row-major matrix already: no mode has to be moved
         p = len(self.shape[0])
-        outer, inner = list(self.cores[:p]), list(self.cores[p:])
-        # the bond between the halves becomes columns of the last outer core, and rows of the first inner one
-        outer[-1] = outer[-1].permute(0, 1, 3, 2)
-        inner[0] = inner[0].permute(1, 0, 2, 3)
-        return _fold(inner), _fold(outer)
+        b = self.cores[0].flatten(0, 2)
+        for core in self.cores[1:p]:
+            b = (b @ core.flatten(1)).view(-1, core.shape[-1])
+        a = self.cores[-1].flatten(1)
+        for core in reversed(self.cores[p:-1]):
+            a = (core.flatten(0, 2) @ a).view(core.shape[0], -1)
+        return a, b
 
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
         y = self.base(x)  # type: ignore[misc]
@@ -163,11 +166,6 @@ class TTLoraLinear(LinearAdapter):
 
     def extra_repr(self) -> str:
         return f"shape={self.shape}, rank={self.rank}, alpha={self.alpha:g}, parameters={self.num_parameters}"
-
-
-def _fold(cores: Sequence[Tensor]) -> Tensor:
-    """The matrix of a chain of cores [d, i, j, d'] with outer bonds 1; a single core is the matrix itself."""
-    return cores[0][0, :, :, 0] if len(cores) == 1 else MPO().fold(cores)
 
 
 def _tensor_train(sites: Sites, rank: int) -> MPO:
