@@ -14,6 +14,7 @@ from tnadapt.factorizations import CP, MPO, SVD, Factorization, Tucker
 from tnadapt.lora_matrices import LoraMatrix, find_lora_matrices
 from tnadapt.lora_over import Event, FoldReport, LoraOver
 from tnadapt.planning import Plan, plan
+from tnadapt.row_rescale import RowRescale
 from tnadapt.schedulers import Budget, LossAblation, Scheduler, Static, TaylorRuntime, ablation_scores, predefined
 from tnadapt.tt_lora import TTLoraLinear
 
@@ -30,6 +31,7 @@ __all__ = [
     "LossAblation",
     "OverParamAdapter",
     "Plan",
+    "RowRescale",
     "Scheduler",
     "Static",
     "TTLoraLinear",
