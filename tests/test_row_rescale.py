@@ -671,3 +671,48 @@ def test_steps_that_cannot_work_are_errors_and_change_nothing():
         assert not rescale.optimizer.state
     with pytest.raises(RuntimeError, match="has no optimizer, so α cannot step"):
         RowRescale(net(), EVERY_LAYER).step(lambda: X.sum())
+
+
+# -- ranks ------------------------------------------------------------------------------------------------------------
+
+
+def _run(wrap, batches, mean):
+    """Four steps of the pair, each followed by one of α; `batches(k)` are this process's, `mean` joins their losses."""
+    model = net()
+    torch.manual_seed(1)
+    add_adapters(model, "first", rank=2)
+    nn.init.normal_(model.first.lora_B.weight, std=0.1)
+    model = wrap(model)
+    rescale = RowRescale(model, EVERY_LAYER, optimizer=sgd(0.3))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.3)
+    for k in range(4):
+        optimizer.zero_grad()
+        mean([model(x).square().mean() for x in batches(k)]).backward()
+        optimizer.step()
+        rescale.step(lambda k=k: mean([model(-x).square().mean() for x in batches(k)]))
+    return {**rescale.alphas, **{name: p for name, p in model.named_parameters() if p.requires_grad}}
+
+
+def _batch(k: int, rank: int):
+    return torch.randn(6, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(10 * k + rank))
+
+
+def _one_rank(start):
+    start()
+    rank = torch.distributed.get_rank()
+    values = _run(nn.parallel.DistributedDataParallel, lambda k: [_batch(k, rank)], lambda losses: losses[0])
+    return [value.detach().tolist() for value in values.values()]
+
+
+def test_ranks_take_the_steps_of_one_process_on_all_batches():
+    from tests.distributed.ranks import Ranks
+
+    ranks = Ranks(2)
+    try:
+        results = ranks.run(_one_rank)
+    finally:
+        ranks.close()
+    alone = _run(lambda model: model, lambda k: [_batch(k, 0), _batch(k, 1)], lambda losses: sum(losses) / 2)
+    assert results[0] == results[1], "the ranks do not drift"
+    for got, expected in zip(results[0], alone.values(), strict=True):
+        assert torch.allclose(torch.tensor(got, dtype=torch.float64), expected.detach(), rtol=1e-9, atol=1e-11)
