@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import io
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -417,6 +419,16 @@ def test_compiled_models_train_the_same():
     assert not torch.allclose(run(False), net()(X), atol=1e-4)
 
 
+def test_alpha_on_a_compiled_model_that_ran_before_is_noticed():
+    torch._dynamo.reset()
+    model = net()
+    compiled = torch.compile(model, backend="eager")
+    compiled(X)
+    rescale = RowRescale(compiled, EVERY_LAYER, optimizer=sgd())
+    with pytest.raises(RuntimeError, match="attach before a compiled model is first called"):
+        rescale.step(lambda: compiled(X).square().mean())
+
+
 def test_wrapped_models_have_plain_names():
     compiled = torch.compile(net(), backend="eager")
     assert list(RowRescale(compiled, EVERY_LAYER).alphas) == ["first", "second"]
@@ -671,6 +683,57 @@ def test_steps_that_cannot_work_are_errors_and_change_nothing():
         assert not rescale.optimizer.state
     with pytest.raises(RuntimeError, match="has no optimizer, so α cannot step"):
         RowRescale(net(), EVERY_LAYER).step(lambda: X.sum())
+
+
+# -- HF Trainer -------------------------------------------------------------------------------------------------------
+
+
+class Fresh:
+    """Mini-batches of α, each a function of the step it is for."""
+
+    def __init__(self, rescale: RowRescale) -> None:
+        self.rescale = rescale
+
+    def __next__(self):
+        ids = (torch.arange(20).reshape(2, 10) * (self.rescale.steps + 3)) % 50
+        return {"input_ids": ids, "labels": ids.clone()}
+
+
+def _trainer(folder, steps: int, callback: type, every: int):
+    torch.manual_seed(0)
+    model = peft.get_peft_model(llama(), peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    rescale = RowRescale(model, optimizer=adamw(0.02), every=every)
+    arguments = transformers.TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=2,
+        learning_rate=1e-2,
+        lr_scheduler_type="constant",
+        save_steps=5,
+        use_cpu=True,
+        disable_tqdm=True,
+        report_to="none",
+    )
+    data = [{"input_ids": (ids := (torch.arange(10) * (k + 2)) % 50), "labels": ids.clone()} for k in range(24)]
+    trainer = transformers.Trainer(model, arguments, train_dataset=data, callbacks=[callback(rescale, Fresh(rescale))])
+    return trainer, model, rescale
+
+
+@pytest.mark.parametrize("every", [1, 4])
+def test_the_callback_of_the_page_trains_and_resumes_bit_for_bit(every, tmp_path):
+    page = (Path(__file__).parent.parent / "docs" / "row_rescale.md").read_text(encoding="utf-8")
+    namespace = {"torch": torch}
+    exec(next(b for b in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "AlphaCallback" in b), namespace)
+    whole, model, rescale = _trainer(tmp_path / "whole", 9, namespace["AlphaCallback"], every)
+    whole.train()
+    assert rescale.steps == 9
+    assert all(bool((alpha != 1).any()) for alpha in rescale.alphas.values())
+    _trainer(tmp_path / "cut", 5, namespace["AlphaCallback"], every)[0].train()
+    again, resumed, other = _trainer(tmp_path / "cut", 9, namespace["AlphaCallback"], every)
+    again.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-5"))
+    assert other.steps == 9
+    assert all(torch.equal(alpha, rescale.alphas[name]) for name, alpha in other.alphas.items())
+    assert all(torch.equal(p, q) for p, q in zip(resumed.parameters(), model.parameters(), strict=True))
 
 
 # -- ranks ------------------------------------------------------------------------------------------------------------
