@@ -314,6 +314,25 @@ def test_adapters_around_adapters_are_saved(tmp_path):
     assert (again.head.rank, again.head.base.rank) == (3, 2)
 
 
+def test_stacks_of_two_classes_are_not_saved(tmp_path):
+    for outer, inner in ((OverParamAdapter, TTLoraLinear), (TTLoraLinear, OverParamAdapter)):
+        model = net()
+        model.head = outer.from_linear(inner.from_linear(model.head, rank=2), rank=2)
+        for kind in (outer, inner):
+            with pytest.raises(ValueError, match="head has an adapter of one class around one of another"):
+                save_adapters(model, tmp_path / "a.safetensors", kind)
+
+
+def test_narrow_files_are_trained_in_float32(tmp_path):
+    model = net(torch.float32)
+    add_adapters(model, "head", rank=2)
+    moved(model).head.to(torch.bfloat16)
+    save_adapters(model, tmp_path / "a.safetensors")
+    loaded = load_adapters(net(torch.float32), tmp_path / "a.safetensors")["head"]
+    assert loaded.lora_B.weight.dtype == torch.float32
+    assert torch.equal(loaded.lora_B.weight, model.head.lora_B.weight.float())
+
+
 def test_the_dtype_of_a_file_is_kept_and_never_narrowed(tmp_path):
     model, file = net(torch.float32), tmp_path / "a.safetensors"
     add_adapters(model, "head", rank=2)
@@ -572,6 +591,11 @@ def test_what_peft_cannot_say_is_not_exported(tmp_path):
     model = net()
     model.head = OverParamAdapter.from_linear(OverParamAdapter.from_linear(model.head, rank=2), rank=2)
     with pytest.raises(ValueError, match="head has an adapter around an adapter"):
+        export_peft(model, tmp_path)
+    model = net()
+    add_adapters(model, "q_proj", rank=2)
+    add_adapters(model, "head", kind=TTLoraLinear, rank=2)
+    with pytest.raises(ValueError, match="head has an adapter that is no LoRA pair"):
         export_peft(model, tmp_path)
     model = net()
     add_adapters(model, "q_proj", rank=2)

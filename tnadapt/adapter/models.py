@@ -10,7 +10,7 @@ import re
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -115,7 +115,11 @@ def chosen_layers(model: nn.Module, targets: str | Iterable[str]) -> dict[str, n
     return {name: linear[name] for name in names}
 
 
-def find_adapters(model: nn.Module, kind: type[A] = LinearAdapter) -> dict[str, A]:  # type: ignore[assignment]
+@overload
+def find_adapters(model: nn.Module) -> dict[str, LinearAdapter]: ...
+@overload
+def find_adapters(model: nn.Module, kind: type[A]) -> dict[str, A]: ...
+def find_adapters(model: nn.Module, kind: type[LinearAdapter] = LinearAdapter) -> Mapping[str, LinearAdapter]:
     """The adapters in `model` of a class, by the name of their layer, outer ones before the ones that they are around."""
     return {canonical_name(path): module for path, module in model.named_modules() if isinstance(module, kind)}
 
@@ -130,7 +134,7 @@ def merge_adapters(model: nn.Module) -> list[str]:
         ValueError: the model has no adapters, or a base has hooks; nothing is changed.
         TypeError: a base is not a plain `nn.Linear` (a quantized layer, say); nothing is changed.
     """
-    adapters: dict[str, LinearAdapter] = find_adapters(model)
+    adapters = find_adapters(model)
     outermost = [name for name in adapters if not any(_inside(name, other) for other in adapters)]
     if not outermost:
         raise ValueError("the model has no adapters to merge, or is one itself (call its merge())")
@@ -153,12 +157,22 @@ def save_adapters(model: nn.Module, file: str | Path, kind: type[LinearAdapter] 
     Factorizations of `OverParamAdapter` are not written yet, and a warning says so.
 
     Raises:
-        ValueError: the model has no adapters of that class.
+        ValueError: the model has no adapters of that class, or one around (or inside of) an adapter of another class.
         ImportError: safetensors is not installed.
     """
     adapters = find_adapters(model, kind)
     if not adapters:
         raise ValueError(f"the model has no {kind.__name__} to save")
+    mixed = [
+        name
+        for name, adapter in find_adapters(model).items()
+        if isinstance(adapter.base, LinearAdapter) and isinstance(adapter, kind) != isinstance(adapter.base, kind)
+    ]
+    if mixed:
+        raise ValueError(
+            f"{named(mixed)} has an adapter of one class around one of another, which files of one class cannot say; merge "
+            "the inner one first, and save the base with it"
+        )
     noted = [name for name, a in adapters.items() if any(getattr(a, "factorization", {}).values())]
     if noted:
         warnings.warn(
@@ -228,9 +242,10 @@ def build_adapters(
             except (KeyError, TypeError, ValueError) as error:
                 raise ValueError(f"{name}: its settings in {source} make no {kind.__name__}: {error}") from error
             for entry, parameter in _matched(name, adapter, tensors[name], source):
-                # the file's own dtype, so that nothing is lost
-                value = tensors[name][entry].to(parameter.device)
-                _set_parameter(adapter, entry, nn.Parameter(value.clone()))
+                # the wider dtype: nothing of the file is lost, and a bfloat16 file is trained in float32
+                dtype = torch.promote_types(tensors[name][entry].dtype, parameter.dtype)
+                value = tensors[name][entry].to(parameter.device, dtype, copy=True)
+                _set_parameter(adapter, entry, nn.Parameter(value))
             adapters[name] = adapter
     except BaseException:
         for p, trained in zip(model.parameters(), frozen, strict=True):
@@ -309,7 +324,7 @@ def _join(name: str, entry: str) -> str:
 
 def _freeze_rest(model: nn.Module) -> None:
     """Freeze what belongs to no adapter; adapters that were there before are trained or not, as they were."""
-    adapters: dict[str, LinearAdapter] = find_adapters(model)
+    adapters = find_adapters(model)
     kept = {id(p) for adapter in adapters.values() for p in adapter.trained_tensors().values()}
     for parameter in model.parameters():
         if id(parameter) not in kept:

@@ -55,12 +55,17 @@ def export_peft(
 
     Raises:
         ImportError: PEFT is not installed.
-        ValueError: the model has no `OverParamAdapter`, an adapter around an adapter, or adapters with different dropouts.
+        ValueError: the model has no `OverParamAdapter`, an adapter of another class, one around another, or different dropouts.
     """
     peft = _peft()
     adapters = find_adapters(model, OverParamAdapter)
     if not adapters or "" in adapters:
         raise ValueError("the model has no layer with an OverParamAdapter to export")
+    others = [name for name, adapter in find_adapters(model).items() if not isinstance(adapter, OverParamAdapter)]
+    if others:
+        raise ValueError(
+            f"{named(others)} has an adapter that is no LoRA pair, which PEFT's format cannot say; merge it first"
+        )
     nested = [name for name, adapter in adapters.items() if isinstance(adapter.base, OverParamAdapter)]
     if nested:
         raise ValueError(
