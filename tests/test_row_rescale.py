@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import json
 import re
@@ -760,22 +761,24 @@ def _batch(k: int, rank: int):
     return torch.randn(6, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(10 * k + rank))
 
 
-def _one_rank(start):
+def _one_rank(start, static_graph):
     start()
     rank = torch.distributed.get_rank()
-    values = _run(nn.parallel.DistributedDataParallel, lambda k: [_batch(k, rank)], lambda losses: losses[0])
+    wrap = functools.partial(nn.parallel.DistributedDataParallel, static_graph=static_graph)
+    values = _run(wrap, lambda k: [_batch(k, rank)], lambda losses: losses[0])
     return [value.detach().tolist() for value in values.values()]
 
 
 def test_ranks_take_the_steps_of_one_process_on_all_batches():
     from tests.distributed.ranks import Ranks
 
+    alone = _run(lambda model: model, lambda k: [_batch(k, 0), _batch(k, 1)], lambda losses: sum(losses) / 2)
     ranks = Ranks(2)
     try:
-        results = ranks.run(_one_rank)
+        for static_graph in (False, True):
+            results = ranks.run(_one_rank, static_graph)
+            assert results[0] == results[1], "the ranks do not drift"
+            for got, expected in zip(results[0], alone.values(), strict=True):
+                assert torch.allclose(torch.tensor(got, dtype=torch.float64), expected.detach(), rtol=1e-9, atol=1e-11)
     finally:
         ranks.close()
-    alone = _run(lambda model: model, lambda k: [_batch(k, 0), _batch(k, 1)], lambda losses: sum(losses) / 2)
-    assert results[0] == results[1], "the ranks do not drift"
-    for got, expected in zip(results[0], alone.values(), strict=True):
-        assert torch.allclose(torch.tensor(got, dtype=torch.float64), expected.detach(), rtol=1e-9, atol=1e-11)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -148,20 +148,17 @@ class RowRescale:
     def _alone(self) -> Iterator[None]:
         """α requires gradients and everything in the model does not."""
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        # DDP would wait for the gradients of what is frozen here
-        apart: AbstractContextManager[Any] = getattr(self.model, "no_sync", nullcontext)()
-        with apart:
-            try:
-                for p in trained:
-                    p.requires_grad_(False)
-                for alpha in self.alphas.values():
-                    alpha.requires_grad_(True)
-                yield
-            finally:
-                for alpha in self.alphas.values():
-                    alpha.requires_grad_(False)
-                for p in trained:
-                    p.requires_grad_(True)
+        try:
+            for p in trained:
+                p.requires_grad_(False)
+            for alpha in self.alphas.values():
+                alpha.requires_grad_(True)
+            yield
+        finally:
+            for alpha in self.alphas.values():
+                alpha.requires_grad_(False)
+            for p in trained:
+                p.requires_grad_(True)
 
     def _check_gradients(self) -> None:
         grads = {name: alpha.grad for name, alpha in self.alphas.items() if alpha.grad is not None}
