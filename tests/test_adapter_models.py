@@ -540,7 +540,7 @@ def test_adapters_of_peft_are_read(options, tmp_path):
         ({"modules_to_save": ["lm_head"]}, r"modules_to_save=\['lm_head'\]"),
         ({"bias": "lora_only"}, "bias='lora_only'"),
         ({"lora_bias": True}, "lora_bias=True"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa', which rewrites the base"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa', which may rewrite the base"),
         ({"target_modules": ["q_proj", "embed_tokens"]}, r"embed_tokens\..*, which is not a LoRA weight of a linear"),
         ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
     ],

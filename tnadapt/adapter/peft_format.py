@@ -33,8 +33,8 @@ _WITHOUT_EFFECT = {
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "megatron_core", "loftq_config",
     "eva_config", "qalora_group_size", "runtime_config", "ensure_weight_tying", "init_lora_weights",
 }  # fmt: skip
-#: Initializations that leave the base weight alone. The others subtract the first update from it, so that their adapters
-#: belong to a base which the folder does not hold.
+#: Initializations that leave the base weight alone. Others may change it, so that their adapters belong to a base
+#: which the folder does not hold.
 _INITIALIZATIONS = (True, False, "gaussian", "eva", "orthogonal")
 
 
@@ -179,8 +179,8 @@ def _refuse_others(config: Mapping[str, Any], plain: Any, file: Path) -> None:
     initialization = config.get("init_lora_weights", True)
     if initialization not in _INITIALIZATIONS:
         raise ValueError(
-            f"{file} has init_lora_weights={initialization!r}, which rewrites the base weight, so the adapter does not belong "
-            "to the base model alone; save it with path_initial_model_for_weight_conversion, which makes it plain LoRA"
+            f"{file} has init_lora_weights={initialization!r}, which may rewrite the base weight, so that the adapter would not "
+            "belong to the base model; save it with path_initial_model_for_weight_conversion, which makes it plain LoRA"
         )
 
 
