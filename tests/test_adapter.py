@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
 import torch
 from torch import nn
 
-from tnadapt import OverParamAdapter
+from tnadapt import MPO, SVD, OverParamAdapter
 
 
 def linear(d_in: int = 6, d_out: int = 10, **options) -> nn.Linear:
@@ -135,3 +136,58 @@ def test_a_bad_pair_leaves_the_base_as_it_was():
     with pytest.raises(ValueError, match="dropout"):
         OverParamAdapter.from_linear(base, rank=4, dropout=2.0)
     assert base.weight.requires_grad, "freezing is part of what was refused"
+
+
+# -- factorizations ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "stored"),
+    [
+        (None, {"A": None, "B": None}),
+        (MPO(order=9), {"A": MPO(order=9), "B": MPO(order=9)}),
+        ({"A": MPO(order=9), "B": SVD()}, {"A": MPO(order=9), "B": SVD()}),
+        ({"B": SVD()}, {"A": None, "B": SVD()}),
+        ({"A": None, "B": SVD()}, {"A": None, "B": SVD()}),
+        ({}, {"A": None, "B": None}),
+    ],
+)
+def test_factorization_is_stored_by_side_and_changes_nothing(given, stored):
+    adapter = OverParamAdapter.from_linear(linear(), rank=4, factorization=given)
+    assert adapter.factorization == stored
+    torch.manual_seed(1)
+    plain = OverParamAdapter.from_linear(linear(), rank=4)
+    adapter.load_state_dict(plain.state_dict())
+    x = torch.randn(3, 6)
+    assert torch.equal(adapter(x), plain(x))
+    assert adapter.state_dict().keys() == plain.state_dict().keys()
+    pair = OverParamAdapter(plain.lora_A, plain.lora_B, factorization=given)
+    assert pair.factorization == stored
+    assert copy.deepcopy(adapter).factorization == stored
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ("mpo", TypeError, r"factorization='mpo' is a str; give a factorization such as MPO"),
+        ((MPO(), SVD()), TypeError, "is a tuple; give"),
+        ({"A": "mpo"}, TypeError, "the factorization of A is a str"),
+        ({"a": MPO()}, ValueError, r'an entry for \'a\'; the sides of a LoRA pair are "A" and "B"'),
+        (MPO(sites=[(2, 2), (2, 3)]), ValueError, "the factorization of B does not fit its 10x4 matrix: sites"),
+    ],
+)
+def test_bad_factorizations_are_refused(given, error, message):
+    base = linear()
+    with pytest.raises(error, match=message):
+        OverParamAdapter.from_linear(base, rank=4, factorization=given)
+    assert base.weight.requires_grad
+
+
+def test_an_adapter_looks_like_its_base_to_models_that_ask():
+    base = linear(dtype=torch.bfloat16)
+    adapter = OverParamAdapter.from_linear(OverParamAdapter.from_linear(base, rank=4), rank=2)
+    assert adapter.weight is base.weight
+    assert adapter.bias is base.bias
+    assert (adapter.in_features, adapter.out_features) == (6, 10)
+    assert adapter.trained_tensors().keys() == {"lora_A.weight", "lora_B.weight"}
+    assert adapter.lora_A.weight.dtype == torch.float32

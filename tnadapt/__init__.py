@@ -1,11 +1,22 @@
 """Train LoRA adapters through tensor networks and fold them back to plain LoRA."""
 
-from tnadapt.adapter import OverParamAdapter
+from tnadapt.adapter import (
+    OverParamAdapter,
+    add_adapters,
+    export_peft,
+    find_adapters,
+    import_peft,
+    load_adapters,
+    merge_adapters,
+    save_adapters,
+)
 from tnadapt.factorizations import CP, MPO, SVD, Factorization, Tucker
 from tnadapt.lora_over import Event, FoldReport, LoraOver
 from tnadapt.matrices import TrainedMatrix, find_lora_matrices
 from tnadapt.planning import Plan, plan
+from tnadapt.row_rescale import RowRescale
 from tnadapt.schedulers import Budget, LossAblation, Scheduler, Static, TaylorRuntime, ablation_scores, predefined
+from tnadapt.tt_lora import TTLoraLinear
 
 __all__ = [
     "CP",
@@ -19,15 +30,24 @@ __all__ = [
     "LossAblation",
     "OverParamAdapter",
     "Plan",
+    "RowRescale",
     "Scheduler",
     "Static",
+    "TTLoraLinear",
     "TaylorRuntime",
     "TrainedMatrix",
     "Tucker",
     "ablation_scores",
+    "add_adapters",
+    "export_peft",
+    "find_adapters",
     "find_lora_matrices",
+    "import_peft",
+    "load_adapters",
+    "merge_adapters",
     "plan",
     "predefined",
+    "save_adapters",
 ]
 
 __version__ = "0.1.0"

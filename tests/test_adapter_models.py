@@ -1,0 +1,643 @@
+"""Adapters for whole models: added by pattern, saved and loaded, merged, exchanged with PEFT."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from tnadapt import (
+    MPO,
+    SVD,
+    LoraOver,
+    OverParamAdapter,
+    TTLoraLinear,
+    add_adapters,
+    export_peft,
+    find_adapters,
+    import_peft,
+    load_adapters,
+    merge_adapters,
+    save_adapters,
+)
+
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+
+DOCS = Path(__file__).parent.parent / "docs"
+KINDS = [(OverParamAdapter, {"rank": 3, "alpha": 7}), (TTLoraLinear, {"rank": 3, "alpha": 0.7})]
+kinds = pytest.mark.parametrize(("kind", "options"), KINDS, ids=[kind.__name__ for kind, _ in KINDS])
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.q_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width // 2, bias=False)
+        self.out = nn.Linear(width // 2, width)
+
+    def forward(self, x):
+        return x + self.out(torch.tanh(self.v_proj(torch.tanh(self.q_proj(x)))))
+
+
+class Net(nn.Module):
+    def __init__(self, width: int = 12, layers: int = 2) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Block(width) for _ in range(layers))
+        self.head = nn.Linear(width, 5)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+
+def net(dtype: torch.dtype = torch.float64) -> Net:
+    torch.manual_seed(0)
+    return Net().to(dtype)
+
+
+def llama():
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=50,
+    )
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def t5():
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=2, vocab_size=40, decoder_start_token_id=0, dropout_rate=0
+    )
+    return transformers.T5ForConditionalGeneration(config).eval()
+
+
+def logits(model, size: int = 40):
+    ids = torch.arange(1, 13).reshape(2, 6) % size
+    with torch.no_grad():
+        return model(input_ids=ids, labels=ids).logits
+
+
+def moved(model: nn.Module, seed: int = 1) -> nn.Module:
+    """Random values in all that an adapter trains."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for adapter in find_adapters(model).values():
+            for p in adapter.trained_tensors().values():
+                p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64) * 0.3)
+    return model
+
+
+X = torch.linspace(-1, 1, 4 * 12, dtype=torch.float64).reshape(4, 12)
+
+
+# -- adding -----------------------------------------------------------------------------------------------------------
+
+
+@kinds
+def test_adding_by_pattern_wraps_what_matches_and_trains_nothing_else(kind, options):
+    model, plain = net(), net()
+    added = add_adapters(model, r"q_proj|v_proj", kind=kind, **options)
+    assert list(added) == ["layers.0.q_proj", "layers.0.v_proj", "layers.1.q_proj", "layers.1.v_proj"]
+    assert all(model.get_submodule(name) is adapter for name, adapter in added.items())
+    assert all(type(adapter) is kind for adapter in added.values())
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    assert trained == {id(p) for a in added.values() for p in a.trained_tensors().values()}
+    assert torch.equal(model(X), plain(X)), "new adapters change nothing"
+    assert type(model.layers[0].out) is nn.Linear
+
+
+def test_adding_by_name():
+    model = net()
+    assert list(add_adapters(model, ["head", "layers.1.out"], rank=2)) == ["layers.1.out", "head"]
+    assert list(find_adapters(model)) == ["layers.1.out", "head"]
+
+
+def test_adding_more_leaves_the_first_ones_trained():
+    model = net()
+    first = add_adapters(model, "q_proj", rank=2)
+    second = add_adapters(model, "v_proj", rank=4)
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    assert trained == {id(p) for a in (*first.values(), *second.values()) for p in a.trained_tensors().values()}
+
+
+def test_adding_keeps_the_mode_of_each_layer():
+    model = net().eval()
+    model.head.train()
+    added = add_adapters(model, r"q_proj|head", rank=2, dropout=0.5)
+    assert added["head"].training
+    assert not added["layers.0.q_proj"].training
+
+
+def test_a_layer_that_two_modules_share_gets_one_adapter():
+    model = net()
+    model.layers[1].q_proj = model.layers[0].q_proj
+    added = add_adapters(model, "q_proj", rank=2)
+    assert list(added) == ["layers.0.q_proj"]
+    assert model.layers[0].q_proj is model.layers[1].q_proj is added["layers.0.q_proj"]
+
+
+def test_names_are_those_without_wrappers():
+    model = net()
+    wrapped = torch.compile(model, backend="eager")
+    assert "layers.0.q_proj" in add_adapters(wrapped, r"^layers\.0\.q_proj$", rank=2)
+    assert isinstance(model.layers[0].q_proj, OverParamAdapter)
+
+
+def test_lora_over_trains_what_was_added():
+    model = net()
+    added = add_adapters(model, "q_proj", rank=2, factorization={"A": MPO(order=3), "B": SVD()})
+    assert {type(a.factorization["A"]) for a in added.values()} == {MPO}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    over = LoraOver(model, optimizer, MPO(order=3))
+    assert list(over.matrices) == [f"layers.{k}.q_proj.{side}" for k in range(2) for side in "AB"]
+    model(X).square().sum().backward()
+    optimizer.step()
+    over.fold()
+    assert not torch.equal(model(X), net()(X))
+
+
+def test_bad_targets_are_refused_and_change_nothing():
+    model = net()
+    before = [p.requires_grad for p in model.parameters()]
+    with pytest.raises(ValueError, match=r"'k_proj' matches none of the 7 linear layers.*layers\.0\.q_proj"):
+        add_adapters(model, "k_proj", rank=2)
+    with pytest.raises(ValueError, match="empty list of names matches none"):
+        add_adapters(model, [], rank=2)
+    with pytest.raises(ValueError, match=r"no linear layer called layers\.0, tail"):
+        add_adapters(model, ["head", "layers.0", "tail"], rank=2)
+    with pytest.raises(ValueError, match="names head more than once"):
+        add_adapters(model, ["head", "head"], rank=2)
+    with pytest.raises(ValueError, match=r"layers\.0\.q_proj: rank=0"):
+        add_adapters(model, "q_proj", rank=0)
+    with pytest.raises(ValueError, match="linear layer itself"):
+        add_adapters(nn.Linear(3, 3), "", rank=2)
+    assert not find_adapters(model)
+    assert [p.requires_grad for p in model.parameters()] == before
+    add_adapters(model, "q_proj", rank=2)
+    for again in (r"q_proj", ["layers.0.q_proj"], r"proj|lora"):
+        with pytest.raises(ValueError, match=r"layers\.0\.q_proj.* has an adapter already; merge it first"):
+            add_adapters(model, again, rank=2)
+
+
+def test_layers_that_fail_late_leave_no_adapter_behind():
+    """The second factorization does not fit: the first layer must be as it was."""
+    model = net()
+    with pytest.raises(ValueError, match=r"layers\.0\.v_proj: the factorization of B does not fit its 6x2 matrix"):
+        add_adapters(model, "proj", rank=2, factorization={"B": MPO(sites=[(3, 1), (4, 2)])})
+    assert not find_adapters(model)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_attention_that_reads_the_weight_is_refused():
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2)})
+    with pytest.raises(TypeError, match=r"out_proj of nn\.MultiheadAttention is never called"):
+        add_adapters(model, "out_proj", rank=2)
+
+
+# -- merging ----------------------------------------------------------------------------------------------------------
+
+
+@kinds
+def test_merged_model_is_plain_and_computes_the_same(kind, options):
+    model = net()
+    add_adapters(model, r"proj", kind=kind, **options)
+    expected = moved(model)(X)
+    assert not torch.allclose(expected, net()(X))
+    assert merge_adapters(model) == [f"layers.{k}.{n}" for k in range(2) for n in ("q_proj", "v_proj")]
+    assert {type(m) for m in model.modules()} == {type(m) for m in net().modules()}
+    assert model.state_dict().keys() == net().state_dict().keys()
+    assert torch.allclose(model(X), expected, rtol=0, atol=1e-12)
+    assert not model.layers[0].q_proj.weight.requires_grad
+
+
+@given(depth=st.integers(1, 3), seed=st.integers(0, 100))
+def test_adapters_around_adapters_merge_into_one_layer(depth, seed):
+    model = net()
+    for level in range(depth):
+        kind, options = KINDS[level % 2]
+        model.head = kind.from_linear(model.head, **options)
+    assert [p.requires_grad for p in model.head.trained_tensors().values()].count(True) > 0
+    assert not any(p.requires_grad for p in model.head.base.parameters())
+    expected = moved(model, seed)(X)
+    assert list(find_adapters(model)) == ["head" + ".base" * level for level in range(depth)]
+    assert merge_adapters(model) == ["head"]
+    assert type(model.head) is nn.Linear
+    assert torch.allclose(model(X), expected, rtol=0, atol=1e-11)
+
+
+def test_a_merge_that_fails_changes_nothing():
+    model = net()
+    add_adapters(model, r"q_proj", rank=2)
+    model.layers[1].q_proj.base.register_forward_hook(lambda m, a, y: 2 * y)
+    with pytest.raises(ValueError, match=r"layers\.1\.q_proj: the base has forward hooks.*RowRescale"):
+        merge_adapters(model)
+    assert len(find_adapters(model)) == 2
+    with pytest.raises(ValueError, match="no adapters to merge"):
+        merge_adapters(net())
+    with pytest.raises(ValueError, match="adapter itself"):
+        merge_adapters(OverParamAdapter.from_linear(nn.Linear(4, 4), rank=2))
+
+
+def test_low_precision_weights_are_rounded_once():
+    torch.manual_seed(0)
+    base = nn.Linear(64, 64, dtype=torch.bfloat16)
+    adapter = moved(OverParamAdapter.from_linear(base, rank=4))
+    exact = base.weight.double() + adapter.scaling * adapter.lora_B.weight.double() @ adapter.lora_A.weight.double()
+    rounding = torch.finfo(torch.bfloat16).eps / 2 * exact.abs()
+    assert bool(((adapter.merge().weight.double() - exact).abs() <= rounding * 1.01 + 1e-6).all())
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+
+@kinds
+def test_saved_adapters_come_back_bit_for_bit(kind, options, tmp_path):
+    model, file = net(), tmp_path / "adapters.safetensors"
+    add_adapters(model, r"proj", kind=kind, **options)
+    save_adapters(moved(model), file, kind)
+    again = net()
+    loaded = load_adapters(again, file, kind)
+    assert list(loaded) == list(find_adapters(model))
+    assert torch.equal(again(X), model(X))
+    assert [p.requires_grad for p in again.parameters()] == [p.requires_grad for p in model.parameters()]
+    assert {n: a.settings() for n, a in loaded.items()} == {n: a.settings() for n, a in find_adapters(model).items()}
+    assert not list(tmp_path.glob(".*")), "no half-written file is left"
+
+
+@kinds
+def test_loading_into_adapters_that_are_there_keeps_their_parameters(kind, options, tmp_path):
+    model, file = net(), tmp_path / "adapters.safetensors"
+    add_adapters(model, r"proj", kind=kind, **options)
+    save_adapters(moved(model), file, kind)
+    again = net()
+    there = add_adapters(again, r"proj", kind=kind, **options)
+    parameters = [p for a in there.values() for p in a.trained_tensors().values()]
+    assert load_adapters(again, file, kind) == there
+    assert all(p is q for p, q in zip(parameters, (p for p in again.parameters() if p.requires_grad), strict=True))
+    assert torch.equal(again(X), model(X))
+
+
+def test_scalings_that_are_no_ratio_come_back_exactly(tmp_path):
+    model = net()
+    add_adapters(model, "head", rank=3, alpha=0.7, use_rslora=True, dropout=0.1)
+    save_adapters(model, tmp_path / "a.safetensors")
+    loaded = load_adapters(net(), tmp_path / "a.safetensors")["head"]
+    assert loaded.scaling == 0.7 / math.sqrt(3)
+    assert loaded.dropout.p == 0.1
+
+
+def test_adapters_around_adapters_are_saved(tmp_path):
+    model = net()
+    model.head = OverParamAdapter.from_linear(OverParamAdapter.from_linear(model.head, rank=2), rank=3)
+    add_adapters(model, "q_proj", rank=1)
+    save_adapters(moved(model), tmp_path / "a.safetensors")
+    again = net()
+    assert set(load_adapters(again, tmp_path / "a.safetensors")) == set(find_adapters(model))
+    assert torch.equal(again(X), model(X))
+    assert (again.head.rank, again.head.base.rank) == (3, 2)
+
+
+def test_stacks_of_two_classes_are_not_saved(tmp_path):
+    for outer, inner in ((OverParamAdapter, TTLoraLinear), (TTLoraLinear, OverParamAdapter)):
+        model = net()
+        model.head = outer.from_linear(inner.from_linear(model.head, rank=2), rank=2)
+        for kind in (outer, inner):
+            with pytest.raises(ValueError, match="head has an adapter of one class around one of another"):
+                save_adapters(model, tmp_path / "a.safetensors", kind)
+
+
+def test_narrow_files_are_trained_in_float32(tmp_path):
+    model = net(torch.float32)
+    add_adapters(model, "head", rank=2)
+    moved(model).head.to(torch.bfloat16)
+    save_adapters(model, tmp_path / "a.safetensors")
+    loaded = load_adapters(net(torch.float32), tmp_path / "a.safetensors")["head"]
+    assert loaded.lora_B.weight.dtype == torch.float32
+    assert torch.equal(loaded.lora_B.weight, model.head.lora_B.weight.float())
+
+
+def test_the_dtype_of_a_file_is_kept_and_never_narrowed(tmp_path):
+    model, file = net(torch.float32), tmp_path / "a.safetensors"
+    add_adapters(model, "head", rank=2)
+    model.head.lora_A.double()
+    save_adapters(model, file)
+    assert load_adapters(net(torch.float32), file)["head"].lora_A.weight.dtype == torch.float64
+    there = net(torch.float32)
+    add_adapters(there, "head", rank=2)
+    with pytest.raises(ValueError, match=r"head\.lora_A\.weight is torch\.float64 in .* would round it"):
+        load_adapters(there, file)
+
+
+def test_pairs_that_share_a_matrix_are_saved_apart(tmp_path):
+    model = net()
+    q, head = (add_adapters(model, [name], rank=2)[name] for name in ("layers.0.q_proj", "head"))
+    head.lora_A = q.lora_A
+    save_adapters(moved(model), tmp_path / "a.safetensors")
+    export_peft(model, tmp_path)
+    again, third = net(), net()
+    load_adapters(again, tmp_path / "a.safetensors")
+    import_peft(third, tmp_path)
+    assert torch.equal(again(X), model(X))
+    assert torch.equal(third(X), model(X))
+
+
+def test_factorizations_are_not_written_and_that_is_said(tmp_path):
+    model = net()
+    add_adapters(model, "head", rank=2, factorization=SVD())
+    with pytest.warns(UserWarning, match="factorizations of head are not written"):
+        save_adapters(model, tmp_path / "a.safetensors")
+
+
+def test_files_that_do_not_fit_are_refused_and_change_nothing(tmp_path):
+    model, file = net(), tmp_path / "a.safetensors"
+    add_adapters(model, "proj", rank=2)
+    save_adapters(model, file)
+    header = {"format": "tnadapt.adapters", "version": "1"}
+    layers = {"head": {"rank": 2, "scaling": 1.0, "dropout": 0.0}}
+
+    def written(tensors, layers=layers, **changed):
+        about = json.dumps({"kind": "OverParamAdapter", "layers": layers})
+        save_file(tensors, tmp_path / "bad", metadata={**header, "about": about, **changed})
+        return tmp_path / "bad"
+
+    a, b = torch.zeros(2, 12), torch.zeros(5, 2)
+    good = {"head.lora_A.weight": a, "head.lora_B.weight": b}
+    assert load_adapters(net(), written(good)), "the cases below differ from a good file in one thing"
+    cases = [
+        (lambda: tmp_path / "none", FileNotFoundError, "none is not there"),
+        (lambda: written(good, format="other"), ValueError, "not a tnadapt.adapters file: its header says 'other'"),
+        (lambda: written(good, version="2"), ValueError, "version '2'.*reads '1'"),
+        (
+            lambda: written({"head.lora_A.weight": a}),
+            ValueError,
+            "head has the tensors .* but .* has lora_A.weight for",
+        ),
+        (lambda: written({**good, "head.lora_B.weight": b.T.contiguous()}), ValueError, r"\(2, 5\) in .*\(5, 2\) fits"),
+        (
+            lambda: written({**good, "tail.weight": a.clone()}),
+            ValueError,
+            r"tail\.weight, which belongs to none of its layers",
+        ),
+        (lambda: written(good, {"head": {"rank": 2}}), ValueError, "its settings in .* make no OverParamAdapter"),
+        (lambda: written({"tail.x": a}, {"tail": layers["head"]}), ValueError, "no linear layer called tail"),
+    ]
+    for make, error, message in cases:
+        fresh = net()
+        with pytest.raises(error, match=message):
+            load_adapters(fresh, make())
+        assert not find_adapters(fresh)
+        assert all(p.requires_grad for p in fresh.parameters())
+    (tmp_path / "cut").write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="cut is not a whole safetensors file"):
+        load_adapters(net(), tmp_path / "cut")
+    with pytest.raises(ValueError, match="holds adapters of the class OverParamAdapter; load it with kind=OverParam"):
+        load_adapters(net(), file, TTLoraLinear)
+    with pytest.raises(ValueError, match="has no TTLoraLinear to save"):
+        save_adapters(model, file, TTLoraLinear)
+    other = net()
+    add_adapters(other, "q_proj", rank=2)
+    with pytest.raises(ValueError, match=r"only the file has layers\.0\.v_proj"):
+        load_adapters(other, file)
+    third = net()
+    add_adapters(third, "proj", rank=2, alpha=4)
+    with pytest.raises(ValueError, match=r"'scaling': 2\.0.*'scaling': 1\.0"):
+        load_adapters(third, file)
+
+
+# -- PEFT's format ----------------------------------------------------------------------------------------------------
+
+PATTERNS = [
+    (r"q_proj|v_proj", {}),
+    (r"layers\.1.*(q_proj|down_proj)", {"alpha": 5, "dropout": 0.1}),
+    (r".*proj", {"alpha": 16, "use_rslora": True}),
+]
+
+
+@pytest.mark.parametrize(("pattern", "options"), PATTERNS)
+def test_stock_peft_loads_what_was_exported(pattern, options, tmp_path):
+    model = llama()
+    add_adapters(model, pattern, rank=3, **options)
+    moved(model).eval()
+    export_peft(model, tmp_path, base_model="somewhere/llama", task_type="CAUSAL_LM")
+    loaded = peft.PeftModel.from_pretrained(llama(), str(tmp_path)).eval()
+    assert torch.allclose(logits(loaded), logits(model), rtol=0, atol=1e-5)
+    assert not torch.allclose(logits(model), logits(llama()), atol=1e-2)
+    pairs = {n for n, m in loaded.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)}
+    assert {n.removeprefix("base_model.model.") for n in pairs} == set(find_adapters(model))
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "somewhere/llama"
+    assert config["lora_dropout"] == options.get("dropout", 0.0)
+
+
+@pytest.mark.parametrize(("pattern", "options"), PATTERNS)
+def test_what_was_exported_comes_back_bit_for_bit(pattern, options, tmp_path):
+    model = llama()
+    add_adapters(model, pattern, rank=3, **options)
+    moved(model).eval()
+    export_peft(model, tmp_path)
+    again = llama()
+    imported = import_peft(again, tmp_path)
+    assert {n: a.settings() for n, a in imported.items()} == {n: a.settings() for n, a in find_adapters(model).items()}
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_models_that_read_the_weight_of_a_layer(tmp_path):
+    """T5 asks its feed-forward layers for the dtype of their weight; its `o` is the end of other names."""
+    model = t5()
+    add_adapters(model, r"\.(wi|wo|q)$", rank=2)
+    moved(model).eval()
+    export_peft(model, tmp_path)
+    loaded = peft.PeftModel.from_pretrained(t5(), str(tmp_path)).eval()
+    assert torch.allclose(logits(loaded), logits(model), rtol=0, atol=1e-5)
+
+
+def test_different_ranks_and_scalings_become_patterns(tmp_path):
+    model = llama()
+    add_adapters(model, r"q_proj|k_proj", rank=4, alpha=8)
+    model.model.layers[0].self_attn.v_proj = OverParamAdapter.from_linear(
+        model.model.layers[0].self_attn.v_proj, rank=2, alpha=3
+    )
+    export_peft(moved(model), tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["rank_pattern"] == {r"^model\.layers\.0\.self_attn\.v_proj": 2}
+    assert config["alpha_pattern"] == {r"^model\.layers\.0\.self_attn\.v_proj": 3}
+    loaded = peft.PeftModel.from_pretrained(llama(), str(tmp_path)).eval()
+    assert torch.allclose(logits(loaded), logits(model), rtol=0, atol=1e-5)
+    again = llama()
+    import_peft(again, tmp_path)
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_a_name_that_is_the_end_of_another_means_itself_alone(tmp_path):
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = nn.ModuleDict({"proj": nn.Linear(4, 4)})
+            self.inner = nn.ModuleDict({"block": nn.ModuleDict({"proj": nn.Linear(4, 4)})})
+
+        def forward(self, x):
+            return self.block["proj"](self.inner["block"]["proj"](x))
+
+    torch.manual_seed(0)
+    model = Twice()
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    add_adapters(model, ["block.proj"], rank=2)
+    export_peft(moved(model), tmp_path)
+    fresh = Twice()
+    fresh.load_state_dict(state)
+    loaded = peft.PeftModel.from_pretrained(fresh, str(tmp_path)).eval()
+    x = torch.randn(3, 4)
+    assert torch.allclose(loaded(x), model(x), atol=1e-6)
+    assert not hasattr(fresh.inner["block"]["proj"], "lora_A")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"r": 4, "lora_alpha": 6},
+        {"r": 4, "lora_alpha": 6, "use_rslora": True, "lora_dropout": 0.2},
+        {"r": 4, "rank_pattern": {"v_proj": 2}, "alpha_pattern": {r"layers\.1\.self_attn\.q_proj": 5}},
+        {"r": 4, "init_lora_weights": "gaussian"},
+    ],
+)
+def test_adapters_of_peft_are_read(options, tmp_path):
+    theirs = peft.get_peft_model(llama(), peft.LoraConfig(target_modules=["q_proj", "v_proj"], **options)).eval()
+    for name, p in theirs.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(p, std=0.3)
+    theirs.save_pretrained(str(tmp_path))
+    ours = llama()
+    added = import_peft(ours, tmp_path)
+    ours.eval()
+    assert len(added) == 4
+    assert all(p.requires_grad == ("lora_" in name) for name, p in ours.named_parameters())
+    assert torch.allclose(logits(ours), logits(theirs), rtol=0, atol=1e-5)
+    merge_adapters(ours)
+    assert torch.allclose(logits(ours), logits(theirs), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"use_dora": True}, "use_dora=True, which OverParamAdapter cannot follow"),
+        ({"modules_to_save": ["lm_head"]}, r"modules_to_save=\['lm_head'\]"),
+        ({"bias": "lora_only"}, "bias='lora_only'"),
+        ({"lora_bias": True}, "lora_bias=True"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa', which may rewrite the base"),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, r"embed_tokens\..*, which is not a LoRA weight of a linear"),
+        ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
+    ],
+)
+def test_what_is_not_plain_lora_is_refused(options, message, tmp_path):
+    theirs = peft.get_peft_model(llama(), peft.LoraConfig(**{"target_modules": ["q_proj"], **options}))
+    theirs.save_pretrained(str(tmp_path))
+    ours = llama()
+    with pytest.raises(ValueError, match=message):
+        import_peft(ours, tmp_path)
+    assert not find_adapters(ours)
+    assert all(p.requires_grad for p in ours.parameters())
+
+
+def test_other_folders_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"adapter_config\.json is not there"):
+        import_peft(llama(), tmp_path)
+    theirs = peft.get_peft_model(llama(), peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[]))
+    theirs.save_pretrained(str(tmp_path))
+    with pytest.raises(ValueError, match="type 'IA3'; only LORA"):
+        import_peft(llama(), tmp_path)
+    theirs = peft.get_peft_model(llama(), peft.LoraConfig(r=4, target_modules=["q_proj"]))
+    theirs.save_pretrained(str(tmp_path))
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "r": 2}))
+    with pytest.raises(ValueError, match=r"q_proj has rank 4 in .*the config says 2"):
+        import_peft(llama(), tmp_path)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "from_the_future": 7}))
+    with pytest.raises(ValueError, match="from_the_future=7"):
+        import_peft(llama(), tmp_path)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"no linear layer called model\.layers\.0\.self_attn\.q_proj"):
+        import_peft(net(), tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    key = next(key for key in tensors if key.endswith("lora_B.weight"))
+    del tensors[key]
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=r"q_proj has the tensors lora_A\.weight, lora_B\.weight, but"):
+        import_peft(llama(), tmp_path)
+    (tmp_path / "adapter_model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="safe_serialization=False"):
+        import_peft(llama(), tmp_path)
+
+
+def test_what_peft_cannot_say_is_not_exported(tmp_path):
+    with pytest.raises(ValueError, match="no layer with an OverParamAdapter"):
+        export_peft(net(), tmp_path)
+    model = net()
+    model.head = OverParamAdapter.from_linear(OverParamAdapter.from_linear(model.head, rank=2), rank=2)
+    with pytest.raises(ValueError, match="head has an adapter around an adapter"):
+        export_peft(model, tmp_path)
+    model = net()
+    add_adapters(model, "q_proj", rank=2)
+    add_adapters(model, "head", kind=TTLoraLinear, rank=2)
+    with pytest.raises(ValueError, match="head has an adapter that is no LoRA pair"):
+        export_peft(model, tmp_path)
+    model = net()
+    add_adapters(model, "q_proj", rank=2)
+    add_adapters(model, "v_proj", rank=2, dropout=0.1)
+    with pytest.raises(ValueError, match=r"dropouts \[0\.0, 0\.1\]"):
+        export_peft(model, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+# -- pages ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", ["adapters.md", "row_rescale.md", "tt_lora.md"])
+def test_examples_of_the_pages_run(page, tmp_path, monkeypatch):
+    """Blocks of one page run one after the other in one namespace."""
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, object] = {}
+    blocks = re.findall(r"^```python\n(.*?)^```", (DOCS / page).read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    assert blocks, f"{page} has no example"
+    for block in blocks:
+        exec(compile(block, page, "exec"), namespace)
+
+
+def test_benchmark_of_the_layers_runs(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("rich")
+    pytest.importorskip("tqdm")
+    monkeypatch.syspath_prepend(str(DOCS.parent / "benchmarks"))
+    layers = importlib.import_module("layers")
+    arguments = ["layers.py", "--quick", "--threads", str(torch.get_num_threads()), "--output", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    layers.main()
+    found = json.loads((tmp_path / "layers.json").read_text())
+    rows = {row["variant"]: row for row in found["rows"]}
+    assert list(rows) == [
+        "LoRA",
+        "α-LoRA, T = 20",
+        "α-LoRA, T = 1",
+        "TT-LoRA, 2 + 2 modes",
+        "TT-LoRA, 3 + 3 modes",
+    ]
+    assert found["provenance"]["packages"]["torch"]
+    assert all(row["peak_bytes"] > 0 and row["seconds"] > 0 for row in rows.values())
+    assert rows["LoRA"]["step_ratio"] == 1
+    assert rows["α-LoRA, T = 20"]["trained_parameters"] > rows["LoRA"]["trained_parameters"]
+    assert "<!-- layers -->" in capsys.readouterr().out
