@@ -15,6 +15,7 @@ PACKAGE = Path(tnadapt.__file__).parent
 
 #: From the lowest layer up; modules of one line do not import each other, but packages may import within themselves.
 LAYERS = [
+    {"registry"},
     {"backends"},
     {"factorizations"},
     {"lora_matrices"},

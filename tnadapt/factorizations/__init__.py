@@ -1,6 +1,6 @@
 """Decompositions behind one interface: the structure plan (integers), `Factorization`, and its implementations."""
 
-from tnadapt.factorizations.base import Factorization, core_dtype
+from tnadapt.factorizations.base import Factorization, core_dtype, register_factorization
 from tnadapt.factorizations.cp import CP, CP_GAUGES
 from tnadapt.factorizations.mpo import GAUGES, MPO, SVD
 from tnadapt.factorizations.sites import rows_from_sites, rows_to_sites
@@ -24,6 +24,10 @@ __all__ = [
     "full_bonds",
     "near_square",
     "paper_sites",
+    "register_factorization",
     "rows_from_sites",
     "rows_to_sites",
 ]
+
+for _cls in (CP, MPO, SVD, Tucker):
+    register_factorization(_cls)

@@ -5,12 +5,13 @@ Shapes: `*` = any leading batch dimensions, n = those flattened into one, `core_
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,11 +30,14 @@ from tnadapt.factorizations.structure import (
     resolve_sites,
 )
 from tnadapt.factorizations.workspace import Workspace
+from tnadapt.registry import Registry
 
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-__all__ = ["Factorization", "core_dtype"]
+__all__ = ["Factorization", "core_dtype", "register_factorization"]
+
+F = TypeVar("F", bound="type[Factorization]")
 
 
 def core_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -41,9 +45,12 @@ def core_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Factorization(ABC):
     """How a matrix becomes cores and back. Immutable; holds no tensors; equal descriptions are equal objects.
+
+    A subclass is a dataclass, frozen and with settings by name only. `docs/plugins.md` has an example,
+    `tnadapt.testing.check_factorization` checks the laws.
 
     Laws (the property tests quote them):
 
@@ -56,15 +63,16 @@ class Factorization(ABC):
     5. A batch is folded, unfolded and pulled back as its members are, one by one.
 
     Attributes:
-        order: number of sites, at least 2. It does not count where `sites` or `expansion` are given.
+        order: number of sites, at least 2. It does not count where `sites` or `expansion` are given, and None is possible
+            there only.
         sites: explicit `(i_k, j_k)` of every site for one shape, or a mapping from shape to sites; shapes that a mapping
-            does not list get the paper's split: near-square factors at the ends, 1x1 sites between.
+            does not list get the paper's split into `order` sites: near-square factors at the ends, 1x1 sites between.
         expansion: instead of `order` or `sites`, the wanted number of parameters over the matrix's own. The exact
             structure nearest to it is taken; `structure(shape).expansion` says how near that is.
         backend: who contracts and decomposes, see `tnadapt.backends`.
     """
 
-    order: int = 2
+    order: int | None = 2
     # a dict of sites has no hash; equal descriptions still have equal hashes without it
     sites: SitesArgument | None = field(default=None, hash=False)
     expansion: float | None = None
@@ -75,9 +83,20 @@ class Factorization(ABC):
     #: Gauges that the factorization knows, its default first.
     _GAUGES: ClassVar[tuple[str, ...]] = ()
 
+    def __new__(cls, *unnamed: object, **settings: object) -> Factorization:
+        if unnamed:
+            raise TypeError(_by_name(cls, unnamed))
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         get_backend(self.backend)
-        if isinstance(self.order, bool) or not isinstance(self.order, int) or self.order < 2:
+        if self.order is None:
+            if self.sites is None and self.expansion is None:
+                raise ValueError(
+                    f"{type(self).__name__}() has no order: state one, such as {type(self).__name__}(order=9) (the paper uses "
+                    "8-16; order 2 is the SVD), or give sites or expansion"
+                )
+        elif isinstance(self.order, bool) or not isinstance(self.order, int) or self.order < 2:
             raise ValueError(
                 f"order={self.order!r}: {type(self).__name__} needs an integer order of at least 2 "
                 "(an MPO of order 2 is the SVD; the paper uses 8-16)"
@@ -94,7 +113,7 @@ class Factorization(ABC):
                 f"expansion={expansion!r}: an exact factorization has at least the matrix's own parameters; give a finite "
                 "number of at least 1, such as 3.0"
             )
-        if self.sites is not None or self.order != 2:
+        if self.sites is not None or self.order != type(self).order:
             raise ValueError(
                 f"expansion={expansion!r} chooses the sites itself; drop "
                 f"{'sites' if self.sites is not None else f'order={self.order}'}, or drop expansion"
@@ -105,6 +124,41 @@ class Factorization(ABC):
             raise ValueError(
                 f"gauge={gauge!r} is unknown to {type(self).__name__}; choose one of {', '.join(self._GAUGES)}"
             )
+
+    def __repr__(self) -> str:
+        """The settings that are not the default ones, as they would be written."""
+        settings = [f for f in _settings(type(self)) if getattr(self, f.name) != f.default]
+        return f"{type(self).__name__}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in settings)})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every setting as plain JSON data, beside the name of the type: `{"type": "MPO", "order": 9, ...}`.
+
+        Shapes that are keys are written as `"768x8"`. `from_dict` rebuilds an equal object.
+
+        Raises:
+            TypeError: a setting is no JSON data; its class then writes its own `to_dict` and `_from_settings`.
+            ValueError: the class is not registered, and its name is that of another one.
+        """
+        name = _FACTORIZATIONS.name_of(type(self))
+        return {"type": name, **{f.name: _plain(self, f.name) for f in _settings(type(self))}}
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Factorization:
+        """The factorization that `to_dict` described, of a type of this package or a registered one. Settings that are not
+        there have their defaults.
+
+        Raises:
+            TypeError: `data` is not a mapping.
+            ValueError: an unknown type or setting, or settings that mean nothing.
+        """
+        cls, settings = _FACTORIZATIONS.read(data)
+        return cls._from_settings(settings)
+
+    @classmethod
+    def _from_settings(cls, settings: Mapping[str, Any]) -> Factorization:
+        """The object with the settings that `to_dict` gave."""
+        _FACTORIZATIONS.check_settings(cls.__name__, settings, [f.name for f in _settings(cls)])
+        return cls(**{name: _unplain(cls, name, value) for name, value in settings.items()})
 
     @property
     def operations(self) -> TorchBackend:
@@ -173,7 +227,7 @@ class Factorization(ABC):
         """The sites that this description has for `shape`."""
         if self.expansion is None or min(shape) < 1:
             return resolve_sites(shape, self.order, self.sites)
-        return _expanded_sites(type(self), shape, self.expansion)
+        return _expanded_sites(self, shape, self.expansion)
 
     def core_shapes(self, shape: Shape) -> tuple[tuple[int, ...], ...]:
         """Shape of each core of a matrix of `shape`."""
@@ -301,10 +355,69 @@ class Factorization(ABC):
         return [core.reshape(n, *shape) for core, shape in zip(cores, shapes, strict=True)], batch
 
 
+def register_factorization(cls: F, name: str | None = None) -> F:
+    """Make a factorization known to `Factorization.from_dict`, by the name of its class or another. Usable as a decorator.
+
+    Raises:
+        TypeError: `cls` is not a subclass of `Factorization`.
+        ValueError: the name belongs to another class.
+    """
+    _FACTORIZATIONS.add(cls, Factorization, name)  # type: ignore[type-abstract]
+    return cls
+
+
+#: What `from_dict` knows. `tnadapt.factorizations` registers those of the package.
+_FACTORIZATIONS: Registry[Factorization] = Registry("factorization", "register_factorization")
+
+
+def _settings(cls: type[Factorization]) -> list[dataclasses.Field[Any]]:
+    """What can be given when an object of the class is made."""
+    return [f for f in dataclasses.fields(cls) if f.init]
+
+
+def _by_name(cls: type[Factorization], unnamed: Sequence[object]) -> str:
+    """What to write instead of settings without a name."""
+    names = [f.name for f in _settings(cls)]
+    name, first = cls.__name__, unnamed[0]
+    given = ", ".join(map(repr, unnamed))
+    likely = "order" if is_count(first) else "sites" if isinstance(first, (Sequence, Mapping)) else ""
+    if len(unnamed) == 1 and likely in names and not isinstance(first, str):
+        return f"{name}({given}): settings go by name; write {name}({likely}={first!r})"
+    return f"{name}({given}): settings go by name; those of {name} are {', '.join(names)}"
+
+
+def _plain(owner: Factorization, name: str) -> Any:
+    """A setting as JSON data."""
+
+    def plain(value: Any) -> Any:
+        if value is None or isinstance(value, (bool, int, float, str)):
+            return value
+        if isinstance(value, (tuple, list)):
+            return [plain(entry) for entry in value]
+        if isinstance(value, Mapping):
+            return {f"{rows}x{cols}": plain(entry) for (rows, cols), entry in value.items()}
+        raise TypeError(
+            f"{name}={value!r} of {type(owner).__name__} is no JSON data; write to_dict and _from_settings of the class"
+        )
+
+    return plain(getattr(owner, name))
+
+
+def _unplain(cls: type[Factorization], name: str, value: Any) -> Any:
+    """A setting from JSON data: a mapping has shapes as keys."""
+    if not isinstance(value, Mapping):
+        return value
+    try:
+        split = {tuple(key.split("x")): entry for key, entry in value.items()}
+        return {(int(rows), int(cols)): entry for (rows, cols), entry in split.items()}
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{cls.__name__}: {name}={value!r} must have shapes such as '768x8' as keys") from error
+
+
 @lru_cache(maxsize=1024)
-def _expanded_sites(cls: type[Factorization], shape: Shape, expansion: float) -> Sites:
+def _expanded_sites(factorization: Factorization, shape: Shape, expansion: float) -> Sites:
     """`nearest_sites` of a factorization, which is a search and asked for again and again."""
-    return nearest_sites(shape, expansion, cls._EXPANSION_ORDERS, cls()._full_parameters)
+    return nearest_sites(shape, expansion, factorization._EXPANSION_ORDERS, factorization._full_parameters)
 
 
 def _own_memory(tensor: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 from tnadapt.backends import Kernel
 from tnadapt.factorizations.base import Factorization, check_cap, spread_exponents
 from tnadapt.factorizations.sites import to_sites
-from tnadapt.factorizations.structure import Shape, Sites, SitesArgument, Structure, full_bonds
+from tnadapt.factorizations.structure import Shape, Sites, Structure, full_bonds
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -29,9 +29,10 @@ __all__ = ["GAUGES", "MPO", "SVD"]
 GAUGES = ("svd", "right", "identity", "spread")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class MPO(Factorization):
-    """Matrix product operator of `order` sites; `order`, `sites`, `expansion` and `backend` as in `Factorization`.
+    """Matrix product operator of `order` sites; `order`, `sites`, `expansion` and `backend` as in `Factorization`. One of the
+    first three must be given.
 
     Attributes:
         max_bond: cap on the bond dimensions. Below full rank the factorization truncates; training keeps what is
@@ -46,6 +47,7 @@ class MPO(Factorization):
         ValueError: an argument that means nothing, with its value and what to give instead.
     """
 
+    order: int | None = None
     max_bond: int | None = None
     gauge: str = "svd"
 
@@ -63,6 +65,12 @@ class MPO(Factorization):
             raise ValueError(
                 f"expansion={self.expansion!r} plans an exact chain, max_bond={self.max_bond} cuts it; drop one"
             )
+
+    def __eq__(self, other: object) -> bool:
+        """An SVD equals the MPO of order 2 with the same settings: they are one description."""
+        if type(self) is not type(other) and not {type(self), type(other)} <= {MPO, SVD}:
+            return NotImplemented
+        return all(getattr(self, f.name) == getattr(other, f.name) for f in fields(MPO))
 
     def _label_parts(self) -> list[str]:
         parts = [] if self.max_bond is None else [f"max_bond={self.max_bond}"]
@@ -143,22 +151,29 @@ class MPO(Factorization):
                 )
 
 
-def SVD(
-    *,
-    sites: SitesArgument | None = None,
-    max_bond: int | None = None,
-    gauge: str = "svd",
-    backend: str = "torch",
-) -> MPO:
-    """The paper's SVD factorization: the MPO of order 2. Arguments as for `MPO`.
+@dataclass(frozen=True, kw_only=True, repr=False, eq=False)
+class SVD(MPO):
+    """The paper's SVD factorization: the MPO of order 2, and equal to it. Settings as for `MPO`, without `order` and
+    `expansion`.
 
     Raises:
         ValueError: more than two sites; otherwise as `MPO`.
     """
-    explicit = [] if sites is None else list(sites.values()) if isinstance(sites, Mapping) else [sites]
-    if any(len(given) > 2 for given in explicit):
-        raise ValueError(f"sites={sites!r}: an SVD has two sites; with more it is an MPO, write MPO(sites=...)")
-    return MPO(order=2, sites=sites, max_bond=max_bond, gauge=gauge, backend=backend)
+
+    order: int = field(default=2, init=False)
+    expansion: None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        given = self.sites
+        explicit = [] if given is None else list(given.values()) if isinstance(given, Mapping) else [given]
+        if any(len(sites) > 2 for sites in explicit):
+            raise ValueError(f"sites={given!r}: an SVD has two sites; with more it is an MPO, write MPO(sites=...)")
+        super().__post_init__()
+
+    @property
+    def label(self) -> str:
+        sites = [] if self.sites is None else ["sites=…"]
+        return f"SVD({', '.join([*sites, *self._label_parts()])})"
 
 
 def _core_shapes(sites: Sites, inner: Sequence[int]) -> tuple[tuple[int, int, int, int], ...]:

@@ -33,7 +33,7 @@ __all__ = ["TUCKER_GAUGES", "Tucker"]
 TUCKER_GAUGES = ("svd", "identity", "spread")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Tucker(Factorization):
     """Tucker decomposition of `order` sites; `order`, `sites`, `expansion` and `backend` as in `Factorization`.
 
