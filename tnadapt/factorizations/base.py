@@ -160,6 +160,20 @@ class Factorization(ABC):
         _FACTORIZATIONS.check_settings(cls.__name__, settings, [f.name for f in _settings(cls)])
         return cls(**{name: _unplain(cls, name, value) for name, value in settings.items()})
 
+    @staticmethod
+    def _check_seed(seed: object, gauge: str) -> None:
+        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+            raise ValueError(f"seed={seed!r}: give an integer of at least 0")
+        if seed and gauge != "random":
+            raise ValueError(
+                f"seed={seed} is of the rotations of gauge='random', and the gauge is {gauge!r}; drop seed"
+            )
+
+    @property
+    def needs_gradient(self) -> bool:
+        """Whether `unfold` has to be given the gradient of the matrix."""
+        return False
+
     @property
     def operations(self) -> TorchBackend:
         """The backend that contracts and decomposes."""
@@ -191,6 +205,12 @@ class Factorization(ABC):
     @abstractmethod
     def _unfold(self, matrices: Float[Tensor, "n rows cols"], structure: Structure) -> Sequence[Tensor]:
         """Cores of finite matrices in the sweep's dtype, each [n, *core_k]."""
+
+    def _unfold_along(
+        self, matrices: Float[Tensor, "n rows cols"], gradients: Float[Tensor, "n rows cols"], structure: Structure
+    ) -> Sequence[Tensor]:
+        """`_unfold` in the frames of gradients, whose entries are at most 1; for a subclass with `needs_gradient`."""
+        raise NotImplementedError(f"{type(self).__name__} has no gauge that is aligned with a gradient")
 
     @abstractmethod
     def _contract(self, fused: Sequence[Tensor]) -> Float[Tensor, "n numel"]:
@@ -245,8 +265,13 @@ class Factorization(ABC):
 
     @torch.no_grad()
     @full_precision
-    def unfold(self, matrix: Float[Tensor, "*batch rows cols"]) -> tuple[Tensor, ...]:
+    def unfold(
+        self, matrix: Float[Tensor, "*batch rows cols"], gradient: Float[Tensor, "*batch rows cols"] | None = None
+    ) -> tuple[Tensor, ...]:
         """Decompose `matrix` (or a batch of them) into cores.
+
+        `gradient` is that of the loss with respect to the matrix, for gauges that are aligned with it (`needs_gradient`).
+        It decides the frames of the cores, not what they fold to.
 
         The sweep runs in float64 on the CPU: LoRA matrices are small, libraries for GPUs decompose small matrices one after the
         other, and not every device has float64. The cores are float32, or the matrix's dtype where that is wider, on its
@@ -255,7 +280,7 @@ class Factorization(ABC):
         Raises:
             TypeError: the matrix is not real floating point.
             ValueError: fewer than two dimensions, an empty dimension, NaN or infinity, or entries so large that the
-                cores overflow their dtype.
+                cores overflow their dtype; a gradient that is missing, not needed, or not that of the matrix.
         """
         if not matrix.is_floating_point():
             raise TypeError(
@@ -271,14 +296,20 @@ class Factorization(ABC):
                 f"the {matrix.shape[-2]}x{matrix.shape[-1]} matrix holds NaN or infinity, which no cores can represent; "
                 "restore it from the last good checkpoint, or lower the learning rate that broke it"
             )
+        self._check_gradient(matrix, gradient)
         batch = matrix.shape[:-2]
         structure = self.structure((matrix.shape[-2], matrix.shape[-1]))
         # copied even where nothing is converted: a core may be a view of what it was made from
         flat = matrix.reshape(-1, *matrix.shape[-2:]).to("cpu", torch.float64, copy=True)
         dtype = core_dtype(matrix.dtype)
+        if gradient is None:
+            swept = self._unfold(flat, structure)
+        else:
+            slope = gradient.reshape(-1, *matrix.shape[-2:]).to("cpu", torch.float64)
+            swept = self._unfold_along(flat, slope / power_of_two_scale(slope), structure)
         cores = tuple(
             _own_memory(core.reshape(*batch, *shape).to(matrix.device, dtype))
-            for core, shape in zip(self._unfold(flat, structure), structure.core_shapes, strict=True)
+            for core, shape in zip(swept, structure.core_shapes, strict=True)
         )
         if not bool(torch.stack([torch.isfinite(core).all() for core in cores]).all()):
             raise ValueError(
@@ -287,6 +318,27 @@ class Factorization(ABC):
                 "the matrix down"
             )
         return cores
+
+    def _check_gradient(self, matrix: Tensor, gradient: Tensor | None) -> None:
+        if gradient is None:
+            if self.needs_gradient:
+                raise ValueError(
+                    f"{self.label} is aligned with a gradient: pass that of the {matrix.shape[-2]}x{matrix.shape[-1]} matrix, "
+                    "unfold(matrix, gradient=...)"
+                )
+            return
+        if not self.needs_gradient:
+            raise ValueError(f"{self.label} does not look at a gradient; leave it out, or take gauge='gradient'")
+        if gradient.shape != matrix.shape:
+            raise ValueError(
+                f"the gradient has shape {tuple(gradient.shape)}, the matrix {tuple(matrix.shape)}; pass the gradient of the "
+                "matrix"
+            )
+        if not bool(torch.isfinite(gradient).all()):
+            raise ValueError(
+                f"the gradient of the {matrix.shape[-2]}x{matrix.shape[-1]} matrix holds NaN or infinity; skip the step, or "
+                "lower the learning rate that broke it"
+            )
 
     @full_precision
     def fold(self, cores: Sequence[Tensor]) -> Float[Tensor, "*batch rows cols"]:
