@@ -5,7 +5,7 @@
 
 A 768x8 matrix is trained by AdamW, as it is (plain LoRA) and through its cores, under gradients that do not depend on where the
 matrix is: a steady one, G, and a noisy one, G plus new normal noise of the same norm at every step. The singular values of
-G halve from one to the next. The matrix starts at zero or at random. For every gauge, order, start and kind of gradient this
+G halve from one to the next. The matrix starts at zero, at random, or at a hundredth of that. For every gauge, order, start and kind of gradient this
 gives, as medians over seeds,
 
 - the size of each update, `||W_t - W_{t-1}||`, over that of plain LoRA;
@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,9 @@ from tnadapt.report.provenance import environment, write_json
 
 ROOT = Path(__file__).parent.parent
 SHAPE, STEPS, LR = (768, 8), 20, 4.9e-4
-STARTS, GRADIENTS = ("zero", "random"), ("steady", "noisy")
+GRADIENTS = ("steady", "noisy")
+#: size of the entries at the start, over those of a random LoRA matrix; small is a B after a few steps
+STARTS = {"zero": 0.0, "small": 0.01, "random": 1.0}
 
 
 def draw_matrix(seed: int) -> Tensor:
@@ -67,14 +70,14 @@ def path(factorization: MPO | None, start: Tensor, slopes: Sequence[Tensor]) -> 
 
 
 def sizes(places: Sequence[Tensor]) -> list[float]:
-    return [float((after - before).norm()) for before, after in zip(places, places[1:], strict=False)]
+    return [float((after - before).norm()) for before, after in pairwise(places)]
 
 
 def measure(order: int, gauge: str, start: str, kind: str, seeds: int) -> dict[str, Any]:
     """Medians over seeds."""
     updates, decreases = [], []
     for seed in range(seeds):
-        begin = draw_matrix(seed) if start == "random" else torch.zeros(SHAPE)
+        begin = STARTS[start] * draw_matrix(seed)
         steady, slopes = gradients(seed, kind)
         mpo = MPO(order=order, gauge=gauge, seed=seed if gauge == "random" else 0)
         lora, own = path(None, begin, slopes), path(mpo, begin, slopes)
@@ -101,7 +104,7 @@ def draw(rows: Sequence[dict[str, Any]], file: Path) -> None:
     orders = list(dict.fromkeys(row["order"] for row in rows))
     columns = [(start, kind) for start in STARTS for kind in GRADIENTS]
     figure, axes = plt.subplots(
-        len(orders), len(columns), figsize=(3.3 * len(columns), 2.6 * len(orders)), squeeze=False, sharex=True
+        len(orders), len(columns), figsize=(2.5 * len(columns), 2.4 * len(orders)), squeeze=False, sharex=True
     )
     for r, order in enumerate(orders):
         for c, (start, kind) in enumerate(columns):
