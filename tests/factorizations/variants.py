@@ -11,7 +11,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tnadapt.factorizations import CP, MPO, SVD, Factorization, Tucker
+from tnadapt.factorizations import CP, MPO, SVD, Factorization, TensorRing, Tucker
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +65,10 @@ EXACT: dict[str, Factorization] = {
     "mpo-2-gradient": AlongMPO(order=2),
     "mpo-16-gradient": AlongMPO(order=16),
     "mpo-3x": MPO(expansion=3.0),
+    "ring-2": TensorRing(order=2),
+    "ring-3": TensorRing(order=3),
+    "ring-16": TensorRing(order=16),
+    "ring-1.2x": TensorRing(expansion=1.2),
     "tucker": Tucker(),
     "tucker-5": Tucker(order=5),
     "tucker-identity": Tucker(gauge="identity"),
@@ -90,6 +94,9 @@ EXACT_SITES: dict[str, tuple[Factorization, tuple[int, int]]] = {
     "mpo-binary-balanced": (MPO(sites=[(2, 2)] * 4, gauge="balanced"), (16, 16)),
     "tucker-mixed-random": (Tucker(sites=[(4, 3), (1, 1), (2, 5), (6, 1)], gauge="random", seed=1), (48, 15)),
     "tucker-mixed-gradient": (AlongTucker(sites=[(4, 3), (1, 1), (2, 5), (6, 1)]), (48, 15)),
+    "ring-mixed": (TensorRing(sites=[(1, 1), (4, 3), (1, 1), (2, 5), (6, 1), (1, 1)]), (48, 15)),
+    "ring-large-first": (TensorRing(sites=[(12, 5), (2, 1), (1, 1), (2, 3)]), (48, 15)),
+    "ring-binary": (TensorRing(sites=[(2, 2)] * 5), (32, 32)),
     "mpo-binary": (MPO(sites=[(2, 2)] * 8), (256, 256)),
     "tucker-mixed": (Tucker(sites=[(4, 3), (1, 1), (2, 5), (6, 1)]), (48, 15)),
     "tucker-mixed-identity": (Tucker(sites=[(4, 1), (1, 1), (2, 1), (6, 15)], gauge="identity"), (48, 15)),
@@ -119,6 +126,8 @@ TRUNCATED: dict[str, Factorization] = {
     "mpo-4-random-bond-3": MPO(order=4, max_bond=3, gauge="random"),
     "mpo-4-gradient-bond-3": AlongMPO(order=4, max_bond=3),
     "tucker-gradient-cap-2": AlongTucker(max_rank=2),
+    "ring-2-bond-2": TensorRing(order=2, max_bond=2),
+    "ring-5-bond-3": TensorRing(order=5, max_bond=3),
     "mpo-4-spread-bond-3": MPO(order=4, max_bond=3, gauge="spread"),
 }
 
@@ -127,6 +136,7 @@ TRUNCATED_SITES: dict[str, tuple[Factorization, tuple[int, int]]] = {
     "mpo-mixed-bond-4": (MPO(sites=[(4, 3), (1, 1), (2, 5), (6, 1)], max_bond=4), (48, 15)),
     "mpo-mixed-balanced-bond-4": (MPO(sites=[(4, 3), (1, 1), (2, 5), (6, 1)], max_bond=4, gauge="balanced"), (48, 15)),
     "mpo-mixed-gradient-bond-4": (AlongMPO(sites=[(4, 3), (1, 1), (2, 5), (6, 1)], max_bond=4), (48, 15)),
+    "ring-mixed-bond-3": (TensorRing(sites=[(4, 3), (1, 1), (2, 5), (6, 1)], max_bond=3), (48, 15)),
     "tucker-ranks": (Tucker(sites=[(4, 3), (1, 1), (2, 5), (6, 1)], ranks=(5, 1, 7, 2)), (48, 15)),
     "cp-rank-5": (CP(sites=[(4, 3), (1, 1), (2, 5), (6, 1)], rank=5), (48, 15)),
     "cp-rank-20": (CP(sites=[(4, 3), (2, 5), (6, 1)], rank=20, gauge="spread"), (48, 15)),
@@ -220,6 +230,8 @@ def reference_fold(factorization: Factorization, cores: Sequence[Tensor]) -> Ten
         return _reference_tucker(cores)
     if isinstance(factorization, CP):
         return _reference_cp(cores)
+    if isinstance(factorization, TensorRing):
+        return _reference_ring(cores)
     if len(cores) > 16:  # more indices than letters: site by site, rows and columns kept apart
         folded = cores[0].squeeze(-4)
         for core in cores[1:]:
@@ -240,6 +252,14 @@ def _reference_tucker(cores: Sequence[Tensor]) -> Tensor:
     ranks, rows, cols = ([next(letters) for _ in range(m)] for _ in range(3))
     terms = [f"...{rows[k]}{cols[k]}{ranks[k]}" for k in range(m)] + [f"...{''.join(ranks)}"]
     return _einsum_matrix(terms, rows, cols, cores, [core.shape[-3:-1] for core in cores[:-1]], cores[0].shape[:-3])
+
+
+def _reference_ring(cores: Sequence[Tensor]) -> Tensor:
+    """The trace of the product of a matrix per site, for every entry."""
+    folded = cores[0]
+    for core in cores[1:]:
+        folded = torch.einsum("...aIJb,...bijc->...aIiJjc", folded, core).flatten(-5, -4).flatten(-3, -2)
+    return folded.diagonal(dim1=-4, dim2=-1).sum(-1)
 
 
 def _reference_cp(cores: Sequence[Tensor]) -> Tensor:

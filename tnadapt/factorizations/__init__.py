@@ -5,6 +5,7 @@ from tnadapt.factorizations.cp import CP, CP_GAUGES
 from tnadapt.factorizations.mpo import GAUGES, MPO, SVD
 from tnadapt.factorizations.sites import rows_from_sites, rows_to_sites
 from tnadapt.factorizations.structure import Shape, Structure, full_bonds, near_square, paper_sites
+from tnadapt.factorizations.tensor_ring import TensorRing
 from tnadapt.factorizations.tucker import TUCKER_GAUGES, Tucker
 from tnadapt.factorizations.workspace import Workspace
 
@@ -18,6 +19,7 @@ __all__ = [
     "Factorization",
     "Shape",
     "Structure",
+    "TensorRing",
     "Tucker",
     "Workspace",
     "core_dtype",
@@ -29,5 +31,5 @@ __all__ = [
     "rows_to_sites",
 ]
 
-for _cls in (CP, MPO, SVD, Tucker):
+for _cls in (CP, MPO, SVD, TensorRing, Tucker):
     register_factorization(_cls)

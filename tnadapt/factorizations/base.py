@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from tnadapt.backends import Kernel, TorchBackend, get_backend
+from tnadapt.backends import Backend, Kernel, get_backend
 from tnadapt.factorizations.precision import full_precision
 from tnadapt.factorizations.sites import from_sites, to_sites
 from tnadapt.factorizations.structure import (
@@ -175,7 +175,7 @@ class Factorization(ABC):
         return False
 
     @property
-    def operations(self) -> TorchBackend:
+    def operations(self) -> Backend:
         """The backend that contracts and decomposes."""
         return get_backend(self.backend)
 
