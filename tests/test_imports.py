@@ -21,6 +21,7 @@ LAYERS = [
     {"lora_matrices"},
     {"adapter", "row_rescale"},
     {"schedulers"},
+    {"testing"},
     {"engine"},
     {"lora_over", "planning"},
     {"integrations"},

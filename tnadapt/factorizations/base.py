@@ -61,6 +61,7 @@ class Factorization(ABC):
     3. `pull_back(cores, G)` is the gradient of `sum(G * fold(cores))` with respect to the cores.
     4. From `W = 0` the gradient reaches at least one core.
     5. A batch is folded, unfolded and pulled back as its members are, one by one.
+    6. It is a value: what `to_dict` says makes an equal object with an equal hash, and no setting can be changed.
 
     Attributes:
         order: number of sites, at least 2. It does not count where `sites` or `expansion` are given, and None is possible
@@ -198,9 +199,11 @@ class Factorization(ABC):
             ValueError: the description does not fit the shape.
         """
 
-    @abstractmethod
     def _full_parameters(self, sites: Sites) -> int:
-        """Numbers in the cores of these sites at full rank."""
+        """Numbers in the cores of these sites at full rank; for a subclass that can be planned from `expansion`."""
+        raise ValueError(
+            f"{type(self).__name__} cannot be planned from expansion={self.expansion!r}; give order or sites"
+        )
 
     @abstractmethod
     def _unfold(self, matrices: Float[Tensor, "n rows cols"], structure: Structure) -> Sequence[Tensor]:
@@ -224,10 +227,10 @@ class Factorization(ABC):
     def _sites_of(self, shapes: Sequence[tuple[int, ...]]) -> Sites:
         """The sites of cores of these shapes (without batch)."""
 
-    @abstractmethod
     def fused_shapes(self, shapes: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:
         """Shapes of the cores with rows and columns of a site as one mode. Matrices whose cores agree in these, such as
-        the `A` and `B` of transposed shapes, are contracted as one batch."""
+        the `A` and `B` of transposed shapes, are contracted as one batch. By default the cores' own."""
+        return tuple(shapes)
 
     @abstractmethod
     def _check_cores(self, shapes: Sequence[tuple[int, ...]]) -> None:

@@ -26,7 +26,7 @@ class Scheduler(ABC):
     Laws (`tnadapt.testing.check_scheduler` checks them):
 
     1. `select` names matrices that are there and not expanded, each once; `release` names expanded ones.
-    2. Neither names anything at a step that is not `due`, nor before `first_step`.
+    2. Nothing is selected before `first_step`. After step 0, both are asked only at steps that are `due`.
     3. Matrices and gradients are only read.
     4. A scheduler that loads the state of another goes on as that one would have; a state is a copy.
     5. Equal schedulers that see the same matrices name the same: ranks must agree.
