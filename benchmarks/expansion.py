@@ -33,7 +33,7 @@ from rich.console import Console
 from torch import nn
 from tqdm import tqdm
 
-from tnadapt import MPO, TrainedMatrix, LoraOver, OverParamAdapter, Scheduler
+from tnadapt import MPO, LoraOver, OverParamAdapter, Scheduler, TrainedMatrix
 from tnadapt.engine import Expanded
 from tnadapt.report.provenance import environment, write_json
 

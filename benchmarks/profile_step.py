@@ -35,7 +35,6 @@ from tqdm import tqdm
 
 from tnadapt.engine import Step
 from tnadapt.engine.cores import Cohort
-from tnadapt.lora_over import LoraOver
 from tnadapt.report.provenance import environment, write_json
 
 RESULTS = Path(__file__).parent / "results"

@@ -40,7 +40,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from tnadapt import MPO, Factorization, TrainedMatrix, LoraOver, OverParamAdapter, Scheduler, Static
+from tnadapt import MPO, Factorization, LoraOver, OverParamAdapter, Scheduler, Static, TrainedMatrix
 from tnadapt.report.provenance import environment, read_json, write_json
 
 RESULTS = Path(__file__).parent / "results"

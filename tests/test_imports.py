@@ -15,12 +15,14 @@ PACKAGE = Path(tnadapt.__file__).parent
 
 #: From the lowest layer up; modules of one line do not import each other, but packages may import within themselves.
 LAYERS = [
+    {"registry"},
     {"backends"},
     {"factorizations"},
     {"lora_matrices"},
     {"adapter"},
     {"row_rescale", "tt_lora"},
     {"schedulers"},
+    {"testing"},
     {"engine"},
     {"lora_over", "planning"},
     {"integrations"},

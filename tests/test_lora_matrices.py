@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from tnadapt import TrainedMatrix, OverParamAdapter, find_lora_matrices
+from tnadapt import OverParamAdapter, TrainedMatrix, find_lora_matrices
 from tnadapt.matrices import canonical_name
 
 pytest.importorskip("peft")

@@ -266,6 +266,11 @@ def test_matrices_that_add_nothing_are_left() -> None:
         Budget(9, 1).attach(budgeted([0, 0], [1.0] * 2))
 
 
+def test_a_budget_is_not_spent_without_any_score() -> None:
+    with pytest.raises(ValueError, match=r"Budget: matrices are to be ranked at step 1, but none of the 2 .*backward"):
+        decide(Budget(20, 1), budgeted([10, 10], [None, None]))
+
+
 def test_matrices_without_a_score_come_last_in_a_budget() -> None:
     """As if their score were zero: after one that matters, and by the order of the model beside another of zero."""
     assert decide(Budget(10, 1), budgeted([10, 10], [None, 1e-3])) == (set(), {1})

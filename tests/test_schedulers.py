@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,9 +13,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from tnadapt import SVD, LoraOver, OverParamAdapter, Scheduler, Static, TaylorRuntime, find_lora_matrices
+from tnadapt import (
+    SVD,
+    Budget,
+    LoraOver,
+    LossAblation,
+    OverParamAdapter,
+    Scheduler,
+    Static,
+    TaylorRuntime,
+    find_lora_matrices,
+)
 from tnadapt.matrices import TrainedMatrix
-from tnadapt.schedulers import by_group, round_sizes
+from tnadapt.schedulers import by_group, register_scheduler, round_sizes
+from tnadapt.schedulers.base import _SCHEDULERS
 
 
 class Layers(nn.Module):
@@ -155,6 +169,59 @@ def test_matrices_without_a_score_count_as_zero():
 def _by_score(scheduler: TaylorRuntime, side: str, layers: tuple[int, ...]) -> list[str]:
     scores = scheduler.scores()
     return sorted((f"layers.{k}.{side}" for k in layers), key=lambda name: -scores[name])
+
+
+def test_a_round_without_any_score_is_an_error():
+    """Nothing but the order of the model could decide it."""
+    matrices = matrices_of(3)
+    scheduler = TaylorRuntime(top_n=2, split=2, every=2)
+    for step in (1, 2):
+        give_gradients(matrices, step, idle=tuple(matrices))
+        scheduler.observe(step, matrices)
+    with pytest.raises(
+        ValueError, match=r"TaylorRuntime: .* at step 2, but none of the 6 .* layers\.0\.A.*backward\(\)"
+    ):
+        scheduler.select(2, matrices)
+    assert scheduler.rounds_done == 0
+    give_gradients(matrices, 4)
+    scheduler.observe(4, matrices)
+    assert len(list(scheduler.select(4, matrices))) == 2
+
+
+def test_scores_of_what_is_expanded_decide_nothing():
+    matrices = matrices_of(3)
+    scheduler = TaylorRuntime(top_n=2, split=2, every=1)
+    waiting = ("layers.1.A", "layers.1.B", "layers.2.A", "layers.2.B")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        give_gradients(matrices, 1, idle=waiting)
+        scheduler.observe(1, matrices)
+        mark(matrices, list(scheduler.select(1, matrices)))
+    assert [name for name, m in matrices.items() if m.expanded] == ["layers.0.A", "layers.0.B"]
+    with pytest.raises(ValueError, match=r"none of the 4 to choose from, such as layers.1.A"):
+        scheduler.select(2, matrices)
+
+
+def test_groups_without_any_score_are_warned_of():
+    matrices = matrices_of(3)
+    give_gradients(matrices, 1, idle=("layers.0.A", "layers.1.A", "layers.2.A"))
+    scheduler = TaylorRuntime(top_n=1, split=1, every=1)
+    scheduler.observe(1, matrices)
+    with pytest.warns(
+        UserWarning, match=r"in 1 groups had a gradient.*step 1.*layers\.\*\.A \(layers\.0\.A\)"
+    ) as caught:
+        assert list(scheduler.select(1, matrices)) == ["layers.0.A", *_by_score(scheduler, "B", (0, 1, 2))[:1]]
+    assert len(caught) == 1
+
+
+def test_a_group_that_is_taken_whole_needs_no_score():
+    matrices = matrices_of(2)
+    give_gradients(matrices, 1, idle=("layers.0.A", "layers.1.A"))
+    scheduler = TaylorRuntime(top_n=2, split=1, every=1)
+    scheduler.observe(1, matrices)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(list(scheduler.select(1, matrices))) == 4
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -336,6 +403,144 @@ def test_state_of_another_split():
         TaylorRuntime(3, 2, 1).load_state_dict(other.state_dict())
 
 
+# -- descriptions ---------------------------------------------------------------------------------------------------------
+
+SMALL = st.integers(1, 50)
+SETTINGS: dict[type[Scheduler], dict[str, st.SearchStrategy[Any]]] = {
+    TaylorRuntime: {
+        "top_n": SMALL,
+        "split": SMALL,
+        "every": SMALL,
+        "reduction": st.sampled_from(["inner", "elementwise"]),
+        "average": st.booleans(),
+        "reset": st.booleans(),
+        "expand_after_update": st.booleans(),
+    },
+    Static: {
+        "which": st.one_of(st.none(), st.sampled_from([r"\.A$", "q_proj"]), st.lists(st.text(max_size=9), max_size=4))
+    },
+    LossAblation: {"scores": st.dictionaries(st.text(max_size=9), st.floats(-9, 9), max_size=4), "top_n": SMALL},
+    Budget: {
+        "added_parameters": SMALL,
+        "every": SMALL,
+        "until": st.one_of(st.none(), st.integers(50, 99)),
+        "decay": st.floats(0, 0.99),
+        "margin": st.floats(1, 9),
+        "per_group": st.booleans(),
+    },
+}
+
+
+@st.composite
+def schedulers(draw: st.DrawFn) -> Scheduler:
+    cls = draw(st.sampled_from(list(SETTINGS)))
+    return cls(**{name: draw(values) for name, values in SETTINGS[cls].items()})
+
+
+@given(schedulers())
+def test_descriptions_round_trip(scheduler):
+    data = scheduler.to_dict()
+    assert set(data) == {"type", *SETTINGS[type(scheduler)]} | (
+        {"reduction"} if isinstance(scheduler, Budget) else set()
+    )
+    again = Scheduler.from_dict(json.loads(json.dumps(data)))
+    assert type(again) is type(scheduler)
+    assert again.to_dict() == data
+    assert (again.label, again.first_step()) == (scheduler.label, scheduler.first_step())
+    assert repr(again) == repr(scheduler)
+
+
+@given(schedulers().filter(lambda one: not isinstance(one, LossAblation)))
+def test_repr_is_how_it_is_written(scheduler):
+    assert eval(repr(scheduler)).to_dict() == scheduler.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "shown"),
+    [
+        (TaylorRuntime(9, 8, 5), "TaylorRuntime(top_n=9, split=8, every=5)"),
+        (TaylorRuntime(9, 8, 5, reset=True), "TaylorRuntime(top_n=9, split=8, every=5, reset=True)"),
+        (Static(), "Static()"),
+        (LossAblation({"a": 1.0, "b": 2.0}, 1), "LossAblation(scores={… 2 matrices}, top_n=1)"),
+        (Budget(100, 5), "Budget(added_parameters=100, every=5)"),
+    ],
+)
+def test_repr(scheduler, shown):
+    assert repr(scheduler) == shown
+
+
+@pytest.mark.parametrize(
+    ("data", "error", "message"),
+    [
+        (
+            {"type": "Random"},
+            ValueError,
+            "scheduler 'Random' is unknown; the known ones are Budget, .*register_scheduler",
+        ),
+        ({"type": "MPO", "order": 9}, ValueError, "scheduler 'MPO' is unknown"),
+        ({"top_n": 9}, ValueError, "has no 'type'"),
+        (Static(), TypeError, "to_dict"),
+        ({"type": "Static", "top_n": 9}, ValueError, "Static has no setting top_n; its settings are which"),
+        ({"type": "TaylorRuntime", "top_n": 9}, TypeError, "split"),
+        ({"type": "TaylorRuntime", "top_n": 0, "split": 1, "every": 1}, ValueError, "top_n=0"),
+    ],
+)
+def test_bad_descriptions(data, error, message):
+    with pytest.raises(error, match=message):
+        Scheduler.from_dict(data)
+
+
+def test_a_scheduler_of_ones_own_is_described_too(monkeypatch):
+    monkeypatch.setattr(_SCHEDULERS, "_classes", dict(_SCHEDULERS._classes))
+
+    class Late(Scheduler):
+        def __init__(self, step: int, share: float = 0.5) -> None:
+            self.step, self.share = step, share
+
+        def select(self, step, matrices):
+            return ()
+
+    class Forgets(Scheduler):
+        def __init__(self, step: int) -> None:
+            self._step = step
+
+        def select(self, step, matrices):
+            return ()
+
+    assert repr(Late(3)) == "Late(step=3)"
+    assert register_scheduler(Late) is Late
+    assert Scheduler.from_dict(Late(3).to_dict()).to_dict() == {"type": "Late", "step": 3, "share": 0.5}
+    with pytest.raises(TypeError, match="Forgets does not keep its argument step"):
+        Forgets(3).to_dict()
+    with pytest.raises(TypeError, match=r"takes a subclass of Scheduler.*not an instance"):
+        register_scheduler(Late(3))
+
+
+FIRST: list[tuple[Callable[[], Scheduler], int]] = [
+    (Static, 0),
+    (lambda: LossAblation({}, 1), 0),
+    (lambda: TaylorRuntime(1, 1, 7), 7),
+    (lambda: Budget(100, 6), 6),
+]
+
+
+@pytest.mark.parametrize(("make", "first"), FIRST)
+def test_first_step(make, first):
+    assert make().first_step() == first
+    assert next(step for step in range(20) if make().due(step)) == first
+
+
+def test_a_budget_that_ends_before_it_begins():
+    with pytest.raises(ValueError, match="until=3 is before the first decision at step every=5"):
+        Budget(100, 5, until=3)
+    assert Budget(100, 5, until=5).due(5)
+
+
+def test_expanding_after_the_update_is_an_attribute():
+    assert not any(make().after_update for make, _ in FIRST)
+    assert TaylorRuntime(1, 1, 1, expand_after_update=True).after_update
+
+
 # -- static -------------------------------------------------------------------------------------------------------------
 
 A0, A1, B0, B1 = "layers.0.A", "layers.1.A", "layers.0.B", "layers.1.B"
@@ -384,5 +589,8 @@ def test_a_scheduler_of_ones_own_needs_select_only():
     assert scheduler.due(3)
     assert list(scheduler.release(3, {})) == []
     assert scheduler.state_dict() == {}
+    assert scheduler.first_step() is None
+    assert not scheduler.after_update
+    assert repr(scheduler) == "Mine()"
     with pytest.raises(TypeError):
         Scheduler()

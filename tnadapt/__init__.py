@@ -10,18 +10,29 @@ from tnadapt.adapter import (
     merge_adapters,
     save_adapters,
 )
-from tnadapt.factorizations import CP, MPO, SVD, Factorization, Tucker
+from tnadapt.backends import Backend, register_backend
+from tnadapt.factorizations import CP, MPO, SVD, Factorization, TensorRing, Tucker, register_factorization
 from tnadapt.lora_over import Event, FoldReport, LoraOver
 from tnadapt.matrices import TrainedMatrix, find_lora_matrices
 from tnadapt.planning import Plan, plan
 from tnadapt.row_rescale import RowRescale
-from tnadapt.schedulers import Budget, LossAblation, Scheduler, Static, TaylorRuntime, ablation_scores, predefined
+from tnadapt.schedulers import (
+    Budget,
+    LossAblation,
+    Scheduler,
+    Static,
+    TaylorRuntime,
+    ablation_scores,
+    predefined,
+    register_scheduler,
+)
 from tnadapt.tt_lora import TTLoraLinear
 
 __all__ = [
     "CP",
     "MPO",
     "SVD",
+    "Backend",
     "Budget",
     "Event",
     "Factorization",
@@ -35,6 +46,7 @@ __all__ = [
     "Static",
     "TTLoraLinear",
     "TaylorRuntime",
+    "TensorRing",
     "TrainedMatrix",
     "Tucker",
     "ablation_scores",
@@ -47,6 +59,9 @@ __all__ = [
     "merge_adapters",
     "plan",
     "predefined",
+    "register_backend",
+    "register_factorization",
+    "register_scheduler",
     "save_adapters",
 ]
 

@@ -21,7 +21,7 @@ from tnadapt.adapter.base import LinearAdapter
 from tnadapt.adapter.files import named, read_tensors, write_tensors
 from tnadapt.factorizations import core_dtype
 from tnadapt.factorizations.structure import is_count
-from tnadapt.lora_matrices import canonical_name
+from tnadapt.matrices import canonical_name
 
 if TYPE_CHECKING:
     from jaxtyping import Float

@@ -5,14 +5,13 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Mapping
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from tnadapt import MPO, SVD, Factorization, TrainedMatrix, LoraOver, Scheduler
+from tnadapt import MPO, SVD, Factorization, LoraOver, Scheduler, TrainedMatrix
 
 from .models import adapters, backward_through, everything, same, trainable
 

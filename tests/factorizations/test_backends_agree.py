@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tnadapt.backends import BACKENDS, get_backend
-from tnadapt.factorizations import CP, MPO, SVD, Factorization, Tucker
+from tnadapt.factorizations import CP, MPO, SVD, Factorization, TensorRing, Tucker
 
 from .variants import DTYPES, make_matrix, matrices, random_cores, relative_error, shapes, tolerance
 
@@ -31,13 +31,16 @@ EACH: dict[str, tuple[Factorization, tuple[int, int]]] = {
     "tucker": (Tucker(), (24, 8)),
     "tucker-mixed": (Tucker(sites=MIXED, gauge="spread"), (48, 15)),
     "tucker-ranks": (Tucker(sites=MIXED, ranks=(5, 1, 7, 2)), (48, 15)),
+    "ring": (TensorRing(order=4), (24, 8)),
+    "ring-mixed": (TensorRing(sites=MIXED), (48, 15)),
+    "ring-bond-3": (TensorRing(sites=MIXED, max_bond=3), (48, 15)),
     "cp": (CP(), (24, 8)),
     "cp-16": (CP(order=16), (24, 8)),
     "cp-mixed": (CP(sites=MIXED), (48, 15)),
     "cp-rank-5": (CP(sites=MIXED, rank=5), (48, 15)),
     "cp-rank-20": (CP(sites=MIXED, rank=20), (48, 15)),
 }
-ANY_SHAPE = [SVD(), MPO(order=16), Tucker(), CP(order=4)]
+ANY_SHAPE = [SVD(), MPO(order=16), TensorRing(order=5), Tucker(), CP(order=4)]
 
 
 def on(factorization: Factorization, backend: str) -> Factorization:

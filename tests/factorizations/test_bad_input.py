@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -15,14 +16,16 @@ from tnadapt.factorizations import CP, MPO, SVD, Factorization, Tucker
 from .variants import CASES, EVERY
 
 VALUE_ERRORS: list[tuple[Callable[..., Factorization], dict[str, Any], str]] = [
+    (MPO, {}, r"MPO\(\) has no order.*MPO\(order=9\)"),
+    (MPO, {"order": None, "max_bond": 3}, "no order"),
     (MPO, {"order": 1}, "order=1"),
     (MPO, {"order": 2.0}, "order=2.0"),
     (MPO, {"order": True}, "order=True"),
-    (MPO, {"max_bond": 0}, "max_bond=0"),
-    (MPO, {"max_bond": 2.5}, "max_bond=2.5"),
-    (MPO, {"max_bond": True}, "max_bond=True"),
-    (MPO, {"gauge": "left"}, "gauge='left'.*svd"),
-    (MPO, {"gauge": "identity", "max_bond": 3}, "identity.*max_bond"),
+    (MPO, {"order": 3, "max_bond": 0}, "max_bond=0"),
+    (MPO, {"order": 3, "max_bond": 2.5}, "max_bond=2.5"),
+    (MPO, {"order": 3, "max_bond": True}, "max_bond=True"),
+    (MPO, {"order": 3, "gauge": "left"}, "gauge='left'.*svd"),
+    (MPO, {"order": 3, "gauge": "identity", "max_bond": 3}, "identity.*max_bond"),
     (MPO, {"sites": [(4, 2)]}, "at least two"),
     (MPO, {"sites": [(4, 0), (1, 8)]}, "at least two"),
     (MPO, {"sites": [(4, 2, 1), (1, 8)]}, "at least two"),
@@ -51,7 +54,7 @@ VALUE_ERRORS: list[tuple[Callable[..., Factorization], dict[str, Any], str]] = [
     (CP, {"max_scratch": 0}, "max_scratch=0"),
     (SVD, {"sites": [(2, 2), (2, 2), (2, 2)]}, "an SVD has two sites.*MPO"),
     (SVD, {"sites": {(8, 8): [(2, 2), (2, 2), (2, 2)]}}, "an SVD has two sites.*MPO"),
-    (MPO, {"backend": "numpy"}, "backend 'numpy' is unknown.*torch"),
+    (MPO, {"order": 3, "backend": "numpy"}, "backend 'numpy' is unknown.*torch"),
 ]
 
 
@@ -194,19 +197,67 @@ def test_descriptions_are_values(name: str) -> None:
         factorization.backend = "torch"  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("make", [MPO, SVD, Tucker, CP])
-def test_arguments_have_names(make: Callable[..., Factorization]) -> None:
+@pytest.mark.parametrize(
+    ("make", "arguments", "message"),
+    [
+        (MPO, (16,), r"MPO\(16\): settings go by name; write MPO\(order=16\)"),
+        (Tucker, (3,), r"write Tucker\(order=3\)"),
+        (CP, (3,), r"write CP\(order=3\)"),
+        (MPO, ([(4, 2), (6, 4)],), r"write MPO\(sites=\[\(4, 2\), \(6, 4\)\]\)"),
+        (SVD, ({(24, 8): [(4, 2), (6, 4)]},), r"write SVD\(sites="),
+        (SVD, (2,), r"SVD\(2\): settings go by name; those of SVD are sites, backend, max_bond, gauge"),
+        (MPO, ("mpo",), "those of MPO are order, sites"),
+        (MPO, (9, 4), r"MPO\(9, 4\): .* those of MPO are order"),
+    ],
+)
+def test_settings_without_a_name(make: Callable[..., Factorization], arguments: tuple[Any, ...], message: str) -> None:
     """`MPO(16)` could be an order, a bond or a rank."""
-    with pytest.raises(TypeError):
-        make(2)
+    with pytest.raises(TypeError, match=message):
+        make(*arguments)
+
+
+def test_shapes_that_sites_do_not_list_need_an_order() -> None:
+    mpo = MPO(sites={(24, 8): [(4, 2), (6, 4)]})
+    assert mpo.core_shapes((24, 8)) == SVD().core_shapes((24, 8))
+    with pytest.raises(ValueError, match=r"none for a 8x24 matrix \(only for 24x8\).*order=9"):
+        mpo.core_shapes((8, 24))
+
+
+def test_svd_is_a_type_and_the_mpo_of_order_2() -> None:
+    svd, mpo = SVD(max_bond=3), MPO(order=2, max_bond=3)
+    assert isinstance(svd, SVD)
+    assert isinstance(svd, MPO)
+    assert not isinstance(mpo, SVD)
+    assert svd == mpo
+    assert mpo == svd
+    assert hash(svd) == hash(mpo)
+    assert svd != SVD()
+    assert SVD() != MPO(order=3)
+    assert dataclasses.replace(svd, max_bond=None) == SVD()
+    assert svd.core_shapes((24, 8)) == mpo.core_shapes((24, 8))
+    for setting in ("order", "expansion"):
+        with pytest.raises(TypeError, match=setting):
+            SVD(**{setting: 3})
+
+
+def test_a_subclass_of_ones_own_is_no_mpo() -> None:
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Mine(MPO):
+        more: int = 0
+
+    assert Mine(order=3) != MPO(order=3)
+    assert Mine(order=3) != SVD()
+    assert Mine(order=3) == Mine(order=3)
+    assert Mine(order=3) != Mine(order=3, more=1)
 
 
 def test_descriptions_by_shape_are_values() -> None:
     """A mapping has no hash, what is described by it has: equal ones the same, whatever became of the mapping."""
     by_shape = {(24, 8): [(4, 2), (6, 4)]}
     for make in (MPO, SVD, Tucker, CP):
+        plain = MPO(order=3) if make is MPO else make()
         assert make(sites=by_shape) == make(sites={(24, 8): [(4, 2), (6, 4)]})
-        assert len({make(sites=by_shape), make(sites=dict(by_shape)), make()}) == 2
+        assert len({make(sites=by_shape), make(sites=dict(by_shape)), plain}) == 2
     assert len({Tucker(ranks={(24, 8): (3, 2)}), Tucker(ranks={(24, 8): [3, 2]}), Tucker()}) == 2
 
 

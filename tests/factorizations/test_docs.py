@@ -21,4 +21,4 @@ def test_examples(page: Path) -> None:
 
 
 def test_every_factorization_has_a_page() -> None:
-    assert {page.stem for page in PAGES} >= {"mpo", "svd", "tucker", "cp", "backends"}
+    assert {page.stem for page in PAGES} >= {"mpo", "svd", "tucker", "cp", "tensor_ring", "backends"}

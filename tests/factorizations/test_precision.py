@@ -10,9 +10,8 @@ import pytest
 import torch
 
 from tnadapt.backends import get_backend
-from tnadapt.backends.kernels import ChainKernel, CPKernel, TuckerKernel
+from tnadapt.backends.kernels import ChainKernel, CPKernel, TuckerKernel, ieee_matmul
 from tnadapt.factorizations import CP, MPO, Tucker, precision
-from tnadapt.backends.kernels import ieee_matmul
 from tnadapt.factorizations.sites import from_sites, to_sites
 
 from .variants import CASES, make_matrix
@@ -128,13 +127,14 @@ def test_decompositions_run_in_float64_on_the_cpu(name: str, monkeypatch: pytest
     """Whatever the matrix's dtype: what a sweep gets is float64, so the cores are exact to their own rounding."""
     factorization, shape = CASES[name]
     seen: list[torch.Tensor] = []
-    original = type(factorization)._unfold
+    method = "_unfold_along" if factorization.needs_gradient else "_unfold"
+    original = getattr(type(factorization), method)
 
-    def spy(self: Any, matrices: torch.Tensor, structure: Any) -> Any:
-        seen.append(matrices)
-        return original(self, matrices, structure)
+    def spy(self: Any, *arguments: Any) -> Any:
+        seen.extend(argument for argument in arguments if isinstance(argument, torch.Tensor))
+        return original(self, *arguments)
 
-    monkeypatch.setattr(type(factorization), "_unfold", spy)
+    monkeypatch.setattr(type(factorization), method, spy)
     for dtype in (torch.bfloat16, torch.float32):
         cores = factorization.unfold(make_matrix(shape, dtype=dtype))
         assert {core.dtype for core in cores} == {torch.float32}

@@ -211,7 +211,10 @@ def test_what_decompositions_of_svds_need() -> None:
 
 
 LABELS = {
-    "MPO(order=2)": SVD(),
+    "MPO(order=2)": MPO(order=2),
+    "SVD()": SVD(),
+    "SVD(max_bond=4, gauge=right)": SVD(max_bond=4, gauge="right"),
+    "SVD(sites=…)": SVD(sites=[(4, 2), (6, 4)]),
     "MPO(order=9, max_bond=4)": MPO(order=9, max_bond=4),
     "MPO(sites=…, gauge=spread)": MPO(sites={(24, 8): [(4, 2), (6, 4)]}, gauge="spread"),
     "MPO(expansion=2.5)": MPO(expansion=2.5),

@@ -4,13 +4,42 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from string import ascii_letters
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tnadapt.factorizations import CP, MPO, SVD, Factorization, Tucker
+from tnadapt.factorizations import CP, MPO, SVD, Factorization, TensorRing, Tucker
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlongMPO(MPO):
+    """The gauge `"gradient"` with a gradient of its own, so that it stands in the table like the others."""
+
+    gauge: str = "gradient"
+
+    def unfold(self, matrix: Tensor, gradient: Tensor | None = None) -> tuple[Tensor, ...]:
+        return super().unfold(matrix, _gradient_for(matrix) if gradient is None else gradient)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlongTucker(Tucker):
+    """As `AlongMPO`."""
+
+    gauge: str = "gradient"
+
+    def unfold(self, matrix: Tensor, gradient: Tensor | None = None) -> tuple[Tensor, ...]:
+        return super().unfold(matrix, _gradient_for(matrix) if gradient is None else gradient)
+
+
+def _gradient_for(matrix: Tensor) -> Tensor:
+    """A fixed gradient of the matrix's shape; none where the matrix is nothing that has one."""
+    if matrix.dim() < 2 or matrix.numel() == 0:
+        return torch.zeros(matrix.shape)
+    return make_matrix(matrix.shape, seed=4)
+
 
 #: The shapes of the paper's models at r = 8, both orientations: T5-Base, Llama 2-7B, Llama 3.1-8B.
 PAPER_SHAPES = [
@@ -29,11 +58,23 @@ EXACT: dict[str, Factorization] = {
     "svd-identity": SVD(gauge="identity"),
     "svd-right": SVD(gauge="right"),
     "mpo-16-right": MPO(order=16, gauge="right"),
+    "svd-balanced": SVD(gauge="balanced"),
+    "mpo-16-balanced": MPO(order=16, gauge="balanced"),
+    "svd-random": SVD(gauge="random"),
+    "mpo-3-random": MPO(order=3, gauge="random", seed=5),
+    "mpo-2-gradient": AlongMPO(order=2),
+    "mpo-16-gradient": AlongMPO(order=16),
     "mpo-3x": MPO(expansion=3.0),
+    "ring-2": TensorRing(order=2),
+    "ring-3": TensorRing(order=3),
+    "ring-16": TensorRing(order=16),
+    "ring-1.2x": TensorRing(expansion=1.2),
     "tucker": Tucker(),
     "tucker-5": Tucker(order=5),
     "tucker-identity": Tucker(gauge="identity"),
     "tucker-spread": Tucker(gauge="spread"),
+    "tucker-random": Tucker(order=3, gauge="random"),
+    "tucker-gradient": AlongTucker(order=3),
     "tucker-2x": Tucker(expansion=2.0),
     "cp": CP(),
     "cp-16": CP(order=16),
@@ -47,6 +88,15 @@ EXACT_SITES: dict[str, tuple[Factorization, tuple[int, int]]] = {
     "mpo-mixed-identity": (MPO(sites=[(1, 1), (4, 3), (1, 1), (2, 5), (6, 1)], gauge="identity"), (48, 15)),
     "mpo-mixed-spread": (MPO(sites=[(4, 3), (1, 1), (2, 5), (6, 1), (1, 1)], gauge="spread"), (48, 15)),
     "mpo-mixed-right": (MPO(sites=[(4, 3), (1, 1), (2, 5), (6, 1), (1, 1)], gauge="right"), (48, 15)),
+    "mpo-mixed-balanced": (MPO(sites=[(4, 3), (1, 1), (2, 5), (6, 1), (1, 1)], gauge="balanced"), (48, 15)),
+    "mpo-mixed-random": (MPO(sites=[(1, 1), (4, 3), (1, 1), (2, 5), (6, 1)], gauge="random"), (48, 15)),
+    "mpo-mixed-gradient": (AlongMPO(sites=[(1, 1), (4, 3), (1, 1), (2, 5), (6, 1), (1, 1)]), (48, 15)),
+    "mpo-binary-balanced": (MPO(sites=[(2, 2)] * 4, gauge="balanced"), (16, 16)),
+    "tucker-mixed-random": (Tucker(sites=[(4, 3), (1, 1), (2, 5), (6, 1)], gauge="random", seed=1), (48, 15)),
+    "tucker-mixed-gradient": (AlongTucker(sites=[(4, 3), (1, 1), (2, 5), (6, 1)]), (48, 15)),
+    "ring-mixed": (TensorRing(sites=[(1, 1), (4, 3), (1, 1), (2, 5), (6, 1), (1, 1)]), (48, 15)),
+    "ring-large-first": (TensorRing(sites=[(12, 5), (2, 1), (1, 1), (2, 3)]), (48, 15)),
+    "ring-binary": (TensorRing(sites=[(2, 2)] * 5), (32, 32)),
     "mpo-binary": (MPO(sites=[(2, 2)] * 8), (256, 256)),
     "tucker-mixed": (Tucker(sites=[(4, 3), (1, 1), (2, 5), (6, 1)]), (48, 15)),
     "tucker-mixed-identity": (Tucker(sites=[(4, 1), (1, 1), (2, 1), (6, 15)], gauge="identity"), (48, 15)),
@@ -72,12 +122,21 @@ TRUNCATED: dict[str, Factorization] = {
     "cp-9-cap-3": CP(order=9, max_rank=3),
     "cp-spread-cap-2": CP(order=3, max_rank=2, gauge="spread"),
     "mpo-4-right-bond-3": MPO(order=4, max_bond=3, gauge="right"),
+    "mpo-4-balanced-bond-3": MPO(order=4, max_bond=3, gauge="balanced"),
+    "mpo-4-random-bond-3": MPO(order=4, max_bond=3, gauge="random"),
+    "mpo-4-gradient-bond-3": AlongMPO(order=4, max_bond=3),
+    "tucker-gradient-cap-2": AlongTucker(max_rank=2),
+    "ring-2-bond-2": TensorRing(order=2, max_bond=2),
+    "ring-5-bond-3": TensorRing(order=5, max_bond=3),
     "mpo-4-spread-bond-3": MPO(order=4, max_bond=3, gauge="spread"),
 }
 
 #: Truncated, for one shape, with more than two proper sites.
 TRUNCATED_SITES: dict[str, tuple[Factorization, tuple[int, int]]] = {
     "mpo-mixed-bond-4": (MPO(sites=[(4, 3), (1, 1), (2, 5), (6, 1)], max_bond=4), (48, 15)),
+    "mpo-mixed-balanced-bond-4": (MPO(sites=[(4, 3), (1, 1), (2, 5), (6, 1)], max_bond=4, gauge="balanced"), (48, 15)),
+    "mpo-mixed-gradient-bond-4": (AlongMPO(sites=[(4, 3), (1, 1), (2, 5), (6, 1)], max_bond=4), (48, 15)),
+    "ring-mixed-bond-3": (TensorRing(sites=[(4, 3), (1, 1), (2, 5), (6, 1)], max_bond=3), (48, 15)),
     "tucker-ranks": (Tucker(sites=[(4, 3), (1, 1), (2, 5), (6, 1)], ranks=(5, 1, 7, 2)), (48, 15)),
     "cp-rank-5": (CP(sites=[(4, 3), (1, 1), (2, 5), (6, 1)], rank=5), (48, 15)),
     "cp-rank-20": (CP(sites=[(4, 3), (2, 5), (6, 1)], rank=20, gauge="spread"), (48, 15)),
@@ -171,6 +230,8 @@ def reference_fold(factorization: Factorization, cores: Sequence[Tensor]) -> Ten
         return _reference_tucker(cores)
     if isinstance(factorization, CP):
         return _reference_cp(cores)
+    if isinstance(factorization, TensorRing):
+        return _reference_ring(cores)
     if len(cores) > 16:  # more indices than letters: site by site, rows and columns kept apart
         folded = cores[0].squeeze(-4)
         for core in cores[1:]:
@@ -191,6 +252,14 @@ def _reference_tucker(cores: Sequence[Tensor]) -> Tensor:
     ranks, rows, cols = ([next(letters) for _ in range(m)] for _ in range(3))
     terms = [f"...{rows[k]}{cols[k]}{ranks[k]}" for k in range(m)] + [f"...{''.join(ranks)}"]
     return _einsum_matrix(terms, rows, cols, cores, [core.shape[-3:-1] for core in cores[:-1]], cores[0].shape[:-3])
+
+
+def _reference_ring(cores: Sequence[Tensor]) -> Tensor:
+    """The trace of the product of a matrix per site, for every entry."""
+    folded = cores[0]
+    for core in cores[1:]:
+        folded = torch.einsum("...aIJb,...bijc->...aIiJjc", folded, core).flatten(-5, -4).flatten(-3, -2)
+    return folded.diagonal(dim1=-4, dim2=-1).sum(-1)
 
 
 def _reference_cp(cores: Sequence[Tensor]) -> Tensor:

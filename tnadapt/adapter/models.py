@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tnadapt.adapter.base import LinearAdapter, check_base
 from tnadapt.adapter.files import named, read_tensors, write_tensors
 from tnadapt.adapter.pair import OverParamAdapter
-from tnadapt.lora_matrices import canonical_name
+from tnadapt.matrices import canonical_name
 
 __all__ = ["add_adapters", "chosen_layers", "find_adapters", "load_adapters", "merge_adapters", "save_adapters"]
 

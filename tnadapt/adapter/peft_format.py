@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tnadapt.adapter.files import named, read_tensors
 from tnadapt.adapter.models import build_adapters, find_adapters
 from tnadapt.adapter.pair import OverParamAdapter
-from tnadapt.lora_matrices import canonical_name
+from tnadapt.matrices import canonical_name
 
 __all__ = ["export_peft", "import_peft"]
 

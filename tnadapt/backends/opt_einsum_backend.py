@@ -22,23 +22,31 @@ class OptEinsumBackend(AutogradBackend):
 
     name = "opt_einsum"
 
+    def contract(self, equation: str, *tensors: Tensor) -> Tensor:
+        expression = _expression(equation, tuple(tuple(tensor.shape) for tensor in tensors))
+        return expression(*tensors, backend="torch")  # type: ignore[no-any-return]
+
     def chain_contract(self, cores: Sequence[Tensor]) -> Tensor:
         m = len(cores)
         batch, bonds, modes = _symbols(1, m + 1, m)
         terms = [f"{batch}{bonds[k]}{modes[k]}{bonds[k + 1]}" for k in range(m)]
         # the outer bonds have size 1: summing over them is taking their only entry
-        return _contract(terms, f"{batch}{modes}", cores)
+        return self._flat(terms, f"{batch}{modes}", cores)
 
     def tucker_contract(self, factors: Sequence[Tensor], core: Tensor) -> Tensor:
         m = len(factors)
         batch, ranks, modes = _symbols(1, m, m)
         terms = [*(f"{batch}{modes[k]}{ranks[k]}" for k in range(m)), f"{batch}{ranks}"]
-        return _contract(terms, f"{batch}{modes}", [*factors, core])
+        return self._flat(terms, f"{batch}{modes}", [*factors, core])
 
     def cp_contract(self, factors: Sequence[Tensor]) -> Tensor:
         m = len(factors)
         batch, rank, modes = _symbols(1, 1, m)
-        return _contract([f"{batch}{mode}{rank}" for mode in modes], f"{batch}{modes}", factors)
+        return self._flat([f"{batch}{mode}{rank}" for mode in modes], f"{batch}{modes}", factors)
+
+    def _flat(self, terms: Sequence[str], result: str, tensors: Sequence[Tensor]) -> Tensor:
+        """The whole network as one equation, so that the library finds the order; flat."""
+        return self.contract(f"{','.join(terms)}->{result}", *tensors).reshape(tensors[0].shape[0], -1)
 
 
 def _symbols(*counts: int) -> list[str]:
@@ -48,12 +56,6 @@ def _symbols(*counts: int) -> list[str]:
         groups.append("".join(opt_einsum.get_symbol(start + k) for k in range(count)))
         start += count
     return groups
-
-
-def _contract(terms: Sequence[str], result: str, tensors: Sequence[Tensor]) -> Tensor:
-    expression = _expression(f"{','.join(terms)}->{result}", tuple(tuple(tensor.shape) for tensor in tensors))
-    contracted: Tensor = expression(*tensors, backend="torch")
-    return contracted.reshape(tensors[0].shape[0], -1)
 
 
 @lru_cache(maxsize=1024)

@@ -26,6 +26,10 @@ class TensorlyBackend(AutogradBackend):
 
     name = "tensorly"
 
+    def contract(self, equation: str, *tensors: Tensor) -> Tensor:
+        with _on_torch():
+            return tensorly.einsum(equation, *tensors)  # type: ignore[no-any-return]
+
     def chain_decompose(self, tensor: Tensor, bonds: Sequence[int]) -> list[Tensor]:
         with _on_torch():
             each = [tensorly.decomposition.tensor_train(one, rank=[1, *bonds, 1]).factors for one in tensor]

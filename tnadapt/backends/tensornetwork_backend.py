@@ -7,6 +7,7 @@ itself; the library's default backend is not touched.
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import tensornetwork
@@ -24,6 +25,25 @@ class TensorNetworkBackend(AutogradBackend):
     (a copy node would hold it as a dense tensor of R^m entries)."""
 
     name = "tensornetwork"
+
+    def contract(self, equation: str, *tensors: Tensor) -> Tensor:
+        """By nodes, where every index but that of the batch is an edge between two tensors or an open one; else by torch."""
+        terms, result = _edges(equation)
+        if terms is None:
+            return super().contract(equation, *tensors)
+        results = []
+        for one in _members(tensors):
+            nodes = [_node(tensor) for tensor in one]
+            ends: dict[str, list[Edge]] = {}
+            for node, term in zip(nodes, terms, strict=True):
+                for axis, index in enumerate(term):
+                    ends.setdefault(index, []).append(node[axis])
+            for edges in ends.values():
+                if len(edges) == 2:
+                    edges[0] ^ edges[1]
+            contracted = tensornetwork.contractors.greedy(nodes, output_edge_order=[ends[index][0] for index in result])
+            results.append(contracted.tensor)
+        return torch.stack(results)
 
     def svd(self, matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         """By node splitting; tensor-train and Tucker decompositions are made of these."""
@@ -55,6 +75,19 @@ class TensorNetworkBackend(AutogradBackend):
                 node[1] ^ centre[k]
             results.append(_contract([*nodes, centre], [node[0] for node in nodes]))
         return torch.stack(results)
+
+
+def _edges(equation: str) -> tuple[list[str] | None, str]:
+    """The terms and the result of an equation without the batch index; no terms where an index is no edge between nodes."""
+    inputs, _, result = equation.replace(" ", "").partition("->")
+    terms, batch = inputs.split(","), result[:1]
+    if not all(term[:1] == batch for term in terms) or len(terms) < 2:
+        return None, result
+    terms, result = [term[1:] for term in terms], result[1:]
+    counts = Counter(itertools.chain(*terms))
+    joins = all((count == 1) if index in result else (count == 2) for index, count in counts.items())
+    loops = any(len(set(term)) < len(term) for term in terms)
+    return (terms if joins and not loops and batch not in counts else None), result
 
 
 def _node(tensor: Tensor) -> Node:

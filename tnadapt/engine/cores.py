@@ -318,7 +318,8 @@ class Cohort:
 
         def lengths(rows: Tensor) -> Tensor:
             # what overflowed on the way is too long
-            return torch.linalg.vector_norm(rows - before, dim=1).nan_to_num(math.inf, math.inf)
+            norms: Tensor = torch.linalg.vector_norm(rows - before, dim=1)
+            return norms.nan_to_num(math.inf, math.inf)
 
         found = lengths(values)
         over = found > cap * (1 + _CAP_ACCURACY)

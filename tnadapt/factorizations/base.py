@@ -5,17 +5,18 @@ Shapes: `*` = any leading batch dimensions, n = those flattened into one, `core_
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
-from tnadapt.backends import Kernel, TorchBackend, full_precision, get_backend
+from tnadapt.backends import Backend, Kernel, full_precision, get_backend
 from tnadapt.factorizations.sites import from_sites, to_sites
 from tnadapt.factorizations.structure import (
     Shape,
@@ -27,11 +28,14 @@ from tnadapt.factorizations.structure import (
     nearest_sites,
     resolve_sites,
 )
+from tnadapt.registry import Registry
 
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-__all__ = ["Factorization", "core_dtype"]
+__all__ = ["Factorization", "core_dtype", "register_factorization"]
+
+F = TypeVar("F", bound="type[Factorization]")
 
 
 def core_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -39,9 +43,12 @@ def core_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Factorization(ABC):
     """How a matrix becomes cores and back. Immutable; holds no tensors; equal descriptions are equal objects.
+
+    A subclass is a dataclass, frozen and with settings by name only. `docs/plugins.md` has an example,
+    `tnadapt.testing.check_factorization` checks the laws.
 
     Laws (the property tests quote them):
 
@@ -52,17 +59,19 @@ class Factorization(ABC):
     3. `pull_back(cores, G)` is the gradient of `sum(G * fold(cores))` with respect to the cores.
     4. From `W = 0` the gradient reaches at least one core.
     5. A batch is folded, unfolded and pulled back as its members are, one by one.
+    6. It is a value: what `to_dict` says makes an equal object with an equal hash, and no setting can be changed.
 
     Attributes:
-        order: number of sites, at least 2. It does not count where `sites` or `expansion` are given.
+        order: number of sites, at least 2. It does not count where `sites` or `expansion` are given, and None is possible
+            there only.
         sites: explicit `(i_k, j_k)` of every site for one shape, or a mapping from shape to sites; shapes that a mapping
-            does not list get the paper's split: near-square factors at the ends, 1x1 sites between.
+            does not list get the paper's split into `order` sites: near-square factors at the ends, 1x1 sites between.
         expansion: instead of `order` or `sites`, the wanted number of parameters over the matrix's own. The exact
             structure nearest to it is taken; `structure(shape).expansion` says how near that is.
         backend: who contracts and decomposes, see `tnadapt.backends`.
     """
 
-    order: int = 2
+    order: int | None = 2
     # a dict of sites has no hash; equal descriptions still have equal hashes without it
     sites: SitesArgument | None = field(default=None, hash=False)
     expansion: float | None = None
@@ -73,9 +82,20 @@ class Factorization(ABC):
     #: Gauges that the factorization knows, its default first.
     _GAUGES: ClassVar[tuple[str, ...]] = ()
 
+    def __new__(cls, *unnamed: object, **settings: object) -> Factorization:
+        if unnamed:
+            raise TypeError(_by_name(cls, unnamed))
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         get_backend(self.backend)
-        if isinstance(self.order, bool) or not isinstance(self.order, int) or self.order < 2:
+        if self.order is None:
+            if self.sites is None and self.expansion is None:
+                raise ValueError(
+                    f"{type(self).__name__}() has no order: state one, such as {type(self).__name__}(order=9) (the paper uses "
+                    "8-16; order 2 is the SVD), or give sites or expansion"
+                )
+        elif isinstance(self.order, bool) or not isinstance(self.order, int) or self.order < 2:
             raise ValueError(
                 f"order={self.order!r}: {type(self).__name__} needs an integer order of at least 2 "
                 "(an MPO of order 2 is the SVD; the paper uses 8-16)"
@@ -92,7 +112,7 @@ class Factorization(ABC):
                 f"expansion={expansion!r}: an exact factorization has at least the matrix's own parameters; give a finite "
                 "number of at least 1, such as 3.0"
             )
-        if self.sites is not None or self.order != 2:
+        if self.sites is not None or self.order != type(self).order:
             raise ValueError(
                 f"expansion={expansion!r} chooses the sites itself; drop "
                 f"{'sites' if self.sites is not None else f'order={self.order}'}, or drop expansion"
@@ -104,8 +124,57 @@ class Factorization(ABC):
                 f"gauge={gauge!r} is unknown to {type(self).__name__}; choose one of {', '.join(self._GAUGES)}"
             )
 
+    def __repr__(self) -> str:
+        """The settings that are not the default ones, as they would be written."""
+        settings = [f for f in _settings(type(self)) if getattr(self, f.name) != f.default]
+        return f"{type(self).__name__}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in settings)})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every setting as plain JSON data, beside the name of the type: `{"type": "MPO", "order": 9, ...}`.
+
+        Shapes that are keys are written as `"768x8"`. `from_dict` rebuilds an equal object.
+
+        Raises:
+            TypeError: a setting is no JSON data; its class then writes its own `to_dict` and `_from_settings`.
+            ValueError: the class is not registered, and its name is that of another one.
+        """
+        name = _FACTORIZATIONS.name_of(type(self))
+        return {"type": name, **{f.name: _plain(self, f.name) for f in _settings(type(self))}}
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Factorization:
+        """The factorization that `to_dict` described, of a type of this package or a registered one. Settings that are not
+        there have their defaults.
+
+        Raises:
+            TypeError: `data` is not a mapping.
+            ValueError: an unknown type or setting, or settings that mean nothing.
+        """
+        cls, settings = _FACTORIZATIONS.read(data)
+        return cls._from_settings(settings)
+
+    @classmethod
+    def _from_settings(cls, settings: Mapping[str, Any]) -> Factorization:
+        """The object with the settings that `to_dict` gave."""
+        _FACTORIZATIONS.check_settings(cls.__name__, settings, [f.name for f in _settings(cls)])
+        return cls(**{name: _unplain(cls, name, value) for name, value in settings.items()})
+
+    @staticmethod
+    def _check_seed(seed: object, gauge: str) -> None:
+        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+            raise ValueError(f"seed={seed!r}: give an integer of at least 0")
+        if seed and gauge != "random":
+            raise ValueError(
+                f"seed={seed} is of the rotations of gauge='random', and the gauge is {gauge!r}; drop seed"
+            )
+
     @property
-    def operations(self) -> TorchBackend:
+    def needs_gradient(self) -> bool:
+        """Whether `unfold` has to be given the gradient of the matrix."""
+        return False
+
+    @property
+    def operations(self) -> Backend:
         """The backend that contracts and decomposes."""
         return get_backend(self.backend)
 
@@ -128,13 +197,21 @@ class Factorization(ABC):
             ValueError: the description does not fit the shape.
         """
 
-    @abstractmethod
     def _full_parameters(self, sites: Sites) -> int:
-        """Numbers in the cores of these sites at full rank."""
+        """Numbers in the cores of these sites at full rank; for a subclass that can be planned from `expansion`."""
+        raise ValueError(
+            f"{type(self).__name__} cannot be planned from expansion={self.expansion!r}; give order or sites"
+        )
 
     @abstractmethod
     def _unfold(self, matrices: Float[Tensor, "n rows cols"], structure: Structure) -> Sequence[Tensor]:
         """Cores of finite matrices in the sweep's dtype, each [n, *core_k]."""
+
+    def _unfold_along(
+        self, matrices: Float[Tensor, "n rows cols"], gradients: Float[Tensor, "n rows cols"], structure: Structure
+    ) -> Sequence[Tensor]:
+        """`_unfold` in the frames of gradients, whose entries are at most 1; for a subclass with `needs_gradient`."""
+        raise NotImplementedError(f"{type(self).__name__} has no gauge that is aligned with a gradient")
 
     @abstractmethod
     def _contract(self, fused: Sequence[Tensor]) -> Float[Tensor, "n numel"]:
@@ -149,10 +226,10 @@ class Factorization(ABC):
     def _sites_of(self, shapes: Sequence[tuple[int, ...]]) -> Sites:
         """The sites of cores of these shapes (without batch)."""
 
-    @abstractmethod
     def fused_shapes(self, shapes: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:
         """Shapes of the cores with rows and columns of a site as one mode. Matrices whose cores agree in these, such as
-        the `A` and `B` of transposed shapes, are contracted as one batch."""
+        the `A` and `B` of transposed shapes, are contracted as one batch. By default the cores' own."""
+        return tuple(shapes)
 
     @abstractmethod
     def _check_cores(self, shapes: Sequence[tuple[int, ...]]) -> None:
@@ -172,7 +249,7 @@ class Factorization(ABC):
         """The sites that this description has for `shape`."""
         if self.expansion is None or min(shape) < 1:
             return resolve_sites(shape, self.order, self.sites)
-        return _expanded_sites(type(self), shape, self.expansion)
+        return _expanded_sites(self, shape, self.expansion)
 
     def core_shapes(self, shape: Shape) -> tuple[tuple[int, ...], ...]:
         """Shape of each core of a matrix of `shape`."""
@@ -190,8 +267,13 @@ class Factorization(ABC):
 
     @torch.no_grad()
     @full_precision
-    def unfold(self, matrix: Float[Tensor, "*batch rows cols"]) -> tuple[Tensor, ...]:
+    def unfold(
+        self, matrix: Float[Tensor, "*batch rows cols"], gradient: Float[Tensor, "*batch rows cols"] | None = None
+    ) -> tuple[Tensor, ...]:
         """Decompose `matrix` (or a batch of them) into cores.
+
+        `gradient` is that of the loss with respect to the matrix, for gauges that are aligned with it (`needs_gradient`).
+        It decides the frames of the cores, not what they fold to.
 
         The sweep runs in float64 on the CPU: LoRA matrices are small, libraries for GPUs decompose small matrices one after the
         other, and not every device has float64. The cores are float32, or the matrix's dtype where that is wider, on its
@@ -200,7 +282,7 @@ class Factorization(ABC):
         Raises:
             TypeError: the matrix is not real floating point.
             ValueError: fewer than two dimensions, an empty dimension, NaN or infinity, or entries so large that the
-                cores overflow their dtype.
+                cores overflow their dtype; a gradient that is missing, not needed, or not that of the matrix.
         """
         if not matrix.is_floating_point():
             raise TypeError(
@@ -216,14 +298,20 @@ class Factorization(ABC):
                 f"the {matrix.shape[-2]}x{matrix.shape[-1]} matrix holds NaN or infinity, which no cores can represent; "
                 "restore it from the last good checkpoint, or lower the learning rate that broke it"
             )
+        self._check_gradient(matrix, gradient)
         batch = matrix.shape[:-2]
         structure = self.structure((matrix.shape[-2], matrix.shape[-1]))
         # copied even where nothing is converted: a core may be a view of what it was made from
         flat = matrix.reshape(-1, *matrix.shape[-2:]).to("cpu", torch.float64, copy=True)
         dtype = core_dtype(matrix.dtype)
+        if gradient is None:
+            swept = self._unfold(flat, structure)
+        else:
+            slope = gradient.reshape(-1, *matrix.shape[-2:]).to("cpu", torch.float64)
+            swept = self._unfold_along(flat, slope / power_of_two_scale(slope), structure)
         cores = tuple(
             _own_memory(core.reshape(*batch, *shape).to(matrix.device, dtype))
-            for core, shape in zip(self._unfold(flat, structure), structure.core_shapes, strict=True)
+            for core, shape in zip(swept, structure.core_shapes, strict=True)
         )
         if not bool(torch.stack([torch.isfinite(core).all() for core in cores]).all()):
             raise ValueError(
@@ -232,6 +320,27 @@ class Factorization(ABC):
                 "the matrix down"
             )
         return cores
+
+    def _check_gradient(self, matrix: Tensor, gradient: Tensor | None) -> None:
+        if gradient is None:
+            if self.needs_gradient:
+                raise ValueError(
+                    f"{self.label} is aligned with a gradient: pass that of the {matrix.shape[-2]}x{matrix.shape[-1]} matrix, "
+                    "unfold(matrix, gradient=...)"
+                )
+            return
+        if not self.needs_gradient:
+            raise ValueError(f"{self.label} does not look at a gradient; leave it out, or take gauge='gradient'")
+        if gradient.shape != matrix.shape:
+            raise ValueError(
+                f"the gradient has shape {tuple(gradient.shape)}, the matrix {tuple(matrix.shape)}; pass the gradient of the "
+                "matrix"
+            )
+        if not bool(torch.isfinite(gradient).all()):
+            raise ValueError(
+                f"the gradient of the {matrix.shape[-2]}x{matrix.shape[-1]} matrix holds NaN or infinity; skip the step, or "
+                "lower the learning rate that broke it"
+            )
 
     @full_precision
     def fold(self, cores: Sequence[Tensor]) -> Float[Tensor, "*batch rows cols"]:
@@ -296,10 +405,69 @@ class Factorization(ABC):
         return [core.reshape(n, *shape) for core, shape in zip(cores, shapes, strict=True)], batch
 
 
+def register_factorization(cls: F, name: str | None = None) -> F:
+    """Make a factorization known to `Factorization.from_dict`, by the name of its class or another. Usable as a decorator.
+
+    Raises:
+        TypeError: `cls` is not a subclass of `Factorization`.
+        ValueError: the name belongs to another class.
+    """
+    _FACTORIZATIONS.add(cls, Factorization, name)  # type: ignore[type-abstract]
+    return cls
+
+
+#: What `from_dict` knows. `tnadapt.factorizations` registers those of the package.
+_FACTORIZATIONS: Registry[Factorization] = Registry("factorization", "register_factorization")
+
+
+def _settings(cls: type[Factorization]) -> list[dataclasses.Field[Any]]:
+    """What can be given when an object of the class is made."""
+    return [f for f in dataclasses.fields(cls) if f.init]
+
+
+def _by_name(cls: type[Factorization], unnamed: Sequence[object]) -> str:
+    """What to write instead of settings without a name."""
+    names = [f.name for f in _settings(cls)]
+    name, first = cls.__name__, unnamed[0]
+    given = ", ".join(map(repr, unnamed))
+    likely = "order" if is_count(first) else "sites" if isinstance(first, (Sequence, Mapping)) else ""
+    if len(unnamed) == 1 and likely in names and not isinstance(first, str):
+        return f"{name}({given}): settings go by name; write {name}({likely}={first!r})"
+    return f"{name}({given}): settings go by name; those of {name} are {', '.join(names)}"
+
+
+def _plain(owner: Factorization, name: str) -> Any:
+    """A setting as JSON data."""
+
+    def plain(value: Any) -> Any:
+        if value is None or isinstance(value, (bool, int, float, str)):
+            return value
+        if isinstance(value, (tuple, list)):
+            return [plain(entry) for entry in value]
+        if isinstance(value, Mapping):
+            return {f"{rows}x{cols}": plain(entry) for (rows, cols), entry in value.items()}
+        raise TypeError(
+            f"{name}={value!r} of {type(owner).__name__} is no JSON data; write to_dict and _from_settings of the class"
+        )
+
+    return plain(getattr(owner, name))
+
+
+def _unplain(cls: type[Factorization], name: str, value: Any) -> Any:
+    """A setting from JSON data: a mapping has shapes as keys."""
+    if not isinstance(value, Mapping):
+        return value
+    try:
+        split = {tuple(key.split("x")): entry for key, entry in value.items()}
+        return {(int(rows), int(cols)): entry for (rows, cols), entry in split.items()}
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{cls.__name__}: {name}={value!r} must have shapes such as '768x8' as keys") from error
+
+
 @lru_cache(maxsize=1024)
-def _expanded_sites(cls: type[Factorization], shape: Shape, expansion: float) -> Sites:
+def _expanded_sites(factorization: Factorization, shape: Shape, expansion: float) -> Sites:
     """`nearest_sites` of a factorization, which is a search and asked for again and again."""
-    return nearest_sites(shape, expansion, cls._EXPANSION_ORDERS, cls()._full_parameters)
+    return nearest_sites(shape, expansion, factorization._EXPANSION_ORDERS, factorization._full_parameters)
 
 
 def _own_memory(tensor: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ __all__ = ["CP", "CP_GAUGES"]
 CP_GAUGES = ("unit", "spread")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class CP(Factorization):
     """CP decomposition of `order` sites; `order`, `sites`, `expansion` and `backend` as in `Factorization`.
 

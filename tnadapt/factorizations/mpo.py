@@ -8,46 +8,59 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
 from tnadapt.backends import Kernel
-from tnadapt.factorizations.base import Factorization, check_cap, spread_exponents
+from tnadapt.factorizations.base import Factorization, check_cap, power_of_two_scale, spread_exponents
+from tnadapt.factorizations.gauges import balance_chain, gradient_chain, random_rotations, rotate_chain
 from tnadapt.factorizations.sites import to_sites
-from tnadapt.factorizations.structure import Shape, Sites, SitesArgument, Structure, full_bonds
+from tnadapt.factorizations.structure import Shape, Sites, Structure, full_bonds
 
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-__all__ = ["GAUGES", "MPO", "SVD"]
+__all__ = ["GAUGES", "MPO", "SVD", "sweep_chain"]
 
 #: How the freedom that contraction leaves is used; all gauges fold to the same matrix.
-GAUGES = ("svd", "right", "identity", "spread")
+GAUGES = ("svd", "right", "identity", "spread", "balanced", "random", "gradient")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class MPO(Factorization):
-    """Matrix product operator of `order` sites; `order`, `sites`, `expansion` and `backend` as in `Factorization`.
+    """Matrix product operator of `order` sites; `order`, `sites`, `expansion` and `backend` as in `Factorization`. One of the
+    first three must be given.
 
     Attributes:
         max_bond: cap on the bond dimensions. Below full rank the factorization truncates; training keeps what is
             missing as a frozen residual.
-        gauge: `"svd"` is Algorithm 1, which is left-canonical: all cores orthonormal but the last, which holds the
-            singular values. `"right"` is its mirror image: all orthonormal but the first. `"identity"` makes all cores
-            identities but one, which is the matrix itself, so that fold(unfold(W)) is bitwise W. `"spread"` is `"svd"`
-            with the norm spread over the cores, evenly up to powers of two (skipped for a zero matrix, where no core
-            would get a gradient). The paper's "Normalization" is undefined; `"spread"` is one reading of it.
+        gauge: the basis that each bond is written in; all fold to the same matrix.
+            `"svd"` is Algorithm 1, which is left-canonical: all cores orthonormal but the last, which holds the singular
+            values. `"right"` is its mirror image: all orthonormal but the first.
+            `"identity"` makes all cores identities but one, which is the matrix itself, so that fold(unfold(W)) is
+            bitwise W.
+            `"spread"` is `"svd"` with the norm spread over the cores, evenly up to powers of two (skipped for a zero matrix,
+            where no core would get a gradient).
+            `"balanced"` is bi-canonical: the square roots of the singular values on both sides of every bond, as the
+            authors of OPF (Gao et al. 2023) do. Of a zero matrix it is `"svd"`; see `balance_chain` for those that are
+            rank-deficient. The paper's "Normalization" is undefined; `"balanced"` is its likely meaning.
+            `"random"` is `"svd"` with a random rotation of every bond: the null arm of comparisons between gauges.
+            `"gradient"` writes the bonds in the singular vectors of a gradient, see `gradient_frame`; `unfold` takes it.
+        seed: of the rotations of `"random"`. They depend on it and on the bonds only, so that all matrices of one
+            structure have the same.
 
     Raises:
         ValueError: an argument that means nothing, with its value and what to give instead.
     """
 
+    order: int | None = None
     max_bond: int | None = None
     gauge: str = "svd"
+    seed: int = 0
 
     _GAUGES: ClassVar[tuple[str, ...]] = GAUGES
 
@@ -55,6 +68,7 @@ class MPO(Factorization):
         super().__post_init__()
         check_cap("max_bond", self.max_bond)
         self._check_gauge(self.gauge)
+        self._check_seed(self.seed, self.gauge)
         if self.gauge == "identity" and self.max_bond is not None:
             raise ValueError(
                 "gauge='identity' keeps the whole matrix in one core and cannot be truncated; drop max_bond, or take gauge='svd'"
@@ -64,9 +78,20 @@ class MPO(Factorization):
                 f"expansion={self.expansion!r} plans an exact chain, max_bond={self.max_bond} cuts it; drop one"
             )
 
+    def __eq__(self, other: object) -> bool:
+        """An SVD equals the MPO of order 2 with the same settings: they are one description."""
+        if type(self) is not type(other) and not {type(self), type(other)} <= {MPO, SVD}:
+            return NotImplemented
+        return all(getattr(self, f.name) == getattr(other, f.name) for f in fields(MPO))
+
     def _label_parts(self) -> list[str]:
         parts = [] if self.max_bond is None else [f"max_bond={self.max_bond}"]
-        return parts if self.gauge == "svd" else [*parts, f"gauge={self.gauge}"]
+        parts += [] if self.gauge == "svd" else [f"gauge={self.gauge}"]
+        return [*parts, f"seed={self.seed}"] if self.seed else parts
+
+    @property
+    def needs_gradient(self) -> bool:
+        return self.gauge == "gradient"
 
     def structure(self, shape: Shape) -> Structure:
         sites = self._resolve_sites(shape)
@@ -91,30 +116,39 @@ class MPO(Factorization):
         bonds = [shape[-1] for shape in structure.core_shapes[:-1]]
         if self.gauge == "identity":
             return _identity_chain(tensor, bonds)
+        decompose = self.operations.chain_decompose
         if self.gauge == "right":
             mirrored = tensor.permute(0, *range(tensor.dim() - 1, 0, -1))
-            return [core.transpose(1, 3) for core in reversed(self._sweep(mirrored, bonds[::-1]))]
-        cores = self._sweep(tensor, bonds)
+            return [core.transpose(1, 3) for core in reversed(sweep_chain(decompose, mirrored, bonds[::-1]))]
+        if self.gauge == "balanced":
+            return self._balanced(matrices, structure, bonds)
+        cores = sweep_chain(decompose, tensor, bonds)
+        if self.gauge == "random":
+            return rotate_chain(cores, random_rotations(bonds, self.seed, like=tensor))
         return _spread_norm(cores) if self.gauge == "spread" else cores
 
-    def _sweep(self, tensor: Tensor, bonds: Sequence[int]) -> list[Tensor]:
-        """Algorithm 1, without the SVDs whose result is known: sweeping on over a 1x1 site finds `Lambda V^T`, whose
-        left singular vectors are unit vectors, so the exact core there is the identity."""
-        modes = tensor.shape[1:]
-        kept = [k for k, p in enumerate(modes) if p > 1 or k == 0]
-        if kept[-1] != len(modes) - 1:
-            # 1x1 sites after the last proper one: all bonds there are 1 at full rank, and so are the cores
-            kept.append(len(modes) - 1)
-        inner = [min(bonds[a:b]) for a, b in itertools.pairwise(kept)]
-        swept = self.operations.chain_decompose(tensor.reshape(tensor.shape[0], *[modes[k] for k in kept]), inner)
-        cores: list[Tensor] = []
-        for k in range(len(modes)):
-            if k in kept:
-                cores.append(swept[kept.index(k)])
-            else:
-                eye = torch.eye(bonds[k - 1], dtype=tensor.dtype, device=tensor.device)
-                cores.append(eye[:, None, :].expand(tensor.shape[0], -1, 1, -1))
-        return cores
+    def _balanced(self, matrices: Tensor, structure: Structure, bonds: Sequence[int]) -> list[Tensor]:
+        # brought near 1 by an even power of two, whose root is given to both ends: no rounding, no overflow of squares
+        root = torch.exp2((power_of_two_scale(matrices).log2() / 2).ceil()).unsqueeze(-1)
+        tensor = to_sites(matrices / root[..., 0].square(), structure.sites)
+        cores = sweep_chain(self.operations.chain_decompose, tensor, bonds)
+        if not structure.exact:
+            # cutting a bond changes the singular values of those before it: a second sweep finds those of what is left
+            kept = self._contract(cores).reshape(tensor.shape)
+            cores = sweep_chain(self.operations.chain_decompose, kept, bonds)
+        first, *middle, last = balance_chain(cores)
+        return [first * root, *middle, last * root]
+
+    def _unfold_along(
+        self, matrices: Float[Tensor, "n rows cols"], gradients: Float[Tensor, "n rows cols"], structure: Structure
+    ) -> Sequence[Tensor]:
+        bonds = [shape[-1] for shape in structure.core_shapes[:-1]]
+        slope = to_sites(gradients, structure.sites)
+
+        def decompose(tensor: Tensor, inner: Sequence[int]) -> list[Tensor]:
+            return gradient_chain(self.operations.svd, tensor, slope.reshape(tensor.shape), inner)
+
+        return sweep_chain(decompose, to_sites(matrices, structure.sites), bonds)
 
     def _contract(self, fused: Sequence[Tensor]) -> Float[Tensor, "n numel"]:
         return self.operations.chain_contract(fused)
@@ -143,22 +177,58 @@ class MPO(Factorization):
                 )
 
 
-def SVD(
-    *,
-    sites: SitesArgument | None = None,
-    max_bond: int | None = None,
-    gauge: str = "svd",
-    backend: str = "torch",
-) -> MPO:
-    """The paper's SVD factorization: the MPO of order 2. Arguments as for `MPO`.
+@dataclass(frozen=True, kw_only=True, repr=False, eq=False)
+class SVD(MPO):
+    """The paper's SVD factorization: the MPO of order 2, and equal to it. Settings as for `MPO`, without `order` and
+    `expansion`.
 
     Raises:
         ValueError: more than two sites; otherwise as `MPO`.
     """
-    explicit = [] if sites is None else list(sites.values()) if isinstance(sites, Mapping) else [sites]
-    if any(len(given) > 2 for given in explicit):
-        raise ValueError(f"sites={sites!r}: an SVD has two sites; with more it is an MPO, write MPO(sites=...)")
-    return MPO(order=2, sites=sites, max_bond=max_bond, gauge=gauge, backend=backend)
+
+    order: int = field(default=2, init=False)
+    expansion: None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        given = self.sites
+        explicit = [] if given is None else list(given.values()) if isinstance(given, Mapping) else [given]
+        if any(len(sites) > 2 for sites in explicit):
+            raise ValueError(f"sites={given!r}: an SVD has two sites; with more it is an MPO, write MPO(sites=...)")
+        super().__post_init__()
+
+    @property
+    def label(self) -> str:
+        sites = [] if self.sites is None else ["sites=…"]
+        return f"SVD({', '.join([*sites, *self._label_parts()])})"
+
+
+def sweep_chain(
+    decompose: Callable[[Tensor, Sequence[int]], list[Tensor]], tensor: Tensor, bonds: Sequence[int]
+) -> list[Tensor]:
+    """Algorithm 1 without the SVDs whose result is known: sweeping on over a 1x1 site finds `Lambda V^T`, whose left
+    singular vectors are unit vectors, so the exact core there is the identity.
+
+    Args:
+        decompose: sweeps over the other sites, from a tensor [n, p_1, ..., p_m] and its inner bonds to cores
+            [n, d_left, p, d_right].
+        tensor: [n, p_1, ..., p_m].
+        bonds: the m - 1 inner bonds.
+    """
+    modes = tensor.shape[1:]
+    kept = [k for k, p in enumerate(modes) if p > 1 or k == 0]
+    if kept[-1] != len(modes) - 1:
+        # 1x1 sites after the last proper one: all bonds there are 1 at full rank, and so are the cores
+        kept.append(len(modes) - 1)
+    inner = [min(bonds[a:b]) for a, b in itertools.pairwise(kept)]
+    swept = decompose(tensor.reshape(tensor.shape[0], *[modes[k] for k in kept]), inner)
+    cores: list[Tensor] = []
+    for k in range(len(modes)):
+        if k in kept:
+            cores.append(swept[kept.index(k)])
+        else:
+            eye = torch.eye(bonds[k - 1], dtype=tensor.dtype, device=tensor.device)
+            cores.append(eye[:, None, :].expand(tensor.shape[0], -1, 1, -1))
+    return cores
 
 
 def _core_shapes(sites: Sites, inner: Sequence[int]) -> tuple[tuple[int, int, int, int], ...]:

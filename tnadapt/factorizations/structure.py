@@ -135,23 +135,24 @@ def _divisors(n: int) -> list[int]:
     return small + [n // d for d in reversed(small) if d * d != n]
 
 
-def resolve_sites(shape: Shape, order: int, sites: SitesArgument | None) -> Sites:
-    """The sites that hold for `shape`: the explicit ones where `sites` has them, else the paper's split.
+def resolve_sites(shape: Shape, order: int | None, sites: SitesArgument | None) -> Sites:
+    """The sites that hold for `shape`: the explicit ones where `sites` has them, else the paper's split into `order` sites.
 
     Raises:
-        ValueError: a dimension below 1, or explicit sites that do not multiply to the shape.
+        ValueError: a dimension below 1, explicit sites that do not multiply to the shape, or none and no order.
     """
     rows, cols = shape
     if rows < 1 or cols < 1:
         raise ValueError(f"a matrix of {rows}x{cols} has no entries to factorize; both dimensions must be at least 1")
-    if sites is None:
+    explicit = sites.get(shape) if isinstance(sites, Mapping) else sites
+    if explicit is None:
+        if order is None:
+            listed = ", ".join(f"{i}x{j}" for i, j in sites or ())
+            raise ValueError(
+                f"sites lists none for a {rows}x{cols} matrix (only for {listed}); add them, or state the order of the shapes "
+                "that are not listed, such as order=9"
+            )
         return paper_sites(shape, order)
-    if isinstance(sites, Mapping):
-        if shape not in sites:
-            return paper_sites(shape, order)
-        explicit = sites[shape]
-    else:
-        explicit = sites
     chosen = _checked_list(explicit)
     row_product, col_product = math.prod(i for i, _ in chosen), math.prod(j for _, j in chosen)
     if (row_product, col_product) != (rows, cols):

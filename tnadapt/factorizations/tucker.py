@@ -22,6 +22,7 @@ from tnadapt.factorizations.base import (
     power_of_two_scale,
     spread_exponents,
 )
+from tnadapt.factorizations.gauges import gradient_frame, random_rotations
 from tnadapt.factorizations.sites import to_sites
 from tnadapt.factorizations.structure import Shape, Sites, Structure, is_count
 
@@ -30,10 +31,10 @@ if TYPE_CHECKING:
 
 __all__ = ["TUCKER_GAUGES", "Tucker"]
 
-TUCKER_GAUGES = ("svd", "identity", "spread")
+TUCKER_GAUGES = ("svd", "identity", "spread", "random", "gradient")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Tucker(Factorization):
     """Tucker decomposition of `order` sites; `order`, `sites`, `expansion` and `backend` as in `Factorization`.
 
@@ -48,7 +49,10 @@ class Tucker(Factorization):
         gauge: `"svd"` is the higher-order SVD: orthonormal factors, the norm in the core tensor. `"identity"` keeps the
             entries of the matrix in one core and identities in all others, so that fold(unfold(W)) is bitwise W.
             `"spread"` is `"svd"` with the norm spread over factors and core tensor, evenly up to powers of two (skipped
-            for a zero matrix).
+            for a zero matrix). `"random"` is `"svd"` with every factor's columns rotated at random, and the core tensor with
+            them: the null arm of comparisons between gauges. `"gradient"` has factors along the singular vectors of a
+            gradient, see `gradient_frame`; `unfold` takes it.
+        seed: of the rotations of `"random"`.
 
     Raises:
         ValueError: an argument that means nothing, with its value and what to give instead.
@@ -57,6 +61,7 @@ class Tucker(Factorization):
     ranks: Sequence[int] | Mapping[Shape, Sequence[int]] | None = field(default=None, hash=False)
     max_rank: int | None = None
     gauge: str = "svd"
+    seed: int = 0
 
     _GAUGES: ClassVar[tuple[str, ...]] = TUCKER_GAUGES
     #: A 1x1 site adds one number, so that more sites bring no expansion nearer.
@@ -66,6 +71,7 @@ class Tucker(Factorization):
         super().__post_init__()
         check_cap("max_rank", self.max_rank)
         self._check_gauge(self.gauge)
+        self._check_seed(self.seed, self.gauge)
         if self.ranks is not None:
             object.__setattr__(self, "ranks", _checked_ranks(self.ranks))
         truncation = "max_rank" if self.max_rank is not None else "ranks" if self.ranks is not None else None
@@ -83,7 +89,12 @@ class Tucker(Factorization):
         parts = [] if self.ranks is None else ["ranks=…"]
         if self.max_rank is not None:
             parts.append(f"max_rank={self.max_rank}")
-        return parts if self.gauge == "svd" else [*parts, f"gauge={self.gauge}"]
+        parts += [] if self.gauge == "svd" else [f"gauge={self.gauge}"]
+        return [*parts, f"seed={self.seed}"] if self.seed else parts
+
+    @property
+    def needs_gradient(self) -> bool:
+        return self.gauge == "gradient"
 
     def structure(self, shape: Shape) -> Structure:
         sites = self._resolve_sites(shape)
@@ -119,6 +130,9 @@ class Tucker(Factorization):
         scale = power_of_two_scale(matrices)
         factors, core = self.operations.tucker_decompose(to_sites(matrices / scale, structure.sites), ranks)
         core = core * scale.reshape(-1, *[1] * len(ranks))
+        if self.gauge == "random":
+            rotations = random_rotations(ranks, self.seed, like=core)
+            return [*(f @ q for f, q in zip(factors, rotations, strict=True)), self._project(rotations, core)]
         cores = [*factors, core]
         if self.gauge == "spread":
             logs = torch.stack([part.flatten(1).norm(dim=1) for part in cores]).log2()
@@ -127,6 +141,23 @@ class Tucker(Factorization):
                 part * share.reshape(-1, *[1] * (part.dim() - 1)) for part, share in zip(cores, shares, strict=True)
             ]
         return cores
+
+    def _unfold_along(
+        self, matrices: Float[Tensor, "n rows cols"], gradients: Float[Tensor, "n rows cols"], structure: Structure
+    ) -> Sequence[Tensor]:
+        tensor, slope = to_sites(matrices, structure.sites), to_sites(gradients, structure.sites)
+        n, modes = tensor.shape[0], tensor.shape[1:]
+        factors = []
+        for k, rank in enumerate(structure.core_shapes[-1]):
+            own, along = (t.movedim(k + 1, 1).reshape(n, modes[k], -1) for t in (tensor, slope))
+            factors.append(gradient_frame(self.operations.svd, own, along, rank))
+        return [*factors, self._project(factors, tensor)]
+
+    def _project(self, factors: Sequence[Tensor], tensor: Tensor) -> Tensor:
+        """The tensor [n, p_1, ..., p_m] in the bases of factors [n, p_k, R_k] or [p_k, R_k]."""
+        n = tensor.shape[0]
+        projections = [factor.mT.expand(n, -1, -1) for factor in factors]
+        return self.operations.tucker_contract(projections, tensor).reshape(n, *[f.shape[-1] for f in factors])
 
     def _contract(self, fused: Sequence[Tensor]) -> Float[Tensor, "n numel"]:
         return self.operations.tucker_contract(fused[:-1], fused[-1])

@@ -1,6 +1,6 @@
 """Scheduler objects: what to expand and when."""
 
-from tnadapt.schedulers.base import Scheduler, by_group
+from tnadapt.schedulers.base import Scheduler, by_group, register_scheduler
 from tnadapt.schedulers.budget import Budget
 from tnadapt.schedulers.loss_ablation import LossAblation, ablation_scores, predefined
 from tnadapt.schedulers.static import Static
@@ -15,5 +15,9 @@ __all__ = [
     "ablation_scores",
     "by_group",
     "predefined",
+    "register_scheduler",
     "round_sizes",
 ]
+
+for _cls in (Budget, LossAblation, Static, TaylorRuntime):
+    register_scheduler(_cls)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from tnadapt.matrices import TrainedMatrix
+from tnadapt.registry import Registry
 
-__all__ = ["Scheduler", "by_group", "warn_small_groups"]
+__all__ = ["Scheduler", "by_group", "register_scheduler", "warn_small_groups"]
+
+S = TypeVar("S", bound="type[Scheduler]")
 
 
 class Scheduler(ABC):
@@ -17,10 +21,25 @@ class Scheduler(ABC):
 
     Steps count optimizer steps from 1; step 0 is the attachment, before any training. At each step `observe` comes
     first, with gradients present, then `release`, then `select`. Matrices selected at a step are trained through their
-    cores from that very step on, or from the next one if `after_update` is set.
+    cores from that very step on, or from the next one where `after_update` is set.
+
+    Laws (`tnadapt.testing.check_scheduler` checks them):
+
+    1. `select` names matrices that are there and not expanded, each once; `release` names expanded ones.
+    2. Nothing is selected before `first_step`. After step 0, both are asked only at steps that are `due`.
+    3. Matrices and gradients are only read.
+    4. A scheduler that loads the state of another goes on as that one would have; a state is a copy.
+    5. Equal schedulers that see the same matrices name the same: ranks must agree.
+    6. `from_dict(to_dict())` is a scheduler with the same settings.
+
+    A subclass keeps every argument of its `__init__` as an attribute of the same name, for `repr` and `to_dict`.
+
+    Attributes:
+        after_update: whether what is selected at step t is expanded after the update of that step (Algorithm 2 as it is
+            printed): before the pull-back of step t + 1, from the matrix as update t left it. Otherwise it is expanded
+            before the update of step t, which is then the first that goes through its cores.
     """
 
-    #: whether what is selected at a step is expanded after the update of that step
     after_update: bool = False
 
     def attach(self, matrices: Mapping[str, TrainedMatrix]) -> None:
@@ -41,6 +60,11 @@ class Scheduler(ABC):
         """Whether `select` or `release` may name anything at `step`; must be the same on every rank."""
         return True
 
+    def first_step(self) -> int | None:
+        """The first step at which anything can be expanded, 0 for the attachment; None where the scheduler cannot tell.
+        Callbacks warn of runs that end before it."""
+        return None
+
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs: numbers, strings, tensors and plain containers only."""
         return {}
@@ -48,10 +72,85 @@ class Scheduler(ABC):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` gave. Must raise before changing anything where the state does not fit."""
 
+    def to_dict(self) -> dict[str, Any]:
+        """Every setting as plain JSON data, beside the name of the type: `{"type": "TaylorRuntime", "top_n": 9, ...}`. What
+        the scheduler has seen is not among them, see `state_dict`.
+
+        Raises:
+            TypeError: a setting is no JSON data; its class then writes its own `to_dict`.
+            ValueError: the class is not registered, and its name is that of another one.
+        """
+        name = _SCHEDULERS.name_of(type(self))
+        return {"type": name, **{key: _plain(self, key, value) for key, value in _settings(self).items()}}
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Scheduler:
+        """The scheduler that `to_dict` described, new, of a type of this package or a registered one. Settings that are not
+        there have their defaults.
+
+        Raises:
+            TypeError: `data` is not a mapping, or lacks a setting that has no default.
+            ValueError: an unknown type or setting, or settings that mean nothing.
+        """
+        cls, settings = _SCHEDULERS.read(data)
+        _SCHEDULERS.check_settings(cls.__name__, settings, _arguments(cls))
+        return cls(**settings)
+
+    def __repr__(self) -> str:
+        """The settings that are not the default ones, as they would be written."""
+        defaults = {name: parameter.default for name, parameter in _arguments(type(self)).items()}
+        shown = [f"{name}={value!r}" for name, value in _settings(self).items() if value != defaults[name]]
+        return f"{type(self).__name__}({', '.join(shown)})"
+
     @property
     def label(self) -> str:
         """Short name for tables."""
         return type(self).__name__
+
+
+def register_scheduler(cls: S, name: str | None = None) -> S:
+    """Make a scheduler known to `Scheduler.from_dict`, by the name of its class or another. Usable as a decorator.
+
+    Raises:
+        TypeError: `cls` is not a subclass of `Scheduler`.
+        ValueError: the name belongs to another class.
+    """
+    _SCHEDULERS.add(cls, Scheduler, name)  # type: ignore[type-abstract]
+    return cls
+
+
+#: What `from_dict` knows. `tnadapt.schedulers` registers those of the package.
+_SCHEDULERS: Registry[Scheduler] = Registry("scheduler", "register_scheduler")
+
+
+def _arguments(cls: type[Scheduler]) -> dict[str, inspect.Parameter]:
+    """The arguments of `__init__` by name; none where the class has no `__init__` of its own."""
+    if cls.__init__ is object.__init__:
+        return {}
+    return {name: p for name, p in inspect.signature(cls).parameters.items() if p.kind is not p.VAR_KEYWORD}
+
+
+def _settings(scheduler: Scheduler) -> dict[str, Any]:
+    """The value of each argument that the scheduler was made with."""
+    names = _arguments(type(scheduler))
+    missing = [name for name in names if not hasattr(scheduler, name)]
+    if missing:
+        raise TypeError(
+            f"{type(scheduler).__name__} does not keep its argument {', '.join(missing)} as an attribute of that name, which "
+            "repr and to_dict read; add it, or write both"
+        )
+    return {name: getattr(scheduler, name) for name in names}
+
+
+def _plain(owner: Scheduler, name: str, value: Any) -> Any:
+    """A setting as JSON data."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (tuple, list)):
+        return [_plain(owner, name, entry) for entry in value]
+    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        return {key: _plain(owner, name, entry) for key, entry in value.items()}
+    raise TypeError(f"{name}={value!r} of {type(owner).__name__} is no JSON data; write to_dict of the class")
 
 
 def by_group(matrices: Mapping[str, TrainedMatrix]) -> dict[str, list[TrainedMatrix]]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tnadapt.matrices import TrainedMatrix
 from tnadapt.schedulers.base import Scheduler, by_group
-from tnadapt.schedulers.scores import check_finite, check_reduction, taylor_scores, to_floats
+from tnadapt.schedulers.scores import check_any, check_finite, check_reduction, taylor_scores, to_floats
 
 __all__ = ["Budget"]
 
@@ -48,6 +48,11 @@ class Budget(Scheduler):
         for name, value in (("added_parameters", added_parameters), ("every", every)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"Budget: {name}={value!r} must be an integer of at least 1")
+        if until is not None and until < every:
+            raise ValueError(
+                f"Budget: until={until!r} is before the first decision at step every={every}, so that nothing would ever be "
+                "expanded; raise until or lower every"
+            )
         if not 0.0 <= decay < 1.0:
             raise ValueError(f"Budget: decay={decay!r} must be at least 0 and below 1")
         if not margin >= 1.0:
@@ -75,6 +80,9 @@ class Budget(Scheduler):
     def due(self, step: int) -> bool:
         return step > 0 and step % self.every == 0 and (self.until is None or step <= self.until)
 
+    def first_step(self) -> int:
+        return self.every
+
     def observe(self, step: int, matrices: Mapping[str, TrainedMatrix]) -> None:
         for name, score in taylor_scores(matrices.values(), self.reduction).items():
             known = self._scores.get(name)
@@ -91,6 +99,7 @@ class Budget(Scheduler):
     def _decide(self, step: int, matrices: Mapping[str, TrainedMatrix]) -> None:
         scores = to_floats(self._scores)
         check_finite("Budget", scores, step)
+        check_any("Budget", scores, matrices.values(), step)
         released: list[str] = []
         chosen: list[str] = []
         for budget, members in self._shares(matrices):

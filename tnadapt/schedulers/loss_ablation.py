@@ -32,7 +32,7 @@ class LossAblation(Scheduler):
             raise ValueError(
                 f"LossAblation: the score of {', '.join(broken[:3])} is not finite; score a model whose loss is"
             )
-        self.scores = dict(scores)
+        self.scores = {name: float(score) for name, score in scores.items()}
         self.top_n = top_n
 
     def attach(self, matrices: Mapping[str, TrainedMatrix]) -> None:
@@ -56,6 +56,12 @@ class LossAblation(Scheduler):
 
     def due(self, step: int) -> bool:
         return step == 0
+
+    def first_step(self) -> int:
+        return 0
+
+    def __repr__(self) -> str:
+        return f"LossAblation(scores={{… {len(self.scores)} matrices}}, top_n={self.top_n})"
 
     @property
     def label(self) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tnadapt.matrices import TrainedMatrix
 
-__all__ = ["REDUCTIONS", "check_finite", "check_reduction", "taylor_scores", "to_floats"]
+__all__ = ["REDUCTIONS", "check_any", "check_finite", "check_reduction", "taylor_scores", "to_floats"]
 
 REDUCTIONS = ("inner", "elementwise")
 
@@ -72,4 +72,15 @@ def check_finite(owner: str, scores: Mapping[str, float], step: int) -> None:
         raise ValueError(
             f"{owner}: the score of {', '.join(broken[:3])} is not finite at step {step}; a gradient held NaN or infinity: "
             "lower the learning rate or clip gradients, and resume from the last checkpoint"
+        )
+
+
+def check_any(owner: str, scores: Mapping[str, float], ranked: Iterable[TrainedMatrix], step: int) -> None:
+    """Raise ValueError where matrices are to be ranked and none of them has a score, because none had a gradient."""
+    names = [matrix.name for matrix in ranked]
+    if names and not any(name in scores for name in names):
+        raise ValueError(
+            f"{owner}: matrices are to be ranked at step {step}, but none of the {len(names)} to choose from, such as "
+            f"{', '.join(names[:3])}, has had a gradient since the scores began; call backward() before optimizer.step(), and "
+            "zero_grad() only after it"
         )

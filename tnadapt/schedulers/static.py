@@ -19,8 +19,9 @@ class Static(Scheduler):
     """
 
     def __init__(self, which: str | Iterable[str] | None = None) -> None:
+        self.which = which if which is None or isinstance(which, str) else tuple(which)
         self._pattern = re.compile(which) if isinstance(which, str) else None
-        self._names = None if which is None or isinstance(which, str) else tuple(which)
+        self._names = None if isinstance(self.which, str) else self.which
 
     def attach(self, matrices: Mapping[str, TrainedMatrix]) -> None:
         chosen = self._choose(matrices)
@@ -36,6 +37,9 @@ class Static(Scheduler):
 
     def due(self, step: int) -> bool:
         return step == 0
+
+    def first_step(self) -> int:
+        return 0
 
     def _choose(self, matrices: Mapping[str, TrainedMatrix]) -> list[str]:
         if self._names is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from typing import Any
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from tnadapt.matrices import TrainedMatrix
 from tnadapt.schedulers.base import Scheduler, by_group, warn_small_groups
-from tnadapt.schedulers.scores import check_finite, check_reduction, taylor_scores, to_floats
+from tnadapt.schedulers.scores import check_any, check_finite, check_reduction, taylor_scores, to_floats
 
 __all__ = ["TaylorRuntime", "round_sizes"]
 
@@ -44,6 +45,9 @@ class TaylorRuntime(Scheduler):
             where matrices are idle in some steps (experts).
         reset: whether scores start from zero after each round. Off by default: the estimate from all steps so far has
             less noise than that from the last few.
+        expand_after_update: the order of Algorithm 2 as it is printed: what a round selects at step t is expanded after the
+            update of that step, and update t + 1 is the first through its cores. By default it is expanded before the
+            update of step t, which is then the first.
     """
 
     def __init__(
@@ -54,6 +58,7 @@ class TaylorRuntime(Scheduler):
         reduction: str = "inner",
         average: bool = False,
         reset: bool = False,
+        expand_after_update: bool = False,
     ) -> None:
         for name, value in (("top_n", top_n), ("split", split), ("every", every)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -61,6 +66,7 @@ class TaylorRuntime(Scheduler):
         check_reduction("TaylorRuntime", reduction)
         self.top_n, self.split, self.every = top_n, split, every
         self.reduction, self.average, self.reset = reduction, average, reset
+        self.expand_after_update = self.after_update = expand_after_update
         self.rounds_done = 0
         self._scores: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
@@ -78,6 +84,9 @@ class TaylorRuntime(Scheduler):
     def due(self, step: int) -> bool:
         return step > 0 and step % self.every == 0 and self.rounds_done < self.split
 
+    def first_step(self) -> int:
+        return self.every
+
     def observe(self, step: int, matrices: Mapping[str, TrainedMatrix]) -> None:
         if self.rounds_done == self.split:
             return
@@ -92,12 +101,24 @@ class TaylorRuntime(Scheduler):
             return ()
         scores = self.scores()
         check_finite("TaylorRuntime", scores, step)
+        check_any("TaylorRuntime", scores, (m for m in matrices.values() if not m.expanded), step)
         chosen: list[str] = []
-        for members in by_group(matrices).values():
+        unscored: list[str] = []
+        for group, members in by_group(matrices).items():
             count = round_sizes(self.top_n, self.split, len(members))[self.rounds_done]
             waiting = [m.name for m in members if not m.expanded]
             # sorted() is stable: equal scores (all zero, say) go by the order of the model on every rank
-            chosen += sorted(waiting, key=lambda name: -scores.get(name, 0.0))[:count]
+            taken = sorted(waiting, key=lambda name: -scores.get(name, 0.0))[:count]
+            # where all that wait are taken, nothing was ranked
+            if len(taken) < len(waiting) and taken and not any(name in scores for name in waiting):
+                unscored.append(f"{group} ({', '.join(taken[:3])})")
+            chosen += taken
+        if unscored:
+            warnings.warn(
+                f"TaylorRuntime: no matrix that waits in {len(unscored)} groups had a gradient before the round of step "
+                f"{step}; they are expanded by the order of the model: {'; '.join(unscored[:3])}",
+                stacklevel=2,
+            )
         self.rounds_done += 1
         self.rounds.append({"step": step, "scores": scores, "selected": list(chosen)})
         if self.reset:
