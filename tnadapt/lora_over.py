@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from tnadapt import state as states
@@ -163,6 +164,8 @@ class LoraOver:
         self._staged: dict[str, Any] | None = None
         #: the step of the state that was loaded last
         self._loaded_step = 0
+        # the mark of a checkpoint of a LoraOver, which the optimizer read while none was attached
+        self._step.missed = any([group.pop(STATE_KEY, None) for group in inner.param_groups])
         self._handles: list[Any] = [inner.register_state_dict_post_hook(self._save_hook)]
         if type(inner).load_state_dict is torch.optim.Optimizer.load_state_dict:
             self._handles.append(inner.register_load_state_dict_pre_hook(self._stage_hook))
@@ -274,7 +277,7 @@ class LoraOver:
             if names is None and (idle := self._why_idle()):
                 warnings.warn(idle, stacklevel=2)
             # what the optimizer knows of the matrices is from before their expansion: they start fresh
-            self._step.forget(self.matrices[name] for name in chosen)
+            self._step.forget(chosen)
         self._expanded.drop(chosen)
         if chosen:
             self._expanded.record(self.step, "fold", chosen)
@@ -304,7 +307,7 @@ class LoraOver:
         if self._step is None:
             return
         # what the optimizer knows of expanded matrices is from before their expansion
-        self._step.forget(self.matrices[name] for name in self.expanded)
+        self._step.forget(self.expanded)
         self._step.remove()
         self._step = None
         for handle in self._handles:
@@ -371,13 +374,20 @@ class LoraOver:
     def _save_hook(self, _: Any, optimizer_state: dict[str, Any]) -> dict[str, Any]:
         if self._step is not None:
             self._step.fill_missing(optimizer_state)
-        return {**optimizer_state, STATE_KEY: self.state_dict()}
+        groups = [dict(group) for group in optimizer_state["param_groups"]]
+        if not (dist.is_available() and dist.is_initialized()):
+            # an optimizer without LoraOver drops what it does not know, but for what is in groups
+            groups[0][STATE_KEY] = True
+        return {**optimizer_state, "param_groups": groups, STATE_KEY: self.state_dict()}
 
     def _stage_hook(self, _: Any, optimizer_state: dict[str, Any]) -> dict[str, Any]:
         """Validate ours before torch replaces anything; ours is replaced after torch has validated its own."""
         self.recover()
         rest = dict(optimizer_state)
         self._staged = rest.pop(STATE_KEY, None)
+        rest["param_groups"] = [
+            {key: value for key, value in group.items() if key != STATE_KEY} for group in rest["param_groups"]
+        ]
         if self._staged is not None:
             states.validate(self._staged, self._expanded, self.scheduler)
         elif self.step != self._loaded_step:  # over.load_state_dict() has run already where they are equal

@@ -135,6 +135,8 @@ class Cohort:
         self.written = torch.stack(values).to(key.device) if len(values) == len(members) else None
         #: gradients of all cores, laid out like the buffer; None between steps
         self.grad: Tensor | None = None
+        #: members that were written by somebody else while their cores were being stepped, [n]; None where there are none
+        self.overtaken: Tensor | None = None
         #: whether the cores are with the optimizer, or have come back and are not folded yet
         self.lent = False
         #: Frobenius norm of the last update of each matrix, [n]; None before any
@@ -276,14 +278,15 @@ class Cohort:
                 self._kernel = self.key.factorization.kernel(self._sites)
         return self._kernel
 
-    def refold(self, except_for: Tensor | None = None) -> None:
+    def refold(self, died: bool = False) -> None:
         """Write what the stepped cores fold to into the matrices, and let go of the core gradients.
 
         Args:
-            except_for: [n] booleans, members that are left as they are; none by default.
+            died: the step was broken off. Matrices that were written since are left as they are, and `edited` names them.
         """
         self.release_gradients()
         parameters = self.parameters
+        except_for = self._overtaken() if died else None
         values = self.fold()
         before = self.written
         if before is None:
@@ -296,11 +299,11 @@ class Cohort:
         if except_for is not None:
             moved = torch.nonzero(~except_for).flatten().tolist()
             written = torch.where(except_for[:, None], before, written)
-        if any(hasattr(p, "full_tensor") for p in parameters):
+        if moved and any(hasattr(p, "full_tensor") for p in parameters):
             ranks.write_rows([parameters[m] for m in moved], torch.stack([written[m] for m in moved]))
-        else:
+        elif moved:
             torch._foreach_copy_([parameters[m] for m in moved], [written[m].view(parameters[m].shape) for m in moved])
-        self.written = written
+        self.written, self.overtaken = written, except_for
         self._versions = [parameter._version for parameter in self.parameters]
         self.settle()
 
@@ -383,10 +386,25 @@ class Cohort:
         wait for the device."""
         return self._versions != [parameter._version for parameter in self.parameters]
 
+    def _overtaken(self) -> Tensor | None:
+        """Members that somebody has written since the last refold, be it with the same numbers: a checkpoint may hold these."""
+        pairs = zip(self._versions, self.parameters, strict=True)
+        counted = torch.tensor([old != p._version for old, p in pairs], device=self.key.device)
+        edited = self.edited()
+        flags = counted if edited is None else counted | edited
+        return flags if bool(flags.any()) else None
+
     @torch.no_grad()
     def edited(self) -> Tensor | None:
         """Which matrices somebody else has written since the last refold: [n] booleans (of this rank's shards where they are
         sharded), None where no matrix was. Waits for the device."""
+        differs = self._differs()
+        if self.overtaken is None or differs is None:
+            return differs if self.overtaken is None else self.overtaken
+        return differs | self.overtaken
+
+    def _differs(self) -> Tensor | None:
+        """Which matrices hold something else than what was written."""
         parameters = self.parameters
         if any(hasattr(p, "full_tensor") for p in parameters):
             written = self._loaded() if self.written is None else None

@@ -133,6 +133,8 @@ class Step:
         self.core_rate: float | Tensor | None = None
         #: calls of `optimizer.step()` that had gradients of matrices
         self.stepped = 0
+        #: whether the optimizer read a checkpoint with cores before they could be read
+        self.missed = False
         self._rates_at_attachment = [group.get("lr") for group in optimizer.param_groups]
         self._asleep = [s for s in skipped if s.parameter is not None and not s.parameter.requires_grad]
         self._resting: set[str] = set()
@@ -275,8 +277,7 @@ class Step:
         self._nonfinite += flags
         self.stepped += 1
         self.expanded.now = replace(self.expanded.now, step=step)
-        for name in forgotten:
-            self.optimizer.state.pop(matrices[name].parameter, None)
+        self.forget(forgotten)
         self._lend(loan)
 
     def _undo(self, before: Roster, scheduler: Mapping[str, Any]) -> None:
@@ -327,6 +328,11 @@ class Step:
 
     def _begin(self) -> None:
         """What is done once, at the first step, and again after a state was loaded."""
+        if self.missed:
+            raise RuntimeError(
+                "the optimizer was loaded from a checkpoint of a LoraOver before this one was attached, so the cores in it were lost: "
+                "attach first, then load the checkpoint; or make a new optimizer to train the adapter from fresh cores"
+            )
         index = min(self.expanded.group_of(m) for m in self.expanded.matrices.values())
         at_attachment = self._rates_at_attachment[index] if index < len(self._rates_at_attachment) else None
         self.rates.fix_base(self.optimizer.param_groups[index], at_attachment)
@@ -591,7 +597,7 @@ class Step:
             for cohort in self.expanded.now.cohorts:
                 if cohort.lent:
                     # what was restored after a step that died is not overwritten; the next step unfolds it anew
-                    cohort.refold(cohort.edited() if died else None)
+                    cohort.refold(died)
         except BaseException as error:
             # the frame is kept, so that `recover` tries again
             error.add_note(
@@ -684,14 +690,16 @@ class Step:
     def reset(self) -> None:
         """Another state has been loaded: forget what earlier steps left to be checked, and check anew what ranks hold."""
         self._nonfinite = []
-        self._begun = False
+        self._begun = self.missed = False
 
     # -- the optimizer's own state of the matrices --------------------------------------------------------------------
 
-    def forget(self, matrices: Iterable[TrainedMatrix]) -> None:
-        """Drop the optimizer's own state entries of these matrices."""
-        for matrix in matrices:
-            self.optimizer.state.pop(matrix.parameter, None)
+    def forget(self, names: Iterable[str]) -> None:
+        """Drop the optimizer's own state entries of these matrices, but for those that still wait for their cores."""
+        waiting = set(self.expanded.now.waiting)
+        for name in names:
+            if name not in waiting:
+                self.optimizer.state.pop(self.expanded.matrices[name].parameter, None)
 
     def fill_missing(self, optimizer_state: dict[str, Any]) -> None:
         """Give expanded matrices that were never stepped themselves an entry of zeros in a state dict of the optimizer.
