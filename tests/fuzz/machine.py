@@ -301,7 +301,7 @@ class Run:
             self.trace.append(
                 {
                     "values": self.values(),
-                    "expanded": self.expanded(),
+                    "expanded": sorted(self.expanded()),
                     "rates": [float(group["lr"]) for group in self.optimizer.param_groups],
                     "history": [] if self.over is None else [(e.step, e.action, e.names) for e in self.over.history],
                 }
@@ -356,6 +356,7 @@ class Run:
             self.raw[id(p)]: {k: v for k, v in group.items() if k not in ("params", "param_names")}
             for group in self.optimizer.param_groups
             for p in group["params"]
+            if id(p) in self.raw
         }
         self.gradients = {n: None if p.grad is None else p.grad.clone() for n, p in self.model.named_parameters()}
 
@@ -391,13 +392,15 @@ class Run:
         self._check_moved(before)
         self._tell("follow", before, noticed)
         self._tell("step")
+        if self.setting.hook == "zero_grad":
+            self._tell("zero", "none")
         if self.rates is not None:
             self.rates.step()
         self.previous = before
 
     def _check_gradients(self) -> None:
         for name, parameter in self.model.named_parameters():
-            if self.setting.hook == "zero_grad":
+            if self.setting.hook == "zero_grad" and name in self.hyper:
                 assert parameter.grad is None, f"{name} has a gradient after zero_grad() in a hook"
             else:
                 assert same([parameter.grad], [self.gradients[name]]), f"the gradient of {name} is not what it was"

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from tnadapt import CP, MPO, SVD, Tucker
 
 __all__ = [
+    "HOSTILE",
     "Again",
     "Call",
     "Detach",
@@ -170,6 +171,18 @@ class Plan:
 
 # -- strategies -------------------------------------------------------------------------------------------------------
 
+#: what a loop should rather not do, each by a name; a plan has at most one of these
+HOSTILE = (
+    "clears gradients in a post hook",
+    "edits below the rounding of the dtype",
+    "goes on after the optimizer failed",
+    "saves in a post hook",
+    "looks in hooks",
+    "has steps without gradients",
+    "steps inside autocast",
+    "caps the updates of bfloat16",
+)
+_HOOKS = {"clears gradients in a post hook": "zero_grad", "saves in a post hook": "save", "looks in hooks": "look"}
 _EPS = 1e-6  # with less, optimizers make steps of what is rounding in a gradient that is zero
 _FACTORIZATIONS: list[Any] = [
     MPO(order=3),
@@ -227,7 +240,12 @@ def _optimizers(draw: st.DrawFn, exact: bool) -> Call:
             options[flag] = value
     if name in _ELEMENTWISE and name not in ("SGD", "ASGD"):
         options["eps"] = _EPS
-    ways = ["", *(["foreach"] if name in _ELEMENTWISE else []), *(["fused"] if name in _FUSED else [])]
+    # torch's own two forms of ASGD differ by 1e-9: they round `eta` to float32 at different places
+    ways = [
+        "",
+        *(["foreach"] if name in _ELEMENTWISE and not (exact and name == "ASGD") else []),
+        *(["fused"] if name in _FUSED else []),
+    ]
     way = draw(st.sampled_from(ways))
     if way == "fused" and name == "SGD":
         options.pop("momentum", None)  # torch's kernel cannot step parameters with and without a buffer together
@@ -237,12 +255,21 @@ def _optimizers(draw: st.DrawFn, exact: bool) -> Call:
 
 
 @st.composite
-def _settings(draw: st.DrawFn, exact: bool, hard: bool) -> Setting:
+def _settings(draw: st.DrawFn, exact: bool, hostile: str) -> Setting:
     optimizer = draw(_optimizers(exact))
     linear = optimizer.name == "SGD"
-    subclass = draw(st.booleans())
-    dtypes = [torch.float64] if exact else [torch.float64, torch.float32, torch.bfloat16]
+    subclass = hostile == "goes on after the optimizer failed" or draw(st.booleans())
+    dtype = torch.float64 if exact else draw(st.sampled_from([torch.float64, torch.float32, torch.bfloat16]))
+    if optimizer.name == "NAdam" and not exact:
+        dtype = torch.float32  # in others torch itself rounds `mu_product` when it loads a state
     model = draw(st.sampled_from(["stack", "stack", "llama"]))
+    caps = [None, None, 0.5]
+    if hostile == "caps the updates of bfloat16":
+        dtype, caps = torch.bfloat16, [0.5]
+    elif hostile == "edits below the rounding of the dtype" and not exact:
+        dtype, caps = torch.bfloat16, [None]
+    elif exact or dtype == torch.bfloat16:
+        caps = [None]
     decays = optimizer.name not in ("Rprop",)
     factorization = draw(st.sampled_from(_FACTORIZATIONS))
     plain_sites = model == "llama" or getattr(factorization, "expansion", None) is not None
@@ -250,7 +277,7 @@ def _settings(draw: st.DrawFn, exact: bool, hard: bool) -> Setting:
         model=model,
         hidden=draw(st.sampled_from([(8, 8), (8,), (8, 5, 8), (4, 8, 4, 8)])),
         rank=draw(st.sampled_from([4, 3, 2, 1])),
-        dtype=draw(st.sampled_from(dtypes)),
+        dtype=dtype,
         zero_start=draw(st.booleans()),
         factorization=factorization,
         sites=None if plain_sites else draw(st.none() | st.integers(0, 99)),
@@ -262,15 +289,17 @@ def _settings(draw: st.DrawFn, exact: bool, hard: bool) -> Setting:
         core_weight_decay=draw(st.sampled_from([None, 0.0, 0.05])) if decays else None,
         # of a second moment the hand-over is an estimate, which only the engine can repeat
         handover=draw(st.sampled_from(["warm", "restart"])) if linear or not exact else "restart",
-        max_update=None if exact else draw(st.sampled_from([None, None, 0.5])),
+        max_update=draw(st.sampled_from(caps)),
         subclass=subclass,
-        wrapped_step=draw(st.sampled_from(["", "autocast"])) if hard else "",
-        hook=draw(st.sampled_from(["", "zero_grad", "look", "save"])) if hard else "",
+        wrapped_step="autocast" if hostile == "steps inside autocast" else "",
+        hook=_HOOKS.get(hostile, ""),
     )
 
 
-def _moves(setting: Setting, hard: bool) -> st.SearchStrategy[Move]:
-    some = st.lists(st.integers(0, 3), min_size=0 if hard else 1, max_size=3, unique=True).map(tuple)
+def _moves(setting: Setting, exact: bool, hostile: str) -> st.SearchStrategy[Move]:
+    some = st.lists(
+        st.integers(0, 3), min_size=0 if hostile == "has steps without gradients" else 1, max_size=3, unique=True
+    ).map(tuple)
     step = st.builds(
         Step,
         used=st.none() | some,
@@ -279,13 +308,18 @@ def _moves(setting: Setting, hard: bool) -> st.SearchStrategy[Move]:
         closure=st.booleans(),
     )
     kinds = ["in-place", "data", "load"]
-    if hard or setting.dtype == torch.float64:
+    if hostile == "edits below the rounding of the dtype":
+        kinds += ["back", "back", "entry", "entry"]
+    elif setting.dtype == torch.float64:
         kinds.append("back")
-    if hard:
-        kinds.append("entry")
     fails = [Fail("closure"), Fail("nan")]
     if setting.subclass:
-        ways = ["recover", "go on", "restore", "accumulate"] if hard else ["recover"]
+        goes_on = hostile == "goes on after the optimizer failed"
+        ways = [
+            "recover",
+            *(["go on", "accumulate"] if goes_on else []),
+            *(["restore"] if goes_on and not exact else []),
+        ]
         fails += [Fail(kind, then) for kind in ("before", "after") for then in ways]
     return st.one_of(
         step,
@@ -299,14 +333,13 @@ def _moves(setting: Setting, hard: bool) -> st.SearchStrategy[Move]:
 
 
 @st.composite
-def plans(draw: st.DrawFn, *, exact: bool = False, hard: bool = False) -> Plan:
+def plans(draw: st.DrawFn, *, exact: bool = False, hostile: str = "") -> Plan:
     """Whole runs.
 
     Args:
         exact: only what autograd can follow to rounding: float64 and optimizers that work element by element, without a cap.
-        hard: also what a loop should better not do: steps without any gradient, hooks that look into a step, loops that go on
-            after an optimizer has raised, edits below the rounding of a low precision.
+        hostile: one of `HOSTILE`; in these runs that happens too.
     """
-    setting = draw(_settings(exact, hard))
-    moves = draw(st.lists(_moves(setting, hard), min_size=2, max_size=14))
+    setting = draw(_settings(exact, hostile))
+    moves = draw(st.lists(_moves(setting, exact, hostile), min_size=2, max_size=14))
     return Plan(setting, (Step(), *moves, Step()))
