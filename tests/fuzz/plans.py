@@ -74,7 +74,7 @@ class Setting:
     factorization: Any = field(default_factory=lambda: MPO(order=3))
     sites: int | None = None
     scheduler: Call = Call("Static")
-    optimizer: Call = Call("SGD")
+    optimizer: Call = Call("AdamW", {"lr": 5e-3})
     groups: int = 1
     rates: tuple[str, str] = ("", "before")
     core_ratio: float | None = None
