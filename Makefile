@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-all lint ablation mutation clean
+.PHONY: demo test test-all lint fuzz ablation mutation clean
 
 demo: $(VENV)/.recipes
 	$(BIN)/python recipes/llama31_gsm8k.py --method lora lora-over-mpo-r
@@ -14,6 +14,14 @@ test: lint
 
 test-all: lint
 	TNADAPT_HYPOTHESIS_PROFILE=all $(BIN)/python -m pytest -n 2 --dist loadfile
+
+# Every property drawn anew, and RUNS random runs of each test in tests/fuzz. Takes hours; SEED repeats a former draw.
+RUNS ?= 2000
+
+fuzz: $(VENV)/.dev
+	@seed=$(or $(SEED),$$($(BIN)/python -c "import secrets; print(secrets.randbelow(2**32))")); \
+	echo "to draw the same again: make fuzz RUNS=$(RUNS) SEED=$$seed"; \
+	RUNS=$(RUNS) TNADAPT_HYPOTHESIS_PROFILE=all $(BIN)/python -m pytest -n 2 -m hypothesis --hypothesis-seed=$$seed
 
 # The report in docs/ablation: 36 short runs, two at once. What is finished is not run again.
 ABLATION_LRS ?= 5e-3 1e-2 2e-2

@@ -165,7 +165,8 @@ class LoraOver:
         #: the step of the state that was loaded last
         self._loaded_step = 0
         # the mark of a checkpoint of a LoraOver, which the optimizer read while none was attached
-        self._step.missed = any([group.pop(STATE_KEY, None) for group in inner.param_groups])
+        marks = [group.pop(STATE_KEY, None) for group in inner.param_groups]
+        self._step.missed = any(marks)
         self._handles: list[Any] = [inner.register_state_dict_post_hook(self._save_hook)]
         if type(inner).load_state_dict is torch.optim.Optimizer.load_state_dict:
             self._handles.append(inner.register_load_state_dict_pre_hook(self._stage_hook))

@@ -154,16 +154,6 @@ def same(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
-def contract(cores: list[Tensor]) -> Tensor:
-    """Eq. 3: entry (i_1…i_m, j_1…j_m) is the product of the matrices T^(k)[:, i_k, j_k, :]."""
-    chain = cores[0][0]
-    for core in cores[1:]:
-        wider = torch.einsum("IJd,dije->IiJje", chain, core)
-        chain = wider.reshape(wider.shape[0] * wider.shape[1], wider.shape[2] * wider.shape[3], -1)
-    assert chain.shape[-1] == 1
-    return chain[:, :, 0]
-
-
 def adapters(*widths: int) -> nn.ModuleList:
     """Adapters from 12 features to so many each, in float64, the same at every call. `B` is not zero."""
     torch.manual_seed(0)

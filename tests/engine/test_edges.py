@@ -231,9 +231,9 @@ def test_an_adapter_that_is_restored_after_a_step_that_died_stays() -> None:
     model, optimizer, over, (weights, _) = died()
     model.load_state_dict(weights)
     optimizer.zero_grad()
+    backward_through(model, 0, 1)
+    optimizer.param_groups[0]["lr"] = 1e-9
     with pytest.warns(UserWarning, match="changed outside"):
-        backward_through(model, 0, 1)
-        optimizer.param_groups[0]["lr"] = 1e-9
         optimizer.step()
     for name, value in model.state_dict().items():
         assert torch.allclose(value, weights[name], rtol=1e-6, atol=1e-7), name
@@ -606,7 +606,7 @@ def test_a_checkpoint_that_was_loaded_before_attaching_is_noticed() -> None:
     late = LoraOver(other, its_optimizer, MPO(order=3))
     backward_through(other, 0)
     with pytest.raises(
-        RuntimeError, match="checkpoint of a LoraOver.*before this one was attached.*attach first, then load"
+        RuntimeError, match=r"checkpoint of a LoraOver.*before this one was attached.*attach first, then load"
     ):
         its_optimizer.step()
     its_optimizer.load_state_dict(state)
@@ -683,7 +683,7 @@ def test_a_wrapper_without_hooks_names_the_inner_optimizer() -> None:
 
     model = adapters(12)
     with pytest.raises(
-        TypeError, match="Lookahead wraps another optimizer.*attach to the inner one, its attribute 'optimizer'"
+        TypeError, match=r"Lookahead wraps another optimizer.*attach to the inner one, its attribute 'optimizer'"
     ):
         LoraOver(model, Lookahead(torch.optim.AdamW(trainable(model))), MPO(order=3))
 
@@ -714,7 +714,7 @@ class DAdaptAdam(torch.optim.AdamW):
 
 def test_optimizers_that_keep_their_step_size_in_groups_are_refused() -> None:
     model = adapters(12)
-    with pytest.raises(TypeError, match="DAdaptAdam cannot train.*step size in the parameter groups"):
+    with pytest.raises(TypeError, match=r"DAdaptAdam cannot train.*step size in the parameter groups"):
         LoraOver(model, DAdaptAdam(trainable(model)), MPO(order=3))
 
 

@@ -13,30 +13,20 @@ from typing import Any
 
 import pytest
 import torch
+from oracle import contract_mpo, paper_sites, square_view
 from torch import Tensor, nn
 
 from tnadapt import MPO, LoraOver, Static, TaylorRuntime
 
-from .models import backward, contract, largest_difference, llama, loss_of, tokens, values, when_lent
+from .models import backward, largest_difference, llama, loss_of, tokens, values, when_lent
 
 STEPS = 15
 
 
 def bond_dimensions(rows: int, cols: int, order: int) -> list[int]:
     """Eq. 4 for the paper's split: near-square factors at the ends, 1x1 sites between."""
-
-    def split(n: int) -> tuple[int, int]:
-        small = max(d for d in range(1, math.isqrt(n) + 1) if n % d == 0)
-        return small, n // small
-
-    modes = [split(rows)[0] * split(cols)[0], *[1] * (order - 2), split(rows)[1] * split(cols)[1]]
+    modes = [i * j for i, j in paper_sites(rows, cols, order)]
     return [min(math.prod(modes[:k]), math.prod(modes[k:])) for k in range(order + 1)]
-
-
-def square_view(shape: tuple[int, ...]) -> tuple[int, int]:
-    """The unfolding nearest to a square, which optimizers that look at shapes are given."""
-    views = [(math.prod(shape[:k]), math.prod(shape[k:])) for k in range(1, len(shape))]
-    return min(views, key=lambda view: max(view) / min(view))
 
 
 class Oracle:
@@ -54,7 +44,7 @@ class Oracle:
 
     def expand(self, name: str, cores: list[Tensor], states: list[dict[str, Any]]) -> None:
         matrix = self.parameters[name]
-        assert torch.allclose(contract(cores), matrix, rtol=0, atol=1e-12)
+        assert torch.allclose(contract_mpo(cores), matrix, rtol=0, atol=1e-12)
         index = next(k for k, group in enumerate(self.groups) if any(p is matrix for p in group["params"]))
         leaves = [
             nn.Parameter(core.detach().clone().reshape(square_view(core.shape) if self.as_matrices else core.shape))
@@ -74,7 +64,7 @@ class Oracle:
 
     def matrices(self) -> dict[str, Tensor]:
         return {
-            name: contract([leaf.reshape(shape) for leaf, shape in zip(leaves, self.shapes[name], strict=True)])
+            name: contract_mpo([leaf.reshape(shape) for leaf, shape in zip(leaves, self.shapes[name], strict=True)])
             for name, leaves in self.cores.items()
         }
 

@@ -1,18 +1,18 @@
 """Every factorization on every backend trains a small Llama as autograd does through the definition of its cores.
 
-The oracle holds the cores as leaves of the autograd graph and contracts them by an einsum of its own inside every forward
-pass; what truncated cores miss of a matrix it works out for itself. Of tnadapt it takes the cores of a matrix, and what
+The oracle holds the cores as leaves of the autograd graph and contracts them by their definition (`oracle.contract`) inside every
+forward pass; what truncated cores miss of a matrix it works out for itself. Of tnadapt it takes the cores of a matrix, and what
 their optimizer is handed, at the moment of the expansion.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from string import ascii_letters
 from typing import Any
 
 import pytest
 import torch
+from oracle import contract
 from torch import Tensor, nn
 
 from tnadapt import MPO, SVD, LoraOver, Static, TaylorRuntime
@@ -87,31 +87,6 @@ CASES = sorted(
     }
     | FAST
 )
-
-
-# -- the definitions --------------------------------------------------------------------------------------------------
-
-
-def contract(factorization: Factorization, cores: list[Tensor]) -> Tensor:
-    """The matrix that cores stand for, by one einsum: rows i_1…i_m, then columns j_1…j_m."""
-    letters = iter(ascii_letters)
-    sites = cores[:-1] if isinstance(factorization, Tucker) else cores
-    rows, cols = [next(letters) for _ in sites], [next(letters) for _ in sites]
-    if isinstance(factorization, MPO):
-        bonds = [next(letters) for _ in range(len(sites) + 1)]
-        terms = [bonds[k] + rows[k] + cols[k] + bonds[k + 1] for k in range(len(sites))]
-        shapes = [core.shape[1:3] for core in sites]
-    elif isinstance(factorization, Tucker):
-        ranks = [next(letters) for _ in sites]
-        terms = [*(rows[k] + cols[k] + ranks[k] for k in range(len(sites))), "".join(ranks)]
-        shapes = [core.shape[:2] for core in sites]
-    else:
-        component = next(letters)
-        terms = [rows[k] + cols[k] + component for k in range(len(sites))]
-        shapes = [core.shape[:2] for core in sites]
-    full = torch.einsum(f"{','.join(terms)}->{''.join(rows + cols)}", *cores)
-    height = torch.Size(shape[0] for shape in shapes).numel()
-    return full.reshape(height, -1)
 
 
 class Oracle:

@@ -9,13 +9,14 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+from oracle import contract
 from torch import Tensor
 
 from tnadapt.backends.contractions import sweeps_from_left
 from tnadapt.factorizations import Factorization
 from tnadapt.factorizations.sites import from_sites, to_sites
 
-from .variants import CASES, EVERY, make_matrix, random_cores, reference_fold, shapes
+from .variants import CASES, EVERY, make_matrix, random_cores, shapes
 
 RTOL = 1e-11
 EPS = torch.finfo(torch.float64).eps
@@ -23,7 +24,7 @@ EPS = torch.finfo(torch.float64).eps
 
 def reference_gradients(factorization: Factorization, cores: list[Tensor], grad: Tensor) -> tuple[Tensor, ...]:
     leaves = [core.detach().clone().requires_grad_() for core in cores]
-    return torch.autograd.grad((reference_fold(factorization, leaves) * grad).sum(), leaves)
+    return torch.autograd.grad((contract(factorization, leaves) * grad).sum(), leaves)
 
 
 def assert_close(actual: Tensor, expected: Tensor, terms: float = 0.0) -> None:
@@ -34,7 +35,7 @@ def assert_close(actual: Tensor, expected: Tensor, terms: float = 0.0) -> None:
 
 def check(factorization: Factorization, cores: list[Tensor], batch: tuple[int, ...], shape: tuple[int, int]) -> None:
     grad = make_matrix((*batch, *shape), seed=1)
-    assert_close(factorization.fold(cores), reference_fold(factorization, cores))
+    assert_close(factorization.fold(cores), contract(factorization, cores))
     expected = reference_gradients(factorization, cores, grad)
     # no gradient is larger than the product of the norms of all that is contracted with it
     norms = [float(core.norm()) for core in cores]

@@ -1,11 +1,10 @@
-"""The one table of variants that every property is tested on, the matrices it is tested with, and the oracle."""
+"""The one table of variants that every property is tested on, and the matrices it is tested with."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from string import ascii_letters
 
 import torch
 from hypothesis import strategies as st
@@ -222,63 +221,6 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     difference = torch.linalg.matrix_norm((actual - expected) / scale)
     size = torch.linalg.matrix_norm(expected / scale)
     return float((difference / torch.where(size == 0, torch.ones_like(size), size)).max())
-
-
-def reference_fold(factorization: Factorization, cores: Sequence[Tensor]) -> Tensor:
-    """The definition of each factorization, `[*batch, rows, cols]`, by einsum; shares no code with the library."""
-    if isinstance(factorization, Tucker):
-        return _reference_tucker(cores)
-    if isinstance(factorization, CP):
-        return _reference_cp(cores)
-    if isinstance(factorization, TensorRing):
-        return _reference_ring(cores)
-    if len(cores) > 16:  # more indices than letters: site by site, rows and columns kept apart
-        folded = cores[0].squeeze(-4)
-        for core in cores[1:]:
-            wider = torch.einsum("...IJd,...dije->...IiJje", folded, core)
-            folded = wider.flatten(-5, -4).flatten(-3, -2)
-        return folded.squeeze(-1)
-    letters = iter(ascii_letters)
-    m = len(cores)
-    bonds = [next(letters) for _ in range(m + 1)]
-    rows, cols = [next(letters) for _ in range(m)], [next(letters) for _ in range(m)]
-    terms = [f"...{bonds[k]}{rows[k]}{cols[k]}{bonds[k + 1]}" for k in range(m)]
-    return _einsum_matrix(terms, rows, cols, cores, [core.shape[-3:-1] for core in cores], cores[0].shape[:-4])
-
-
-def _reference_tucker(cores: Sequence[Tensor]) -> Tensor:
-    letters = iter(ascii_letters)
-    m = len(cores) - 1
-    ranks, rows, cols = ([next(letters) for _ in range(m)] for _ in range(3))
-    terms = [f"...{rows[k]}{cols[k]}{ranks[k]}" for k in range(m)] + [f"...{''.join(ranks)}"]
-    return _einsum_matrix(terms, rows, cols, cores, [core.shape[-3:-1] for core in cores[:-1]], cores[0].shape[:-3])
-
-
-def _reference_ring(cores: Sequence[Tensor]) -> Tensor:
-    """The trace of the product of a matrix per site, for every entry."""
-    folded = cores[0]
-    for core in cores[1:]:
-        folded = torch.einsum("...aIJb,...bijc->...aIiJjc", folded, core).flatten(-5, -4).flatten(-3, -2)
-    return folded.diagonal(dim1=-4, dim2=-1).sum(-1)
-
-
-def _reference_cp(cores: Sequence[Tensor]) -> Tensor:
-    folded = cores[0]
-    for core in cores[1:]:
-        folded = torch.einsum("...IJr,...ijr->...IiJjr", folded, core).flatten(-5, -4).flatten(-3, -2)
-    return folded.sum(-1)
-
-
-def _einsum_matrix(
-    terms: list[str],
-    rows: list[str],
-    cols: list[str],
-    cores: Sequence[Tensor],
-    sites: Sequence[Sequence[int]],
-    batch: Sequence[int],
-) -> Tensor:
-    full = torch.einsum(f"{','.join(terms)}->...{''.join(rows)}{''.join(cols)}", *cores)
-    return full.reshape(*batch, math.prod(site[0] for site in sites), math.prod(site[1] for site in sites))
 
 
 def random_cores(

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from engine.models import Experts, base_llama, contract, expert_loss, loss_of, tokens, when_lent
-from engine.test_equivalence import square_view
+from engine.models import Experts, base_llama, expert_loss, loss_of, tokens, when_lent
+from oracle import contract_mpo, square_view
 from torch import Tensor, nn
 
 from tnadapt import MPO, LoraOver, TaylorRuntime
@@ -221,7 +221,7 @@ class Oracle:
         self.cores[name], self.shapes[name] = leaves, [core.shape for core in cores]
 
     def contracted(self, name: str) -> Tensor:
-        return contract([leaf.reshape(s) for leaf, s in zip(self.cores[name], self.shapes[name], strict=True)])
+        return contract_mpo([leaf.reshape(s) for leaf, s in zip(self.cores[name], self.shapes[name], strict=True)])
 
     def step(self) -> None:
         """With gradients of the matrices present, unscaled."""
@@ -279,7 +279,7 @@ def run(case: Case) -> dict[str, float]:
                     [{k: v.clone() if isinstance(v, Tensor) else v for k, v in s.items()} for s in states],
                 )
         if taken:
-            jumps.append(jump(case, model, {name: contract(cores) for name, (cores, _) in taken.items()}))
+            jumps.append(jump(case, model, {name: contract_mpo(cores) for name, (cores, _) in taken.items()}))
 
     when_lent(over, take)
     for step in range(1, STEPS + 1):

@@ -41,7 +41,7 @@ from tnadapt.engine import ranks
 from tnadapt.engine.checks import checked_choice, checked_release, require_same_place, shown
 from tnadapt.engine.cores import Cohort, Piece, raise_nonfinite
 from tnadapt.engine.expanded import Expanded, Roster
-from tnadapt.matrices import Skipped, TrainedMatrix
+from tnadapt.matrices import Skipped
 from tnadapt.schedulers import Scheduler
 
 __all__ = ["CoreRates", "Step"]
