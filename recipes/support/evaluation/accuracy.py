@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from scipy.stats import binomtest
+from scipy.stats import binomtest  # type: ignore[import-untyped]
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,9 @@ class Accuracy:
 
     def __post_init__(self) -> None:
         if not 0 <= self.right <= self.total or self.total == 0:
-            raise ValueError(f"{self.right} right of {self.total}: expected 0 <= right <= total and at least one problem")
+            raise ValueError(
+                f"{self.right} right of {self.total}: expected 0 <= right <= total and at least one problem"
+            )
 
     @property
     def share(self) -> float:

@@ -13,8 +13,8 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from .records import Journal, Record, read_records
@@ -22,7 +22,7 @@ from .sandbox import Limits, Sandbox
 
 _COLUMNS = {"task_id": str, "prompt": str, "test": str, "entry_point": str}
 _FENCE = re.compile(r"^[ \t]*```[^\n]*\n?", re.MULTILINE)
-#: Where a continuation of the prompt ends: the stop sequences of Chen et al. 2021, section 3.1.
+#: Where a continuation of the prompt ends: the stop sequences of Chen et al. 2021.
 _STOPS = re.compile(r"\n(?:class|def|#|if|print)")
 _FIRST_CODE = re.compile(r"^(?:import \w|from [\w.]+ import|(?:async )?def |class |@)", re.MULTILINE)
 
@@ -51,7 +51,7 @@ def program_of(problem: Record, answer: str) -> str:
         return f"{problem['prompt']}\n{_code_in(whole)}\n"
     continuation = parts[0] if parts[0][:1].isspace() or len(parts) == 1 else parts[1]
     stop = _STOPS.search(continuation)
-    return problem["prompt"] + (continuation[: stop.start()] if stop else continuation) + "\n"
+    return f"{problem['prompt']}{continuation[: stop.start()] if stop else continuation}\n"
 
 
 def _code_in(text: str) -> str:
@@ -71,7 +71,9 @@ def _code_in(text: str) -> str:
 def pass_at_k(samples: int, right: int, k: int) -> float:
     """Unbiased estimate of the probability that one of ``k`` samples is right (Chen et al. 2021, equation 1)."""
     if not 0 <= right <= samples or not 1 <= k <= samples:
-        raise ValueError(f"pass@{k} of {samples} samples, {right} right: expected 1 <= k <= samples and 0 <= right <= samples")
+        raise ValueError(
+            f"pass@{k} of {samples} samples, {right} right: expected 1 <= k <= samples and 0 <= right <= samples"
+        )
     return 1.0 - math.comb(samples - right, k) / math.comb(samples, k)
 
 
@@ -116,27 +118,20 @@ def score(
     columns = {"task_id": str, "sample": int, "passed": bool, "reason": str, "of": str}
     journal = Journal(verdicts, columns, key=("task_id", "sample"))
 
-    def judged(answer: Record) -> Record:
+    keys = [(answer["task_id"], answer["sample"]) for answer in answers]
+    tasks = []
+    for key, answer in zip(keys, answers, strict=True):
         problem = by_task[answer["task_id"]]
         program = program_of(problem, answer["answer"])
         identity = json.dumps([program, problem, asdict(sandbox.limits)], sort_keys=True)
         of = hashlib.sha256(identity.encode("ascii")).hexdigest()
-        known = journal.get((answer["task_id"], answer["sample"]))
-        if known is not None and known["of"] == of:
-            return known
-        verdict = sandbox.check(program, problem["prompt"], problem["test"], problem["entry_point"])
-        return {"task_id": answer["task_id"], "sample": answer["sample"], **asdict(verdict), "of": of}
+        known = journal.get(key)
+        if known is None or known["of"] != of:
+            tasks.append(partial(_judge, sandbox, problem, program, answer["sample"], of))
+    journal.fill(tasks, workers)
+    return Scores(tuple(journal[key] for key in keys))
 
-    results = []
-    with ThreadPoolExecutor(workers) as pool:
-        pending = [pool.submit(judged, answer) for answer in answers]
-        try:
-            for future in pending:
-                result = future.result()
-                if journal.get((result["task_id"], result["sample"])) != result:
-                    journal.append(result)
-                results.append(result)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    return Scores(tuple(results))
+
+def _judge(sandbox: Sandbox, problem: Record, program: str, sample: int, of: str) -> Record:
+    verdict = sandbox.check(program, problem["prompt"], problem["test"], problem["entry_point"])
+    return {"task_id": problem["task_id"], "sample": sample, **asdict(verdict), "of": of}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -99,3 +100,29 @@ class Journal:
         with self.path.open("ab") as file:
             file.write(json.dumps(result).encode("ascii") + b"\n")
         self._results[self._key_of(result)] = result
+
+    def fill(self, tasks: Iterable[Callable[[], Record]], workers: int) -> None:
+        """Run tasks in ``workers`` threads and append each result as soon as it is there.
+
+        After an error no further task starts; what is running finishes and is appended, then the first error is raised.
+        """
+        if workers < 1:
+            raise ValueError(f"workers is {workers}; it should be at least 1")
+        failure: BaseException | None = None
+        with ThreadPoolExecutor(workers) as pool:
+            pending = [pool.submit(task) for task in tasks]
+            try:
+                for future in as_completed(pending):
+                    if future.cancelled():
+                        continue
+                    error = future.exception()
+                    if error is None:
+                        self.append(future.result())
+                    elif failure is None:
+                        failure = error
+                        pool.shutdown(wait=False, cancel_futures=True)
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+        if failure is not None:
+            raise failure

@@ -33,6 +33,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -87,10 +88,12 @@ class Sandbox:
 
     def __init__(self, limits: Limits | None = None) -> None:
         self.limits = limits or Limits()
-        self._command = [*_as_nobody(), *_confined(_PYTHON if os.geteuid() == 0 else _installation(), self.limits)]
+        self._command = [*_as_nobody(), *_confined(_PYTHON if os.geteuid() == 0 else sys.base_prefix, self.limits)]
         verdict = self.check(_PROBE, "", _PROBE_TEST, "escapes")
         if not verdict.passed:
-            raise SandboxError(f"the sandbox does not hold on this machine ({verdict.reason}); run the check on another")
+            raise SandboxError(
+                f"the sandbox does not hold on this machine ({verdict.reason}); run the check on another"
+            )
 
     def check(self, program: str, prompt: str, test: str, entry_point: str) -> Verdict:
         """Whether ``check(entry_point)``, defined by ``test``, raises nothing.
@@ -127,25 +130,27 @@ class Sandbox:
                 process.wait()
                 for stream in (process.stdin, process.stdout, process.stderr):
                     if stream is not None:
-                        _close(stream)
+                        with suppress(BrokenPipeError):  # closing writes what is left
+                            stream.close()
 
     def _line(self, role: str, *channels: int) -> list[str]:
         source = _PROGRAMS.read_text(encoding="utf-8")
         return [*self._command, "-c", source, role, self.limits.as_rlimits(), *map(str, channels)]
 
     def _verdict(self, checker: subprocess.Popen[bytes], candidate: subprocess.Popen[bytes], task: str) -> Verdict:
-        assert checker.stdin is not None and checker.stdout is not None
-        try:
+        assert checker.stdin is not None
+        assert checker.stdout is not None
+        with suppress(BrokenPipeError):  # a checker that did not start reads nothing; its missing report shows below
             checker.stdin.write(task.encode("ascii"))
             checker.stdin.close()
-        except BrokenPipeError:
-            pass  # the checker did not start, as its missing report shows below
         lines = _Lines(checker.stdout)
         if lines.next(time.monotonic() + _START_SECONDS) is None:
             raise SandboxError(f"the sandbox did not start: {_first_error(candidate, checker)}")
         report = lines.next(time.monotonic() + self.limits.seconds)
         if report is None:
-            ended = "the check ended without a verdict" if lines.ended else f"longer than {self.limits.seconds:g} seconds"
+            ended = (
+                "the check ended without a verdict" if lines.ended else f"longer than {self.limits.seconds:g} seconds"
+            )
             return Verdict(False, ended)
         return Verdict(**json.loads(report))
 
@@ -173,13 +178,6 @@ class _Lines:
         return line
 
 
-def _close(stream: IO[bytes]) -> None:
-    try:
-        stream.close()
-    except BrokenPipeError:  # closing writes what is left
-        pass
-
-
 def _first_error(*processes: subprocess.Popen[bytes]) -> str:
     """What a sandbox that did not start says."""
     for process in processes:
@@ -201,10 +199,6 @@ def _tool(name: str, package: str) -> str:
     return found
 
 
-def _installation() -> str:
-    return sys.base_prefix
-
-
 def _system(python: str) -> list[str]:
     binds = [argument for place in _SYSTEM if Path(place).exists() for argument in ("--ro-bind", place, place)]
     return [*binds, "--ro-bind", python, _PYTHON, "--dev", "/dev"]
@@ -218,7 +212,15 @@ def _as_nobody() -> list[str]:
     keep = ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
     # bubblewrap needs a place for its own mounts, and the host's /proc, without which no new one may be mounted
     places = ["--dir", "/tmp", "--bind", "/proc", "/proc", "--remount-ro", "/"]
-    outer = [bubblewrap, "--die-with-parent", "--unshare-net", "--unshare-ipc", *keep, *_system(_installation()), *places]
+    outer = [
+        bubblewrap,
+        "--die-with-parent",
+        "--unshare-net",
+        "--unshare-ipc",
+        *keep,
+        *_system(sys.base_prefix),
+        *places,
+    ]
     return [*outer, _tool("setpriv", "util-linux"), "--reuid", _NOBODY, "--regid", _NOBODY, "--clear-groups"]
 
 
@@ -237,7 +239,7 @@ def _confined(python: str, limits: Limits) -> list[str]:
     return [bubblewrap, *isolation, *identity, *environment, *_system(python), *scratch, *sealed, interpreter, *options]
 
 
-_PROBE = '''
+_PROBE = """
 import ctypes, os, socket, threading
 
 def tries(action):
@@ -268,5 +270,5 @@ def escapes():
         "a new user namespace can be made": tries(lambda: ctypes.CDLL(None).unshare(0x10000000) == 0),
     }
     return [name for name, escaped in found.items() if escaped]
-'''
+"""
 _PROBE_TEST = "def check(candidate):\n    found = candidate()\n    assert found == [], '; '.join(found)\n"

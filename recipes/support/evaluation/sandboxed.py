@@ -49,10 +49,12 @@ def plain(value: Any) -> Any:
     """A copy that is made of built-in types alone; ``TypeError`` for anything else."""
     if value is None or isinstance(value, bool):
         return value
-    for kind in (int, float, complex, str, bytes):
+    scalars: tuple[Any, ...] = (int, float, complex, str, bytes)
+    for kind in scalars:
         if isinstance(value, kind):
             return kind(value)
-    for kind in (list, tuple, set, frozenset):
+    containers: tuple[Any, ...] = (list, tuple, set, frozenset)
+    for kind in containers:
         if isinstance(value, kind):
             return kind(plain(item) for item in value)
     if isinstance(value, dict):
