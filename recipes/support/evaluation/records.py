@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import gzip
 import json
+import threading
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -104,25 +105,27 @@ class Journal:
     def fill(self, tasks: Iterable[Callable[[], Record]], workers: int) -> None:
         """Run tasks in ``workers`` threads and append each result as soon as it is there.
 
-        After an error no further task starts; what is running finishes and is appended, then the first error is raised.
+        After an error no further task starts; what is running finishes and is appended, then the error is raised.
         """
         if workers < 1:
             raise ValueError(f"workers is {workers}; it should be at least 1")
-        failure: BaseException | None = None
-        with ThreadPoolExecutor(workers) as pool:
-            pending = [pool.submit(task) for task in tasks]
+        stopped, writing = threading.Event(), threading.Lock()
+
+        def run(task: Callable[[], Record]) -> None:
+            if stopped.is_set():
+                return
             try:
-                for future in as_completed(pending):
-                    if future.cancelled():
-                        continue
-                    error = future.exception()
-                    if error is None:
-                        self.append(future.result())
-                    elif failure is None:
-                        failure = error
-                        pool.shutdown(wait=False, cancel_futures=True)
+                result = task()
+                with writing:
+                    self.append(result)
             except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
+                stopped.set()
                 raise
-        if failure is not None:
-            raise failure
+
+        with ThreadPoolExecutor(workers) as pool:
+            pending = [pool.submit(run, task) for task in tasks]
+            try:
+                for future in pending:
+                    future.result()
+            finally:
+                stopped.set()

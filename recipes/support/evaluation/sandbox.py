@@ -210,11 +210,13 @@ def _as_nobody() -> list[str]:
     if os.geteuid() != 0:
         return []
     keep = ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
+    # With process numbers of its own, whose end ends all in it: a process without capabilities could not end nobody's.
     # bubblewrap needs a place for its own mounts, and the host's /proc, without which no new one may be mounted
     places = ["--dir", "/tmp", "--bind", "/proc", "/proc", "--remount-ro", "/"]
     outer = [
         bubblewrap,
         "--die-with-parent",
+        "--unshare-pid",
         "--unshare-net",
         "--unshare-ipc",
         *keep,
@@ -264,7 +266,7 @@ def escapes():
         "a thread can be started": tries(lambda: threading.Thread(target=int).start()),
         "other processes are visible": len([name for name in os.listdir("/proc") if name.isdigit()]) > 2,
         "the file system can be written to": any(tries(lambda: write(f"{at}/probe")) for at in ("", "/usr", "/dev", "/python")),
-        "/tmp has no bound": tries(lambda: write("/tmp/probe", 1 + files)),
+        "/tmp has no bound": all(tries(lambda: write(f"/tmp/probe{n}", files)) for n in (1, 2)),
         "there is a network": [name for _, name in socket.if_nameindex()] not in ([], ["lo"]),
         "memory has no bound": tries(lambda: bytearray(memory)),
         "a new user namespace can be made": tries(lambda: ctypes.CDLL(None).unshare(0x10000000) == 0),
