@@ -39,12 +39,11 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from support.options import add_options, given_options
+from support.pictures import score_against
+from support.provenance import config_hash, environment, read_json, write_json, write_text
+from support.tables import Table, percent, percent_over_seeds, rate
 from tqdm import tqdm
-
-from tnadapt.report.options import add_options, given_options
-from tnadapt.report.pictures import score_against
-from tnadapt.report.provenance import config_hash, environment, read_json, write_json, write_text
-from tnadapt.report.tables import Table, percent, percent_over_seeds, rate
 
 HERE = Path(__file__).resolve().parent
 

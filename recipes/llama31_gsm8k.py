@@ -45,6 +45,10 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns when imported
 
 import torch
 from peft import LoraConfig, get_peft_model
+from support.folders import RunFolder
+from support.options import add_options, check_fields, given_options
+from support.provenance import config_hash, environment, read_json, write_text
+from support.results import compare, expansions, write_report
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 from transformers import logging as transformers_logging
@@ -55,10 +59,6 @@ from tnadapt import MPO, SVD, LoraOver, Static, TaylorRuntime, plan
 from tnadapt.backends import BACKENDS
 from tnadapt.factorizations import CP, Factorization, Tucker
 from tnadapt.integrations.transformers import last_complete_checkpoint
-from tnadapt.report.folders import RunFolder
-from tnadapt.report.options import add_options, check_fields, given_options
-from tnadapt.report.provenance import config_hash, environment, read_json, write_text
-from tnadapt.report.results import compare, expansions, write_report
 
 sys.path.append(str(HERE.parent))  # the recipe is a file; this finds its neighbours from any folder
 from recipes.embedded.word_problems import generate

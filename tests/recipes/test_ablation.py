@@ -16,13 +16,13 @@ pytest.importorskip("peft")
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
+from support.provenance import config_hash
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from recipes import ablate
 from recipes import llama31_gsm8k as recipe
 from tnadapt import MPO, SVD
 from tnadapt.factorizations import CP, Tucker
-from tnadapt.report.provenance import config_hash
 
 pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning"), pytest.mark.filterwarnings("ignore::FutureWarning")]
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tnadapt.report.provenance import read_json, write_json
+from .provenance import read_json, write_json
 
 UNFINISHED = "unfinished"
 RESULT = "result.json"

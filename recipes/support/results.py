@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tnadapt.report import pictures
-from tnadapt.report.advice import advise
-from tnadapt.report.provenance import config_hash, write_text
-from tnadapt.report.tables import Table, percent, percent_over_seeds, rate
+from . import pictures
+from .advice import advise
+from .provenance import config_hash, write_text
+from .tables import Table, percent, percent_over_seeds, rate
 
 Result = Mapping[str, Any]
 

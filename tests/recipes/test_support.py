@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
-from tnadapt.report import advice, folders, options, pictures, provenance, tables
+from support import advice, folders, options, pictures, provenance, tables
 
 
 def result_of(**changes: Any) -> dict[str, Any]:
