@@ -1,0 +1,103 @@
+"""The command line of a recipe: transformers' parser reads the options off the fields of the recipe's configuration."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from transformers.hf_argparser import HfArgumentParser
+
+from support.config import EMBEDDED, Config
+from support.methods import METHODS
+from support.provenance import read_json
+from support.recipe import Recipe
+
+
+def preset_of(recipe: Recipe, arguments: Sequence[str] | None) -> str:
+    """The preset that a command line asks for: the others' defaults come from it."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", choices=recipe.presets, default="laptop")
+    preset: str = first.parse_known_args(arguments)[0].preset
+    return preset
+
+
+def options_of(recipe: Recipe, preset: str, without: Collection[str] = (), **settings: Any) -> HfArgumentParser:
+    """A parser with an option for every field of the recipe's configuration; the defaults are the preset's.
+
+    Args:
+        recipe: whose configuration.
+        preset: whose defaults; `preset_of` finds it.
+        without: fields that get no option.
+        settings: for ``argparse.ArgumentParser``.
+    """
+    types = get_type_hints(recipe.config)
+    fields = [
+        (field.name, types[field.name], dataclasses.field(default=field.default, metadata=field.metadata))
+        for field in dataclasses.fields(recipe.config)
+        if field.name not in {*without, "preset"}
+    ]
+    parser = HfArgumentParser(dataclasses.make_dataclass("Options", fields), allow_abbrev=False, **settings)
+    parser.add_argument("--preset", choices=recipe.presets, help="laptop: small and offline; paper: that of LoRA-Over")
+    parser.set_defaults(**dataclasses.asdict(recipe.presets[preset]))
+    return parser
+
+
+def config_from(recipe: Recipe, options: argparse.Namespace, **changes: Any) -> Any:
+    """The configuration that parsed options make."""
+    names = {field.name for field in dataclasses.fields(recipe.config)} - changes.keys()
+    return recipe.config(**{name: getattr(options, name) for name in names}, **changes)
+
+
+def main(recipe: Recipe, arguments: Sequence[str] | None = None) -> None:
+    """Run the methods that the command line names, and compare them."""
+    parser = options_of(recipe, preset_of(recipe, arguments), ("method",), description=recipe.description)
+    parser.add_argument(
+        "--method",
+        nargs="+",
+        choices=METHODS,
+        default=list(recipe.default_methods),
+        help="what is trained; several are compared",
+    )
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders go")
+    parser.add_argument(
+        "--name", default="", help="of the run folder, with the method if there are several; made up if empty"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on with an unfinished run, keep a finished one")
+    parser.add_argument("--threads", type=int, help="CPU threads; None: 1 for the embedded model, else torch's choice")
+    options = parser.parse_args(arguments)
+    configs = [config_from(recipe, options, method=method) for method in dict.fromkeys(options.method)]
+    try:
+        _run_all(recipe, configs, options)
+    except ValueError as error:
+        parser.exit(2, f"error: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "\ncancelled; the same command with --resume goes on from the last checkpoint\n")
+
+
+def _run_all(recipe: Recipe, configs: Sequence[Config], options: argparse.Namespace) -> None:
+    # Torch and transformers are imported here and not above: they take seconds that --help and a wrong option need not wait.
+    from support.results import compare
+    from support.running import hush, run
+
+    hush()
+    configs = [recipe.resolve(config) for config in configs]
+    first = configs[0]
+    if options.threads or first.model == EMBEDDED:  # which is so small that threads only wait for each other
+        import torch
+
+        torch.set_num_threads(options.threads or 1)
+    results = []
+    for config in configs:
+        name = f"{options.name}-{config.method}" if options.name and len(configs) > 1 else options.name
+        print(f"\n{METHODS[config.method].label}: {config.model} on {config.data}, seed {config.seed}")
+        results.append(run(recipe, config, options.runs, name, options.resume))
+    for result in results:
+        print(f"{result['label']}: {result['folder']}/report.md")
+    committed = recipe.path.parent / "results" / f"{recipe.name}-{first.preset}.json"
+    shipped = all(getattr(first, name) in (EMBEDDED, None) for name in ("model", *first.PLACES))
+    table = read_json(committed) if shipped and committed.exists() else None
+    picture = compare(results, options.runs, recipe.measure, table, recipe.paper(first))
+    print(f"comparison: {picture}")
