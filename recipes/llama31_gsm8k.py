@@ -90,12 +90,28 @@ LEARNING_RATES: dict[str, Rates] = {
         "lora": (5e-5, None),
         "lora-over-svd": (1.7e-4, None),
         "lora-over-mpo": (1.7e-4, None),
+        "lora-over-mpo-p": (2e-4, 1.7e-4),
         "lora-over-mpo-r": (2e-4, 1.7e-4),
     },
 }
 
 #: GSM8K accuracy in % that the paper prints for Llama 3.1 8B.
-PAPER = {"LoRA": "67.78", "LoRA-Over-SVD": "68.92", "LoRA-Over-MPO": "72.14", "LoRA-Over-MPO_R": "73.95"}
+PAPER = {
+    "Full fine-tuning": "73.69",
+    "LoRA": "67.78",
+    "LoRA, equal parameters": "72.24",
+    "PiSSA": "68.56",
+    "rsLoRA": "68.36",
+    "OLoRA": "68.54",
+    "LoRA+": "71.29",
+    "LoRA-GA": "71.39",
+    "AdaLoRA": "70.63",
+    "DoRA": "69.17",
+    "LoRA-Over-SVD": "68.92",
+    "LoRA-Over-MPO": "72.14",
+    "LoRA-Over-MPO_P": "72.73",
+    "LoRA-Over-MPO_R": "73.95",
+}
 
 # -- data -------------------------------------------------------------------------------------------------------------
 

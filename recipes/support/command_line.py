@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -53,14 +54,18 @@ def config_from(recipe: Recipe, options: argparse.Namespace, **changes: Any) -> 
 
 def main(recipe: Recipe, arguments: Sequence[str] | None = None) -> None:
     """Run the methods that the command line names, and compare them."""
-    parser = options_of(recipe, preset_of(recipe, arguments), ("method",), description=recipe.description)
-    parser.add_argument(
-        "--method",
-        nargs="+",
-        choices=METHODS,
-        default=list(recipe.default_methods),
-        help="what is trained; several are compared",
-    )
+    preset = preset_of(recipe, arguments)
+    parser = options_of(recipe, preset, recipe.several, description=recipe.description)
+    for field in dataclasses.fields(recipe.config):
+        if field.name in recipe.several:
+            default = getattr(recipe.presets[preset], field.name)
+            parser.add_argument(
+                f"--{field.name}",
+                nargs="+",
+                choices=field.metadata["choices"],
+                default=list(recipe.default_methods) if field.name == "method" else [default],
+                help=f"{field.metadata['help']}; each of several is run",
+            )
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders go")
     parser.add_argument(
         "--name", default="", help="of the run folder, with the method if there are several; made up if empty"
@@ -68,9 +73,10 @@ def main(recipe: Recipe, arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--resume", action="store_true", help="go on with an unfinished run, keep a finished one")
     parser.add_argument("--threads", type=int, help="CPU threads; None: 1 for the embedded model, else torch's choice")
     options = parser.parse_args(arguments)
-    configs = [config_from(recipe, options, method=method) for method in dict.fromkeys(options.method)]
+    values = [dict.fromkeys(getattr(options, name)) for name in recipe.several]
+    changes = [dict(zip(recipe.several, each, strict=True)) for each in itertools.product(*values)]
     try:
-        _run_all(recipe, configs, options)
+        _run_all(recipe, [config_from(recipe, options, **each) for each in changes], options)
     except ValueError as error:
         parser.exit(2, f"error: {error}\n")
     except KeyboardInterrupt:
@@ -91,13 +97,30 @@ def _run_all(recipe: Recipe, configs: Sequence[Config], options: argparse.Namesp
         torch.set_num_threads(options.threads or 1)
     results = []
     for config in configs:
-        name = f"{options.name}-{config.method}" if options.name and len(configs) > 1 else options.name
-        print(f"\n{METHODS[config.method].label}: {config.model} on {config.data}, seed {config.seed}")
+        ending = "-".join(str(getattr(config, name)) for name in recipe.several)
+        name = f"{options.name}-{ending}" if options.name and len(configs) > 1 else options.name
+        print(f"\n{METHODS[config.method].label}: {config.model} on {title_of(recipe, config)}, seed {config.seed}")
         results.append(run(recipe, config, options.runs, name, options.resume))
     for result in results:
         print(f"{result['label']}: {result['folder']}/report.md")
-    committed = recipe.path.parent / "results" / f"{recipe.name}-{first.preset}.json"
-    shipped = all(getattr(first, name) in (EMBEDDED, None) for name in ("model", *first.PLACES))
-    table = read_json(committed) if shipped and committed.exists() else None
-    picture = compare(results, options.runs, recipe.measure, table, recipe.paper(first))
-    print(f"comparison: {picture}")
+    for title, group in itertools.groupby(zip(configs, results, strict=True), lambda pair: title_of(recipe, pair[0])):
+        pairs = list(group)
+        first = pairs[0][0]
+        measure = f"{recipe.measure}, {title}" if len(recipe.several) > 1 else recipe.measure
+        table = committed_table(recipe, first)
+        picture = compare([result for _, result in pairs], options.runs, measure, table, recipe.paper(first))
+        print(f"comparison: {picture}")
+
+
+def title_of(recipe: Recipe, config: Config) -> str:
+    """What the methods of one table are trained on."""
+    fields = [str(getattr(config, name)) for name in recipe.several if name != "method"]
+    return " ".join([*fields, config.data])
+
+
+def committed_table(recipe: Recipe, config: Config) -> Any:
+    """The table over seeds that the repository keeps for the models and data that it ships."""
+    parts = [recipe.name, config.preset, *(str(getattr(config, name)) for name in recipe.several if name != "method")]
+    path = recipe.path.parent / "results" / f"{'-'.join(parts)}.json"
+    shipped = all(getattr(config, name) in (EMBEDDED, None) for name in ("model", *config.PLACES))
+    return read_json(path) if shipped and path.exists() else None

@@ -92,6 +92,10 @@ class Config:
             check_place(name.replace("_", "-"), getattr(self, name) or EMBEDDED, files=True)
         METHODS[self.method].check(self)
 
+    def completed(self) -> Self:
+        """This configuration with what follows from its other fields."""
+        return self
+
     def with_rates(self, presets: Mapping[str, Self], rates: Mapping[str, Rates], script: str) -> Self:
         """This configuration with its learning rates: those given, or those tuned for the preset's model.
 

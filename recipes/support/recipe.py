@@ -35,6 +35,10 @@ class Recipe:
     measure: str
     """What the accuracy is a share of, as a table's title."""
     default_methods: Sequence[str] = ("lora", "lora-over-mpo-r")
+    embedded: str = "model"
+    """The folder under ``recipes/embedded`` of the model that ``embedded`` stands for."""
+    several: Sequence[str] = ("method",)
+    """Fields of which the command line takes several values; each combination is a run."""
     paper: Callable[[Any], Mapping[str, str]] = lambda config: {}
     """The paper's figures in % by label, for a configuration that they can stand beside."""
 
@@ -46,7 +50,7 @@ class Recipe:
     @property
     def embedded_model(self) -> Path:
         """The folder of the model that ``embedded`` stands for."""
-        return self.path.parent / "embedded" / "model"
+        return self.path.parent / "embedded" / self.embedded
 
     def resolve(self, config: Config) -> Any:
         """``config`` after its checks, with its learning rates.
@@ -57,4 +61,5 @@ class Recipe:
         if config.preset not in self.presets:
             raise ValueError(f"--preset is {config.preset!r}: choose one of {', '.join(self.presets)}")
         config.check()
+        config = config.completed()
         return config.with_rates(self.presets, self.rates, f"recipes/{self.path.name}")

@@ -63,9 +63,7 @@ def result_table(
                 f"{metrics['training_seconds']:.0f}",
             ]
         )
-    caption = (
-        f"{first['problems']} examples, {first['steps']} steps. Plain LoRA trains {first['lora_parameters']:,} numbers."
-    )
+    caption = f"{first['problems']} examples, {first['steps']} steps."
     if committed:
         columns.append(f"{len(committed['seeds'])} seeds")
         rows[0].append(percent(committed["base_accuracy"]))
@@ -104,8 +102,8 @@ def write_report(result: Result, folder: Path, measure: str) -> None:
         *shown,
         "## What next\n",
         *(f"- {sentence}" for sentence in advise(result)),
-        "\nThe adapter is a plain PEFT adapter: `PeftModel.from_pretrained(base, 'adapter')`. All answers are in "
-        "`predictions.jsonl`, all figures in `result.json`.\n",
+        "\nThe adapter is one of PEFT's: `PeftModel.from_pretrained(base, 'adapter')`; full fine-tuning leaves `model` instead. "
+        "All answers are in `predictions.jsonl`, all figures in `result.json`.\n",
         *([f"## Plan\n\n```\n{result['plan']}\n```\n"] if result["plan"] else []),
         "## Configuration\n",
         settings.markdown(),

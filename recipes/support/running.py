@@ -14,10 +14,10 @@ from typing import Any
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns when imported, of kernels that nothing here uses
 
-from peft import LoraConfig, get_peft_model  # noqa: E402
 from transformers import logging as transformers_logging  # noqa: E402
 from transformers.trainer_utils import set_seed  # noqa: E402
 
+from support.adapters import attach, save_initial, save_trained  # noqa: E402
 from support.config import Config  # noqa: E402
 from support.encoding import encode  # noqa: E402
 from support.folders import RunFolder  # noqa: E402
@@ -27,7 +27,7 @@ from support.methods import METHODS  # noqa: E402
 from support.provenance import config_hash, environment, write_text  # noqa: E402
 from support.recipe import Recipe, Record  # noqa: E402
 from support.results import write_report  # noqa: E402
-from support.training import train  # noqa: E402
+from support.training import Training, train  # noqa: E402
 
 
 def hush() -> None:
@@ -84,9 +84,10 @@ def run(
             model.config.is_encoder_decoder,
         )
         set_seed(config.seed)
-        targets = target_modules(config, model)
-        model = get_peft_model(model, LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=targets))
-        result |= train(model, tokenizer, examples, method, config, work, quiet)
+        training = Training(tokenizer, examples, config, work, quiet)
+        model = attach(model, method, config, training.steps, lambda size: training.batches(size, model.device))
+        save_initial(model, method, work / "initial")
+        result |= train(model, method, training)
         scores = evaluate(recipe, model, tokenizer, evaluation, config, quiet)
         result["metrics"] |= {
             "accuracy": scores["accuracy"],
@@ -97,10 +98,11 @@ def run(
             "training_examples": len(examples),
             "seconds": time.perf_counter() - start,
         }
-        model.save_pretrained(work / "adapter")
+        save_trained(model, method, work)
         write_text(work / "predictions.jsonl", "".join(json.dumps(answer) + "\n" for answer in scores["answers"]))
         write_report(result, work, recipe.measure)
-        shutil.rmtree(work / "checkpoints", ignore_errors=True)
+        for name in ("checkpoints", "initial"):
+            shutil.rmtree(work / name, ignore_errors=True)
     return {**result, "folder": str(folder.final)}
 
 
