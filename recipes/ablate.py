@@ -421,7 +421,8 @@ def seeds(options: argparse.Namespace) -> list[Outcome]:
         raise ValueError(
             f"runs of {', '.join(broken)} failed, so no table is written; mend that and repeat the command"
         )
-    title = f"{options.recipe.stem}, preset {options.preset}, {options.eval_split} split"
+    name = load_recipe(options.recipe).table_name(outcomes[0].cell.configs[0])
+    title = f"{name}, {options.eval_split} split"
     table = table_of(title, outcomes)
     table.show()
     first = outcomes[0].results[0]
@@ -438,7 +439,7 @@ def seeds(options: argparse.Namespace) -> list[Outcome]:
         "environment": first["environment"],
         "methods": {outcome.method: summary_of(outcome) for outcome in outcomes},
     }
-    path = options.results / f"{options.recipe.stem}-{options.preset}.json"
+    path = options.results / f"{name}.json"
     write_json(path, summary)
     commit = (first["environment"]["git"] or {}).get("commit") or "no commit"
     origin = f"Made by `python recipes/ablate.py seeds`, {first['environment']['hardware']['processor']}, {commit}."

@@ -166,7 +166,7 @@ def read_split(config: Config, split: str, size: int) -> list[Record]:
     """The records of a split; ``test`` is GLUE's development set."""
     task = TASKS[config.task]
     if config.data == EMBEDDED:
-        return [{**record, "task": task.name} for record in generate(task.name, split, size)]
+        return [{**record, "task": task.name} for record in generate("composed", task.name, split, size)]
     names = ("dev", "validation", "test") if split == "test" else (split,)
     path = Path(config.data).expanduser()
     if path.exists():

@@ -99,11 +99,11 @@ def _run_all(recipe: Recipe, configs: Sequence[Config], options: argparse.Namesp
     for config in configs:
         ending = "-".join(str(getattr(config, name)) for name in recipe.several)
         name = f"{options.name}-{ending}" if options.name and len(configs) > 1 else options.name
-        print(f"\n{METHODS[config.method].label}: {config.model} on {title_of(recipe, config)}, seed {config.seed}")
+        print(f"\n{METHODS[config.method].label}: {config.model} on {recipe.title(config)}, seed {config.seed}")
         results.append(run(recipe, config, options.runs, name, options.resume))
     for result in results:
         print(f"{result['label']}: {result['folder']}/report.md")
-    for title, group in itertools.groupby(zip(configs, results, strict=True), lambda pair: title_of(recipe, pair[0])):
+    for title, group in itertools.groupby(zip(configs, results, strict=True), lambda pair: recipe.title(pair[0])):
         pairs = list(group)
         first = pairs[0][0]
         measure = f"{recipe.measure}, {title}" if len(recipe.several) > 1 else recipe.measure
@@ -112,15 +112,8 @@ def _run_all(recipe: Recipe, configs: Sequence[Config], options: argparse.Namesp
         print(f"comparison: {picture}")
 
 
-def title_of(recipe: Recipe, config: Config) -> str:
-    """What the methods of one table are trained on."""
-    fields = [str(getattr(config, name)) for name in recipe.several if name != "method"]
-    return " ".join([*fields, config.data])
-
-
 def committed_table(recipe: Recipe, config: Config) -> Any:
     """The table over seeds that the repository keeps for the models and data that it ships."""
-    parts = [recipe.name, config.preset, *(str(getattr(config, name)) for name in recipe.several if name != "method")]
-    path = recipe.path.parent / "results" / f"{'-'.join(parts)}.json"
+    path = recipe.path.parent / "results" / f"{recipe.table_name(config)}.json"
     shipped = all(getattr(config, name) in (EMBEDDED, None) for name in ("model", *config.PLACES))
     return read_json(path) if shipped and path.exists() else None

@@ -5,9 +5,11 @@ GoRA (arXiv:2502.12171), whose set-up LoRA-Over takes over, publishes its script
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from support.recipe import Record
+Record = Mapping[str, Any]
 
 
 @dataclass(frozen=True)

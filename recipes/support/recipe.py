@@ -52,6 +52,17 @@ class Recipe:
         """The folder of the model that ``embedded`` stands for."""
         return self.path.parent / "embedded" / self.embedded
 
+    def title(self, config: Config) -> str:
+        """What the methods of one table are trained on: the values of ``several`` but the method, and the data."""
+        return " ".join([*self._fields(config), config.data])
+
+    def table_name(self, config: Config) -> str:
+        """What the committed table over seeds is called that holds the results of ``config``."""
+        return "-".join([self.name, config.preset, *self._fields(config)])
+
+    def _fields(self, config: Config) -> list[str]:
+        return [str(getattr(config, name)) for name in self.several if name != "method"]
+
     def resolve(self, config: Config) -> Any:
         """``config`` after its checks, with its learning rates.
 

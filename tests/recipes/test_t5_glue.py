@@ -27,6 +27,7 @@ from tnadapt import MPO, TaylorRuntime
 
 pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning"), pytest.mark.filterwarnings("ignore::FutureWarning")]
 
+FAMILY = "composed"
 EACH_TASK = pytest.mark.parametrize("task", sentences.TASKS)
 SMALL: dict[str, Any] = {
     "train_size": 32,
@@ -50,26 +51,26 @@ def small(**changes: Any) -> recipe.Config:
 @EACH_TASK
 @pytest.mark.parametrize("split", sentences.SPLITS)
 def test_records_are_decided_by_the_arguments(task: str, split: str) -> None:
-    records = sentences.generate(task, split, 40, seed=3)
-    assert records == sentences.generate(task, split, 40, seed=3)
-    assert records[:10] == sentences.generate(task, split, 10, seed=3)
-    assert records != sentences.generate(task, split, 40, seed=4)
+    records = sentences.generate(FAMILY, task, split, 40, seed=3)
+    assert records == sentences.generate(FAMILY, task, split, 40, seed=3)
+    assert records[:10] == sentences.generate(FAMILY, task, split, 10, seed=3)
+    assert records != sentences.generate(FAMILY, task, split, 40, seed=4)
     assert {sentences.split_of(record) for record in records} == {split}
     assert all(set(record) == {*TASKS[task].columns, "label"} for record in records)
 
 
 @EACH_TASK
 def test_labels_are_balanced(task: str) -> None:
-    labels = [record["label"] for record in sentences.generate(task, "train", 3000)]
+    labels = [record["label"] for record in sentences.generate(FAMILY, task, "train", 3000)]
     expected = 1 / len(TASKS[task].labels)
     for number in range(len(TASKS[task].labels)):
         assert labels.count(number) / len(labels) == pytest.approx(expected, abs=0.04)
 
 
-@given(st.integers(0, 2**32))
-def test_acceptable_sentences_agree_and_others_break_one_rule(seed: int) -> None:
+@given(st.sampled_from(sentences.FAMILIES), st.integers(0, 2**32))
+def test_acceptable_sentences_agree_and_others_break_one_rule(family: str, seed: int) -> None:
     """An independent reading of each sentence: does the verb's form fit the noun's, and "one" a singular noun?"""
-    for record in sentences.generate("cola", "train", 20, seed):
+    for record in sentences.generate(family, "cola", "train", 20, seed):
         words = str(record["sentence"]).split()
         singular = words[1] in {noun for nouns in sentences._KINDS.values() for noun in nouns}
         verb = words[words.index("one") - 1]
@@ -78,9 +79,9 @@ def test_acceptable_sentences_agree_and_others_break_one_rule(seed: int) -> None
         assert sum(wrong) == (0 if record["label"] else 1), record
 
 
-@given(st.integers(0, 2**32))
-def test_a_review_is_positive_if_a_good_word_stands_or_a_bad_one_is_negated(seed: int) -> None:
-    for record in sentences.generate("sst2", "train", 20, seed):
+@given(st.sampled_from(sentences.FAMILIES), st.integers(0, 2**32))
+def test_a_review_is_positive_if_a_good_word_stands_or_a_bad_one_is_negated(family: str, seed: int) -> None:
+    for record in sentences.generate(family, "sst2", "train", 20, seed):
         words = str(record["sentence"]).split()
         good = any(word in ("great", "charming", "funny", "clever", "moving") for word in words)
         assert bool(record["label"]) == (good != ("not" in words or "never" in words))
@@ -97,7 +98,7 @@ def test_paraphrases_have_the_same_roles_and_the_same_verb(seed: int) -> None:
         "watches": "watched",
     }
     synonym = {"big": "large", "small": "little", "quick": "fast"}
-    for record in sentences.generate("mrpc", "train", 20, seed):
+    for record in sentences.generate(FAMILY, "mrpc", "train", 20, seed):
         _, subject, verb, _, adjective, target, _ = str(record["sentence1"]).split()
         _, adjective2, target2, _, participle, _, _, subject2, _ = str(record["sentence2"]).split()
         assert adjective2 == synonym.get(adjective, adjective)
@@ -107,17 +108,17 @@ def test_paraphrases_have_the_same_roles_and_the_same_verb(seed: int) -> None:
 
 def test_unknown_requests_are_refused() -> None:
     with pytest.raises(ValueError, match="task is 'rte'; choose one of"):
-        sentences.generate("rte", "train", 1)
+        sentences.generate(FAMILY, "rte", "train", 1)
     with pytest.raises(ValueError, match="split is 'dev'"):
-        sentences.generate("cola", "dev", 1)
+        sentences.generate(FAMILY, "cola", "dev", 1)
     with pytest.raises(ValueError, match="n is -1"):
-        sentences.generate("cola", "train", -1)
+        sentences.generate(FAMILY, "cola", "train", -1)
 
 
 @EACH_TASK
 def test_every_word_and_every_label_has_a_token(task: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(recipe.RECIPE.embedded_model)
-    for record in sentences.generate(task, "test", 200):
+    for record in sentences.generate(FAMILY, task, "test", 200):
         for text in (TASKS[task].prompt(record), TASKS[task].answer(record)):
             assert tokenizer.unk_token_id not in tokenizer(text)["input_ids"]
     for label in TASKS[task].labels:
