@@ -122,12 +122,12 @@ def load_problems(config: Config) -> tuple[list[Record], list[Record]]:
     Raises:
         ValueError: there are none of either.
     """
-    place = config.test_data or config.data
+    option, place = ("test-data", config.test_data) if config.test_data else ("data", config.data)
     train = read_split(config.data, "train", config.train_size)
     own_file = config.test_data is None and Path(config.data).expanduser().is_file()
-    evaluation = [] if own_file else read_split(place, config.eval_split, config.eval_size)[: config.eval_size]
+    evaluation = [] if own_file else read_split(place, config.eval_split, config.eval_size, option)[: config.eval_size]
     if not evaluation and (own_file or config.eval_split == "validation"):
-        lender = train if place == config.data else read_split(place, "train", None)
+        lender = train if place == config.data else read_split(place, "train", None, option)
         _, evaluation = hold_out(lender, config.eval_size, identity)
         held_out = {identity(problem) for problem in evaluation}
         train = [problem for problem in train if identity(problem) not in held_out]
@@ -143,7 +143,7 @@ def identity(problem: Record) -> str:
     return problem.get("source", problem["question"])
 
 
-def read_split(place: str, split: str, size: int | None) -> list[Record]:
+def read_split(place: str, split: str, size: int | None, option: str = "data") -> list[Record]:
     """A split of the embedded problems, a folder, a file or a hub data set; empty where it has no such split."""
     if place == EMBEDDED:
         return list(generate("composed", split, size or PRESETS["laptop"].train_size))
@@ -154,9 +154,9 @@ def read_split(place: str, split: str, size: int | None) -> list[Record]:
             return []
         raise ValueError(f"{place}/{split}.jsonl does not exist; a data folder holds train.jsonl and test.jsonl")
     if "MetaMathQA" in place:
-        rows = load_hub(place, split="train") if split == "train" else []
+        rows = load_hub(option, place, split="train") if split == "train" else []
         return [problem for problem in map(from_metamath, rows) if problem]
-    rows = load_hub(place, "main").get(split, [])
+    rows = load_hub(option, place, "main").get(split, [])
     return [{"question": row["question"], "answer": row["answer"]} for row in rows]
 
 

@@ -174,7 +174,7 @@ def read_split(config: Config, split: str, size: int) -> list[Record]:
             if file is not None:
                 return [{**record, "task": task.name} for record in read_file(file, config)]
         raise ValueError(f"{config.data} has none of the files {', '.join(f'{n}.tsv, {n}.jsonl' for n in names)}")
-    rows = load_hub(config.data, task.name, split=task.validation if split == "test" else split)
+    rows = load_hub("data", config.data, task.name, split=task.validation if split == "test" else split)
     return [{**{c: row[c] for c in task.columns}, "label": row["label"], "task": task.name} for row in rows]
 
 

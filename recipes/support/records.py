@@ -50,13 +50,13 @@ def local_file(place: str, split: str, suffix: str = ".jsonl") -> Path | None:
     return file if file.is_file() else None
 
 
-def load_hub(place: str, *arguments: Any, **settings: Any) -> Any:
-    """``datasets.load_dataset``, with one line where it cannot be had."""
+def load_hub(option: str, place: str, *arguments: Any, **settings: Any) -> Any:
+    """``datasets.load_dataset``, with one line, which names the ``option`` that asks for it, where it cannot be had."""
     from datasets import load_dataset
 
     from support.loading import reaching
 
-    with reaching("data", place):
+    with reaching(option, place):
         return load_dataset(place, *arguments, **settings)
 
 

@@ -101,8 +101,8 @@ def run(
         save_trained(model, method, work)
         write_text(work / "predictions.jsonl", "".join(json.dumps(answer) + "\n" for answer in scores["answers"]))
         write_report(result, work, recipe.measure)
-        for name in ("checkpoints", "initial"):
-            shutil.rmtree(work / name, ignore_errors=True)
+        for leftover in ("checkpoints", "initial"):
+            shutil.rmtree(work / leftover, ignore_errors=True)
     return {**result, "folder": str(folder.final)}
 
 
