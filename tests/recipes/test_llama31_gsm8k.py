@@ -454,9 +454,9 @@ def test_a_run_trains_on_a_file(tmp_path: Path, tiny_model: str) -> None:
 def test_a_hub_id_without_network_is_one_clear_line(tmp_path: Path, option: str) -> None:
     arguments = [option, "nobody/nothing", "--lr", "1e-3", "--method", "lora", "--runs", str(tmp_path)]
     done = command(*arguments, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "cache"))
-    assert done.returncode == 2
+    assert done.returncode == 2, done.stderr
     said = done.stderr.strip().splitlines()
-    assert len(said) == 1
+    assert len(said) == 1, done.stderr
     assert said[0].startswith(f"error: {option} is nobody/nothing, which cannot be had from the hub: no network")
 
 
