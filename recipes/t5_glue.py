@@ -2,9 +2,9 @@
 
 On any machine, with the small T5 and the generated sentences that this repository ships::
 
-    python recipes/t5_glue.py --task cola mrpc --method lora lora-over-mpo-r
+    python recipes/t5_glue.py --task sst2 cola --method lora lora-over-mpo-r --lr 1e-2
 
-The setting of LoRA-Over (arXiv:2605.16470): T5-Base, the whole of each task, all linear layers::
+No rate is tuned for the small T5 yet, so ``--lr`` is asked for. The setting of LoRA-Over (arXiv:2605.16470): T5-Base, the whole of each task, all linear layers::
 
     python recipes/t5_glue.py --preset paper --task mnli sst2 cola qnli mrpc --method lora lora-over-mpo-r
 
