@@ -35,16 +35,16 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import lru_cache
 from pathlib import Path
 from statistics import mean, stdev
-from types import ModuleType
 from typing import Any
 
 import torch
+from support.command_line import config_from, options_of, preset_of
+from support.methods import METHODS
+from support.pictures import score_against
+from support.provenance import config_hash, environment, read_json, write_json, write_text
+from support.recipe import Recipe
+from support.tables import Table, percent, percent_over_seeds, rate
 from tqdm import tqdm
-
-from tnadapt.report.options import add_options, given_options
-from tnadapt.report.pictures import score_against
-from tnadapt.report.provenance import config_hash, environment, read_json, write_json, write_text
-from tnadapt.report.tables import Table, percent, percent_over_seeds, rate
 
 HERE = Path(__file__).resolve().parent
 
@@ -52,8 +52,8 @@ HERE = Path(__file__).resolve().parent
 
 
 @lru_cache(maxsize=4)
-def load_recipe(path: Path) -> ModuleType:
-    """The recipe in the file ``path``: it has ``Config``, ``METHODS``, ``PRESETS``, ``NOT_OPTIONS``, ``run`` and ``hush``."""
+def load_recipe(path: Path) -> Recipe:
+    """The ``RECIPE`` of the file ``path``."""
     if not path.exists():
         raise ValueError(f"--recipe is {path}, which does not exist; the recipes lie in {HERE}")
     name = f"ablated_{path.stem}"
@@ -63,32 +63,31 @@ def load_recipe(path: Path) -> ModuleType:
     module = importlib.util.module_from_spec(specification)
     sys.modules[name] = module  # dataclasses look their module up
     specification.loader.exec_module(module)
-    module.hush()
-    return module
+    if not isinstance(getattr(module, "RECIPE", None), Recipe):
+        raise ValueError(f"--recipe is {path}, which has no RECIPE; the recipes lie in {HERE}")
+    return module.RECIPE
 
 
 def run_one(recipe: Path, settings: dict[str, Any], root: Path, quiet: bool) -> dict[str, Any]:
     """One run of the recipe; what failed is a result with an ``error``, so that the other runs go on."""
-    module = load_recipe(recipe)
+    from support.running import hush, run
+
+    hush()
+    loaded = load_recipe(recipe)
     try:
-        result: dict[str, Any] = module.run(module.Config(**settings), root, resume=True, quiet=quiet)
+        result = run(loaded, loaded.config(**settings), root, resume=True, quiet=quiet)
     except Exception as error:
         return {"config": settings, "error": f"{type(error).__name__}: {error}"}
     return result
 
 
 def run_all(recipe: Path, configs: Sequence[Any], root: Path, workers: int) -> list[dict[str, Any]]:
-    """The results of all ``configs``, in their order.
-
-    Raises:
-        ValueError: before any run, if one of the configurations cannot work.
-    """
+    """The results of all ``configs``, in their order."""
     settings = [dataclasses.asdict(config) for config in configs]
-    for config in configs:
-        config.resolved()
     if workers == 1:
         return [run_one(recipe, each, root, quiet=False) for each in tqdm(settings, desc="runs", unit="run")]
     results: list[dict[str, Any]] = [{} for _ in settings]
+
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool:
         futures = {pool.submit(run_one, recipe, each, root, True): index for index, each in enumerate(settings)}
@@ -138,7 +137,13 @@ class Outcome:
 
 
 def run_cells(cells: Sequence[Cell], options: argparse.Namespace) -> list[Outcome]:
-    """Run all configurations of all cells, those that occur twice once."""
+    """Run all configurations of all cells, those that occur twice once.
+
+    Raises:
+        ValueError: before any run, if one of the configurations cannot work.
+    """
+    resolve = load_recipe(options.recipe).resolve
+    cells = [dataclasses.replace(cell, configs=tuple(map(resolve, cell.configs))) for cell in cells]
     distinct = list(dict.fromkeys(config for cell in cells for config in cell.configs))
     results = dict(zip(distinct, run_all(options.recipe, distinct, options.runs, options.workers), strict=True))
     outcomes = []
@@ -183,7 +188,7 @@ def record_of(outcome: Outcome) -> dict[str, Any]:
         "method": outcome.method,
         "factor": outcome.cell.factor,
         "value": outcome.cell.value,
-        "lr": outcome.cell.configs[0].resolved().lr,
+        "lr": outcome.cell.configs[0].lr,
         "decomposition": outcome.results[0]["plan"].partition(": ")[0] if metrics else "",
         "accuracy": outcome.accuracies,
         "loss": [each["loss"] for each in metrics],
@@ -343,15 +348,18 @@ def spread(values: Iterable[float]) -> float:
 
 def vary(options: argparse.Namespace) -> list[Outcome]:
     """One factor at a time, everything else as the preset and the command line have it; each value at all ``--lrs``."""
-    fields = {
-        field.name: str(field.type).split(" ")[0] for field in dataclasses.fields(load_recipe(options.recipe).Config)
-    }
+    recipe = load_recipe(options.recipe)
+    fields = [field.name for field in dataclasses.fields(recipe.config) if field.name != "preset"]
+    parser = options_of(recipe, options.preset, exit_on_error=False)
     cells = []
     for name, *texts in options.factor:
         if name not in fields or not texts:
             raise ValueError(f"--factor {name} {' '.join(texts)}: give one of {', '.join(fields)}, and its values")
         for text in texts:
-            value = parse(name, text, fields[name])
+            try:
+                value = getattr(parser.parse_args([f"--{name}", text]), name)
+            except argparse.ArgumentError as error:
+                raise ValueError(f"--factor {name} {text}: {error.message}") from error
             for config in base_configs(options, texts[:1] if name == "method" else options.methods):
                 for lr in options.lrs or [config.lr]:
                     changed = dataclasses.replace(config, **{"lr": lr, name: value})
@@ -367,22 +375,11 @@ def vary(options: argparse.Namespace) -> list[Outcome]:
     return outcomes
 
 
-def parse(name: str, text: str, kind: str) -> Any:
-    """The value of a factor as its field has it."""
-    try:
-        if kind == "bool":
-            return {"true": True, "false": False}[text.lower()]
-        return {"int": int, "float": float, "str": str}[kind](text)
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"--factor {name} {text}: {text!r} is no {kind}") from error
-
-
 def tune(options: argparse.Namespace) -> list[Outcome]:
     """The grid of learning rates, the same for every method, with the best of each method marked."""
-    methods = load_recipe(options.recipe).METHODS
     cells = []
     for config in base_configs(options, options.methods):
-        ratios = options.core_ratios if methods[config.method].two_rates else [1.0]
+        ratios = options.core_ratios if METHODS[config.method].two_rates else [1.0]
         for ratio in ratios:
             factor = "lr" if ratio == 1.0 else f"lr, cores at {ratio:g} of it"
             for lr in sorted(options.lrs):
@@ -424,7 +421,8 @@ def seeds(options: argparse.Namespace) -> list[Outcome]:
         raise ValueError(
             f"runs of {', '.join(broken)} failed, so no table is written; mend that and repeat the command"
         )
-    title = f"{options.recipe.stem}, preset {options.preset}, {options.eval_split or 'test'} split"
+    name = load_recipe(options.recipe).table_name(outcomes[0].cell.configs[0])
+    title = f"{name}, {options.eval_split} split"
     table = table_of(title, outcomes)
     table.show()
     first = outcomes[0].results[0]
@@ -441,7 +439,7 @@ def seeds(options: argparse.Namespace) -> list[Outcome]:
         "environment": first["environment"],
         "methods": {outcome.method: summary_of(outcome) for outcome in outcomes},
     }
-    path = options.results / f"{options.recipe.stem}-{options.preset}.json"
+    path = options.results / f"{name}.json"
     write_json(path, summary)
     commit = (first["environment"]["git"] or {}).get("commit") or "no commit"
     origin = f"Made by `python recipes/ablate.py seeds`, {first['environment']['hardware']['processor']}, {commit}."
@@ -472,9 +470,7 @@ def summary_of(outcome: Outcome) -> dict[str, Any]:
 def base_configs(options: argparse.Namespace, methods: Sequence[str] | None = None) -> list[Any]:
     """The preset with what the command line gives, once per method."""
     recipe = load_recipe(options.recipe)
-    given = given_options(options, recipe.Config, (*recipe.NOT_OPTIONS, "seed"))
-    preset = recipe.PRESETS[options.preset]
-    return [dataclasses.replace(preset, method=method, **given) for method in methods or options.methods]
+    return [config_from(recipe, options, method=method, seed=0) for method in methods or options.methods]
 
 
 def identity(cells: Sequence[Cell]) -> str:
@@ -493,26 +489,37 @@ def main(arguments: Sequence[str] | None = None) -> None:
         recipe = load_recipe(known.recipe)
     except ValueError as error:
         parser.exit(2, f"error: {error}\n")
+    fields = options_of(recipe, preset_of(recipe, arguments), ("method", "seed"), add_help=False)
     for name, command in (("vary", vary), ("tune", tune), ("seeds", seeds)):
-        sub = commands.add_parser(name, parents=[first], help=command.__doc__)
+        sub = commands.add_parser(
+            name, parents=[first, fields], help=command.__doc__, formatter_class=fields.formatter_class
+        )
         sub.set_defaults(action=command)
-        sub.add_argument("--methods", nargs="+", choices=recipe.METHODS, default=list(recipe.METHODS), metavar="METHOD")
-        sub.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2] if name == "seeds" else [0])
+        methods = list(recipe.default_methods)
+        sub.add_argument("--methods", nargs="+", choices=METHODS, default=methods, help="what is trained")
+        sub.add_argument(
+            "--seeds", type=int, nargs="+", default=[0, 1, 2] if name == "seeds" else [0], help="one run each"
+        )
         sub.add_argument("--workers", type=int, default=1, help="runs at once, each with one thread if above 1")
         sub.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders and tables go")
-        sub.add_argument("--preset", choices=recipe.PRESETS, default="laptop")
         if name == "vary":
-            sub.add_argument("--factor", nargs="+", action="append", required=True, metavar=("NAME", "VALUE"))
+            sub.add_argument(
+                "--factor",
+                nargs="+",
+                action="append",
+                required=True,
+                metavar=("NAME", "VALUE"),
+                help="an option, its values",
+            )
             sub.add_argument("--lrs", type=float, nargs="+", help="run every value at each of these rates")
             sub.add_argument("--report", type=Path, help="a folder with a report that these factors are added to")
         if name == "tune":
-            sub.add_argument("--lrs", type=float, nargs="+", required=True)
+            sub.add_argument("--lrs", type=float, nargs="+", required=True, help="the grid")
             sub.add_argument(
                 "--core-ratios", type=float, nargs="+", default=[1.0], help="core rates to try, as shares of lr"
             )
         if name == "seeds":
             sub.add_argument("--results", type=Path, default=HERE / "results", help="where the committed table goes")
-        add_options(sub, recipe.Config, (*recipe.NOT_OPTIONS, "seed"))
     options = parser.parse_args(arguments)
     try:
         options.action(options)

@@ -26,7 +26,6 @@ LAYERS = [
     {"engine"},
     {"lora_over", "planning"},
     {"integrations"},
-    {"report"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -16,13 +16,15 @@ pytest.importorskip("peft")
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
+from support import running
+from support.methods import METHODS
+from support.provenance import config_hash
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from recipes import ablate
 from recipes import llama31_gsm8k as recipe
 from tnadapt import MPO, SVD
 from tnadapt.factorizations import CP, Tucker
-from tnadapt.report.provenance import config_hash
 
 pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning"), pytest.mark.filterwarnings("ignore::FutureWarning")]
 
@@ -31,7 +33,7 @@ pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning"), pytest.mark.fil
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A random Llama of one layer, in a folder."""
     folder = tmp_path_factory.mktemp("model")
-    tokenizer = AutoTokenizer.from_pretrained(recipe.HERE / "embedded" / "model")
+    tokenizer = AutoTokenizer.from_pretrained(recipe.RECIPE.embedded_model)
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -58,13 +60,13 @@ def config(**changes: Any) -> recipe.Config:
 
 def arguments(model: str, root: Path) -> list[str]:
     given = [part for name, value in TINY.items() for part in (f"--{name.replace('_', '-')}", str(value))]
-    return ["--runs", str(root), "--model", model, *given]
+    return ["--runs", str(root), "--model", model, "--lr", "1e-2", *given]
 
 
 def made(each: recipe.Config) -> Any:
-    make = recipe.METHODS[each.method].factorization
-    assert make is not None
-    return make(each)
+    over = METHODS[each.method].over
+    assert over is not None
+    return over.make_factorization(each)
 
 
 # -- what the fields mean ---------------------------------------------------------------------------------------------
@@ -88,13 +90,13 @@ def test_a_factorization_an_expansion_and_a_backend_in_their_place() -> None:
 
 def test_runs_from_before_these_fields_stay_valid() -> None:
     """The settings of a run with the defaults have neither changed nor grown."""
-    settings = recipe.Config().resolved().settings()
+    settings = recipe.RECIPE.resolve(recipe.Config()).settings()
     assert {"factorization", "expansion", "backend"}.isdisjoint(settings)
     fixed = {**settings, "lr": 0.003, "core_lr": None}
     assert config_hash(fixed) == "bb883219"
     assert config(expansion=2.0).settings()["expansion"] == 2.0
     hashes = {
-        config_hash(each.resolved().settings())
+        config_hash(recipe.RECIPE.resolve(each).settings())
         for each in (config(), config(factorization="cp"), config(expansion=2.0), config(backend="tensorly"))
     }
     assert len(hashes) == 4
@@ -103,8 +105,11 @@ def test_runs_from_before_these_fields_stay_valid() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--factorization", "qr"], "--factorization is 'qr': choose one of svd, mpo, tucker, cp"),
-        (["--backend", "numpy"], "--backend is 'numpy': choose one of torch, opt_einsum, tensorly, tensornetwork"),
+        (["--factorization", "qr"], "invalid choice: 'qr' (choose from 'svd', 'mpo', 'tucker', 'cp')"),
+        (
+            ["--backend", "numpy"],
+            "invalid choice: 'numpy' (choose from 'torch', 'opt_einsum', 'tensorly', 'tensornetwork')",
+        ),
         (["--expansion", "0.5"], "expansion=0.5: an exact factorization has at least"),
         (["--factorization", "cp", "--gauge", "right"], "gauge='right' is unknown to CP"),
         (["--factorization", "svd", "--expansion", "2"], "--expansion is 2.0: an SVD has one structure only"),
@@ -114,7 +119,7 @@ def test_what_does_not_go_together_is_refused_before_any_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
 ) -> None:
     with pytest.raises(SystemExit):
-        recipe.main(["--method", "lora-over-mpo", "--runs", str(tmp_path / "runs"), *options])
+        recipe.main(recipe.RECIPE, ["--method", "lora-over-mpo", "--runs", str(tmp_path / "runs"), *options])
     assert message in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
 
@@ -127,8 +132,8 @@ def test_backends_train_the_same_adapter(tmp_path: Path, tiny_model: str) -> Non
     for backend in ("torch", "opt_einsum", "tensorly", "tensornetwork"):
         if backend != "torch":
             pytest.importorskip(backend)
-        each = config(model=tiny_model, backend=backend, **TINY)
-        result = recipe.run(each, tmp_path, quiet=True)
+        each = config(model=tiny_model, lr=1e-2, backend=backend, **TINY)
+        result = running.run(recipe.RECIPE, each, tmp_path, quiet=True)
         curves[backend] = [loss for _, loss in result["curve"]]
     for backend, curve in curves.items():
         assert curve == pytest.approx(curves["torch"], rel=1e-4), backend
@@ -148,7 +153,7 @@ def test_the_driver_varies_factorization_and_expansion(tmp_path: Path, tiny_mode
 
 def fake_run(_: Path, settings: dict[str, Any], *__: Any, **___: Any) -> dict[str, Any]:
     """A result without a run, other for other rates and factorizations; one setting fails."""
-    given = recipe.Config(**settings).resolved()
+    given = recipe.Config(**settings)
     if given.factorization == "cp":
         return {"config": settings, "error": "RuntimeError: no luck"}
     accuracy = {None: 0.2, "mpo": 0.3, "tucker": 0.4}[given.factorization] + 10 * (given.lr or 0)

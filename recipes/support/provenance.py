@@ -13,8 +13,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 PACKAGES = ("tnadapt", "torch", "transformers", "peft", "accelerate", "datasets", "trl", "numpy")
 
 
@@ -65,6 +63,8 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 def hardware() -> dict[str, Any]:
     """Processor, threads and accelerators."""
+    import torch  # takes seconds, which a command line that only reads JSON need not wait
+
     cuda = torch.cuda.is_available()
     return {
         "machine": platform.machine(),

@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tnadapt.report import pictures
-from tnadapt.report.advice import advise
-from tnadapt.report.provenance import config_hash, write_text
-from tnadapt.report.tables import Table, percent, percent_over_seeds, rate
+from . import pictures
+from .advice import advise
+from .provenance import config_hash, write_text
+from .tables import Table, percent, percent_over_seeds, rate
 
 Result = Mapping[str, Any]
 
@@ -33,12 +33,16 @@ def expansions(over: Any) -> list[dict[str, Any]]:
 
 
 def result_table(
-    results: Sequence[Result], committed: Mapping[str, Any] | None = None, paper: Mapping[str, str] | None = None
+    results: Sequence[Result],
+    measure: str,
+    committed: Mapping[str, Any] | None = None,
+    paper: Mapping[str, str] | None = None,
 ) -> Table:
     """One row for the base model and one per result.
 
     Args:
         results: of runs on the same problems.
+        measure: what the accuracy is a share of.
         committed: the table over several seeds that the repository keeps; it gets a column of its own.
         paper: the paper's own figures by label, which are nobody's measurement here; a column of their own, too.
     """
@@ -59,9 +63,7 @@ def result_table(
                 f"{metrics['training_seconds']:.0f}",
             ]
         )
-    caption = (
-        f"{first['problems']} problems, {first['steps']} steps. Plain LoRA trains {first['lora_parameters']:,} numbers."
-    )
+    caption = f"{first['problems']} examples, {first['steps']} steps."
     if committed:
         columns.append(f"{len(committed['seeds'])} seeds")
         rows[0].append(percent(committed["base_accuracy"]))
@@ -78,10 +80,10 @@ def result_table(
         for row, result in zip(rows[1:], results, strict=True):
             row.append(paper.get(result["label"], "–"))
         caption += " Last column: printed in the paper, not measured here."
-    return Table("Exact match of the final number", columns, rows, caption)
+    return Table(measure, columns, rows, caption)
 
 
-def write_report(result: Result, folder: Path) -> None:
+def write_report(result: Result, folder: Path, measure: str) -> None:
     """The pictures of a run, and a text about it that says what to do next."""
     config, metrics, label = result["config"], result["metrics"], result["label"]
     pictures.loss_curves(folder / "loss.png", {label: result["curve"]})
@@ -93,15 +95,15 @@ def write_report(result: Result, folder: Path) -> None:
     settings = Table("configuration", ("option", "value"), [(key, str(value)) for key, value in config.items()])
     lines = [
         f"# {label}, seed {config['seed']}\n",
-        f"{config['model']} trained on {metrics['training_examples']} problems of {config['data']}: {metrics['steps']} "
-        f"steps of {config['batch']}, {metrics['tokens']:,} tokens. Evaluated on {metrics['problems']} problems of the "
+        f"{config['model']} trained on {metrics['training_examples']} examples of {config['data']}: {metrics['steps']} "
+        f"steps of {config['batch']}, {metrics['tokens']:,} tokens. Evaluated on {metrics['problems']} examples of the "
         f"{config['eval_split']} split. {metrics['seconds']:.0f} s in all, {metrics['training_seconds']:.0f} s training.\n",
-        result_table([result]).markdown(),
+        result_table([result], measure).markdown(),
         *shown,
         "## What next\n",
         *(f"- {sentence}" for sentence in advise(result)),
-        "\nThe adapter is a plain PEFT adapter: `PeftModel.from_pretrained(base, 'adapter')`. All answers are in "
-        "`predictions.jsonl`, all figures in `result.json`.\n",
+        "\nThe adapter is one of PEFT's: `PeftModel.from_pretrained(base, 'adapter')`; full fine-tuning leaves `model` instead. "
+        "All answers are in `predictions.jsonl`, all figures in `result.json`.\n",
         *([f"## Plan\n\n```\n{result['plan']}\n```\n"] if result["plan"] else []),
         "## Configuration\n",
         settings.markdown(),
@@ -112,11 +114,12 @@ def write_report(result: Result, folder: Path) -> None:
 def compare(
     results: Sequence[Result],
     root: Path,
+    measure: str,
     committed: Mapping[str, Any] | None = None,
     paper: Mapping[str, str] | None = None,
 ) -> Path:
     """Print the results in one table and draw them in one picture below ``root``, whose path is returned."""
-    result_table(results, committed, paper).show()
+    result_table(results, measure, committed, paper).show()
     scores = {"base model": results[0]["metrics"]["base_accuracy"]}
     scores |= {result["label"]: result["metrics"]["accuracy"] for result in results}
     curves = {result["label"]: result["curve"] for result in results}

@@ -21,7 +21,7 @@ def advise(result: Mapping[str, Any]) -> list[str]:
     advice = [*_about_loss(curve)]
     if metrics["format_rate"] < 0.95:
         advice.append(
-            f"Only {100 * metrics['format_rate']:.0f} % of the answers have a number after ####. Look at predictions.jsonl:"
+            f"Only {100 * metrics['format_rate']:.0f} % of the answers are well formed. Look at predictions.jsonl:"
             " if answers are cut off, raise --max-new-tokens; if not, train longer (--train-size, --max-steps)."
         )
     if accuracy <= base + error:

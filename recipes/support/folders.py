@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tnadapt.report.provenance import read_json, write_json
+from .provenance import read_json, write_json
 
 UNFINISHED = "unfinished"
 RESULT = "result.json"
@@ -51,6 +51,30 @@ class RunFolder:
         path = self.final / RESULT
         return _read(path, config) if path.exists() else None
 
+    def notice(self, resume: bool) -> str:
+        """What a run does with what lies there already, in sentences; empty where nothing does.
+
+        Args:
+            resume: whether the run goes on in a folder that exists.
+        """
+        said = []
+        if resume and (self.final / RESULT).exists():
+            said.append(f"{self.final} holds this run, finished: it is kept and not repeated.")
+        elif resume and self.work.exists():
+            said.append(f"{self.work} holds this run, unfinished: it goes on from its last checkpoint.")
+        elif not resume:
+            if (self.final / RESULT).exists():
+                said.append(
+                    f"{self.final} holds this run, finished: it is repeated, and replaced when the new one is finished. "
+                    "--resume keeps it instead."
+                )
+            if self.work.exists():
+                said.append(
+                    f"{self.work} holds this run, unfinished: it is moved to {self._aside()}, and the run starts from the "
+                    "beginning. --resume goes on from its last checkpoint instead."
+                )
+        return "\n".join(said)
+
     @contextmanager
     def working(self, result: dict[str, Any], keep: bool) -> Iterator[Path]:
         """Run the body with the work folder; afterwards ``result`` has a status and the folder is where it belongs.
@@ -65,7 +89,7 @@ class RunFolder:
         if self.work.exists() and keep:
             _read(self.work / RESULT, result["config"])
         elif self.work.exists():
-            self._move_aside()
+            os.replace(self.work, self._aside())
         self.work.mkdir(parents=True, exist_ok=True)
         result.update(status="running", started=_now())
         write_json(self.work / RESULT, result)
@@ -83,11 +107,12 @@ class RunFolder:
             shutil.rmtree(self.final)
         os.replace(self.work, self.final)
 
-    def _move_aside(self) -> None:
+    def _aside(self) -> Path:
+        """Where an unfinished run is kept when the run starts from the beginning again."""
         number = 2
         while (aside := self.work.with_name(f"{self.name}--{number}")).exists():
             number += 1
-        os.replace(self.work, aside)
+        return aside
 
 
 def _read(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:

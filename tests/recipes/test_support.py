@@ -1,11 +1,9 @@
-"""Run folders, atomic files, tables, options, pictures and advice."""
+"""Run folders, atomic files, tables, settings, pictures and advice."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,9 @@ import pytest
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
-from tnadapt.report import advice, folders, options, pictures, provenance, tables
+from support import advice, config, folders, pictures, provenance, tables
+
+from tnadapt.backends import BACKENDS
 
 
 def result_of(**changes: Any) -> dict[str, Any]:
@@ -113,7 +113,7 @@ def test_config_hash_ignores_order_only() -> None:
     assert provenance.config_hash({"a": 1}) != provenance.config_hash({"a": 2})
 
 
-# -- tables and options -----------------------------------------------------------------------------------------------
+# -- tables and settings -----------------------------------------------------------------------------------------------
 
 
 def test_table_as_markdown_and_csv() -> None:
@@ -130,36 +130,36 @@ def test_percentages_over_seeds_use_the_sample_deviation() -> None:
     assert tables.percent_over_seeds([]) == "–"
 
 
-@dataclass(frozen=True)
-class Settings:
-    kind: str = "a"
-    count: int = 1
-    share: float = 0.5
-    rate: float | None = None
-    fast: bool = False
-
-
-def test_options_come_from_the_fields() -> None:
-    parser = argparse.ArgumentParser()
-    options.add_options(parser, Settings, leave_out=("kind",))
-    parsed = parser.parse_args(["--rate", "3e-4", "--fast", "true"])
-    assert options.given_options(parsed, Settings, leave_out=("kind",)) == {"rate": 3e-4, "fast": True}
-
-
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("field", "value", "message"),
     [
-        (Settings(kind="c"), "--kind is 'c': choose one of a, b"),
-        (Settings(count=0), "--count is 0: give a whole number of at least 1"),
-        (Settings(rate=0.0), "--rate is 0.0: give a number above 0"),
-        (Settings(rate=float("nan")), "--rate is nan: give a number above 0"),
-        (Settings(share=-0.1), "--share is -0.1: give a number of at least 0"),
+        ("dtype", "float8", "--dtype is 'float8': choose one of float32, bfloat16"),
+        ("eval_split", "train", "--eval-split is 'train': choose one of validation, test"),
+        ("rank", 0, "--rank is 0: give a whole number of at least 1"),
+        ("order", 1, "--order is 1: give a whole number of at least 2"),
+        ("lr", 0.0, "--lr is 0.0: give a number above 0"),
+        ("lr", float("nan"), "--lr is nan: give a number above 0"),
+        ("weight_decay", -0.1, "--weight-decay is -0.1: give a number of at least 0"),
+        ("micro_batch", 5, "--micro-batch is 5: it must divide --batch, which is 32"),
     ],
 )
-def test_values_that_cannot_work_are_refused(settings: Settings, message: str) -> None:
-    options.check_fields(Settings(), {"kind": ("a", "b")})
+def test_values_that_cannot_work_are_refused(field: str, value: Any, message: str) -> None:
+    config.Config().check()
+    config.Config(weight_decay=0.0, max_steps=0, clip=0.0).check()
     with pytest.raises(ValueError, match=f"^{message}$"):
-        options.check_fields(settings, {"kind": ("a", "b")}, may_be_zero=("share",))
+        config.Config(**{field: value}).check()
+
+
+def test_choices_of_options_are_those_of_the_package() -> None:
+    """The configuration names them again, since `--help` must not wait for torch."""
+    assert tuple(BACKENDS) == config.BACKENDS
+
+
+def test_a_name_of_a_file_is_no_hub_id() -> None:
+    assert config.is_hub_id("openai/gsm8k")
+    assert not config.is_hub_id("data/train.jsonl")
+    assert not config.is_hub_id("./data")
+    assert not config.is_hub_id("a/b/c")
 
 
 # -- pictures and advice ----------------------------------------------------------------------------------------------
@@ -188,7 +188,7 @@ def test_pictures_are_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"metrics": {"format_rate": 0.5}}, "Only 50 % of the answers have a number"),
+        ({"metrics": {"format_rate": 0.5}}, "Only 50 % of the answers are well formed"),
         ({"metrics": {"accuracy": 0.1}}, "not better than the base model"),
         ({"metrics": {"accuracy": 0.99}}, "nearly solved"),
         ({"curve": [(1, 2.0), (2, float("nan"))]}, "stopped being a finite number"),

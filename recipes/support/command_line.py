@@ -1,0 +1,119 @@
+"""The command line of a recipe: transformers' parser reads the options off the fields of the recipe's configuration."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from transformers.hf_argparser import HfArgumentParser
+
+from support.config import EMBEDDED, Config
+from support.methods import METHODS
+from support.provenance import read_json
+from support.recipe import Recipe
+
+
+def preset_of(recipe: Recipe, arguments: Sequence[str] | None) -> str:
+    """The preset that a command line asks for: the others' defaults come from it."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", choices=recipe.presets, default="laptop")
+    preset: str = first.parse_known_args(arguments)[0].preset
+    return preset
+
+
+def options_of(recipe: Recipe, preset: str, without: Collection[str] = (), **settings: Any) -> HfArgumentParser:
+    """A parser with an option for every field of the recipe's configuration; the defaults are the preset's.
+
+    Args:
+        recipe: whose configuration.
+        preset: whose defaults; `preset_of` finds it.
+        without: fields that get no option.
+        settings: for ``argparse.ArgumentParser``.
+    """
+    types = get_type_hints(recipe.config)
+    fields = [
+        (field.name, types[field.name], dataclasses.field(default=field.default, metadata=field.metadata))
+        for field in dataclasses.fields(recipe.config)
+        if field.name not in {*without, "preset"}
+    ]
+    parser = HfArgumentParser(dataclasses.make_dataclass("Options", fields), allow_abbrev=False, **settings)
+    parser.add_argument("--preset", choices=recipe.presets, help="laptop: small and offline; paper: that of LoRA-Over")
+    parser.set_defaults(**dataclasses.asdict(recipe.presets[preset]))
+    return parser
+
+
+def config_from(recipe: Recipe, options: argparse.Namespace, **changes: Any) -> Any:
+    """The configuration that parsed options make."""
+    names = {field.name for field in dataclasses.fields(recipe.config)} - changes.keys()
+    return recipe.config(**{name: getattr(options, name) for name in names}, **changes)
+
+
+def main(recipe: Recipe, arguments: Sequence[str] | None = None) -> None:
+    """Run the methods that the command line names, and compare them."""
+    preset = preset_of(recipe, arguments)
+    parser = options_of(recipe, preset, recipe.several, description=recipe.description)
+    for field in dataclasses.fields(recipe.config):
+        if field.name in recipe.several:
+            default = getattr(recipe.presets[preset], field.name)
+            parser.add_argument(
+                f"--{field.name}",
+                nargs="+",
+                choices=field.metadata["choices"],
+                default=list(recipe.default_methods) if field.name == "method" else [default],
+                help=f"{field.metadata['help']}; each of several is run",
+            )
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders go")
+    parser.add_argument(
+        "--name", default="", help="of the run folder, with the method if there are several; made up if empty"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on with an unfinished run, keep a finished one")
+    parser.add_argument("--threads", type=int, help="CPU threads; None: 1 for the embedded model, else torch's choice")
+    options = parser.parse_args(arguments)
+    values = [dict.fromkeys(getattr(options, name)) for name in recipe.several]
+    changes = [dict(zip(recipe.several, each, strict=True)) for each in itertools.product(*values)]
+    try:
+        _run_all(recipe, [config_from(recipe, options, **each) for each in changes], options)
+    except ValueError as error:
+        parser.exit(2, f"error: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "\ncancelled; the same command with --resume goes on from the last checkpoint\n")
+
+
+def _run_all(recipe: Recipe, configs: Sequence[Config], options: argparse.Namespace) -> None:
+    # Torch and transformers are imported here and not above: they take seconds that --help and a wrong option need not wait.
+    from support.results import compare
+    from support.running import hush, run
+
+    hush()
+    configs = [recipe.resolve(config) for config in configs]
+    first = configs[0]
+    if options.threads or first.model == EMBEDDED:  # which is so small that threads only wait for each other
+        import torch
+
+        torch.set_num_threads(options.threads or 1)
+    results = []
+    for config in configs:
+        ending = "-".join(str(getattr(config, name)) for name in recipe.several)
+        name = f"{options.name}-{ending}" if options.name and len(configs) > 1 else options.name
+        print(f"\n{METHODS[config.method].label}: {config.model} on {recipe.title(config)}, seed {config.seed}")
+        results.append(run(recipe, config, options.runs, name, options.resume))
+    for result in results:
+        print(f"{result['label']}: {result['folder']}/report.md")
+    for title, group in itertools.groupby(zip(configs, results, strict=True), lambda pair: recipe.title(pair[0])):
+        pairs = list(group)
+        first = pairs[0][0]
+        measure = f"{recipe.measure}, {title}" if len(recipe.several) > 1 else recipe.measure
+        table = committed_table(recipe, first)
+        picture = compare([result for _, result in pairs], options.runs, measure, table, recipe.paper(first))
+        print(f"comparison: {picture}")
+
+
+def committed_table(recipe: Recipe, config: Config) -> Any:
+    """The table over seeds that the repository keeps for the models and data that it ships."""
+    path = recipe.path.parent / "results" / f"{recipe.table_name(config)}.json"
+    shipped = all(getattr(config, name) in (EMBEDDED, None) for name in ("model", *config.PLACES))
+    return read_json(path) if shipped and path.exists() else None

@@ -1,0 +1,69 @@
+"""Data: JSON lines in folders and files, and data sets of the hub."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from support.recipe import Record
+
+
+def read_jsonl(
+    path: Path, columns: Sequence[str], problem: Callable[[Record], str] = lambda record: ""
+) -> list[Record]:
+    """The records of a file with one JSON object a line, as text in ``columns``.
+
+    Args:
+        path: the file; empty lines are skipped.
+        columns: what every object has.
+        problem: what is wrong with a record, or an empty text.
+
+    Raises:
+        ValueError: names the line that is no such object, or has a problem.
+    """
+    records = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            record = {column: str(row[column]) for column in columns}
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path}, line {number}: not an object with {' and '.join(columns)} ({error!r})"
+            ) from error
+        if wrong := problem(record):
+            raise ValueError(f"{path}, line {number}: {wrong}")
+        records.append(record)
+    return records
+
+
+def local_file(place: str, split: str, suffix: str = ".jsonl") -> Path | None:
+    """The file of a split in a folder, or ``place`` itself if it is a file; None where there is none.
+
+    A file has no splits: it is what the option that names it asks for.
+    """
+    path = Path(place).expanduser()
+    file = path if path.is_file() else path / f"{split}{suffix}"
+    return file if file.is_file() else None
+
+
+def load_hub(option: str, place: str, *arguments: Any, **settings: Any) -> Any:
+    """``datasets.load_dataset``, with one line, which names the ``option`` that asks for it, where it cannot be had."""
+    from datasets import load_dataset
+
+    from support.loading import reaching
+
+    with reaching(option, place):
+        return load_dataset(place, *arguments, **settings)
+
+
+def hold_out(
+    train: Sequence[Record], size: int, identity: Callable[[Record], str]
+) -> tuple[list[Record], list[Record]]:
+    """Training records without those of the last ``size``, and these; records of one ``identity`` stay together."""
+    evaluation = list(train[-size:])
+    held = {identity(record) for record in evaluation}
+    return [record for record in train if identity(record) not in held], evaluation

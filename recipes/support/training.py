@@ -1,0 +1,163 @@
+"""Training of a method through an unmodified Trainer, with checkpoints that a killed run goes on from."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from support.adapters import callbacks_of, make_optimizer
+from support.config import Config
+from support.encoding import IGNORED
+from support.methods import Method
+from support.provenance import read_json, write_json
+from support.results import expansions
+from tnadapt import LoraOver, plan, predefined
+from tnadapt.integrations.transformers import last_complete_checkpoint
+
+
+class Training:
+    """The training examples of one run, their batches, and the Trainer's settings."""
+
+    def __init__(
+        self, tokenizer: Any, examples: Sequence[dict[str, list[int]]], config: Config, work: Path, quiet: bool
+    ) -> None:
+        tokenizer.padding_side = "right"
+        self.examples = list(examples)
+        self.config = config
+        self.work = work
+        self.quiet = quiet
+        self.collate = DataCollatorForSeq2Seq(tokenizer)
+        self.steps = config.max_steps or config.epochs * -(-len(self.examples) // config.batch)
+
+    def batches(self, size: int, device: Any = None) -> list[dict[str, torch.Tensor]]:
+        """The first ``size`` examples, in batches of at most ``micro_batch``."""
+        chosen, step = self.examples[:size], self.config.micro_batch
+        made = [self.collate(chosen[start : start + step]) for start in range(0, len(chosen), step)]
+        return [{name: tensor.to(device) for name, tensor in batch.items()} for batch in made]
+
+    def trainer(self, model: Any, optimizer: torch.optim.Optimizer, callbacks: Sequence[Any], name: str) -> Trainer:
+        """An unmodified Trainer whose checkpoints go to the folder ``name``."""
+        config = self.config
+        arguments = TrainingArguments(
+            output_dir=str(self.work / name),
+            per_device_train_batch_size=config.micro_batch,
+            gradient_accumulation_steps=config.batch // config.micro_batch,
+            max_steps=self.steps,
+            lr_scheduler_type="cosine",
+            max_grad_norm=config.clip,
+            seed=config.seed,
+            bf16=config.dtype == "bfloat16",
+            activation_checkpointing=config.activation_checkpointing,
+            logging_steps=max(1, self.steps // 50),
+            save_strategy="steps",
+            save_steps=config.save_every,
+            save_total_limit=2,
+            remove_unused_columns=False,
+            dataloader_pin_memory=torch.cuda.is_available(),
+            include_num_input_tokens_seen="non_padding",
+            disable_tqdm=self.quiet,
+            report_to="none",
+        )
+        trainer = Trainer(
+            model,
+            arguments,
+            train_dataset=self.examples,
+            data_collator=self.collate,
+            optimizers=(optimizer, None),
+            callbacks=list(callbacks),
+        )
+        trainer.remove_callback(PrinterCallback)
+        if not self.quiet:
+            trainer.remove_callback(ProgressCallback)
+            trainer.add_callback(LossBar)
+        return trainer
+
+    def run(
+        self, model: Any, optimizer: torch.optim.Optimizer, callbacks: Sequence[Any] = (), name: str = "checkpoints"
+    ) -> Any:
+        """Train ``model`` in place, from the last complete checkpoint in the folder ``name``; returns the Trainer's state."""
+        trainer = self.trainer(model, optimizer, callbacks, name)
+        trainer.train(resume_from_checkpoint=last_complete_checkpoint(self.work / name))
+        return trainer.state
+
+
+def train(model: Any, method: Method, training: Training) -> dict[str, Any]:
+    """Train ``model`` in place with ``method``, and tell what happened: ``metrics``, ``curve``, ``plan`` and ``matrices``."""
+    config = training.config
+    scores = None
+    if method.over is not None and method.over.choice == "predefined":
+        scores = scores_of_ablation(model, method, training)
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    optimizer = make_optimizer(model, method, config)
+    over, table = None, ""
+    if method.over is not None:
+        factorization, scheduler = method.over.make_factorization(config), method.over.make_scheduler(config, scores)
+        table = str(plan(model, factorization, top_n=getattr(scheduler, "top_n", None)))
+        if not training.quiet:
+            print(table)
+        over = LoraOver(model, optimizer, factorization, scheduler, core_lr=config.core_lr)
+    start = time.perf_counter()
+    state = training.run(model, optimizer, callbacks_of(model, method))
+    curve = [(entry["step"], entry["loss"]) for entry in state.log_history if "loss" in entry]
+    tail = [loss for _, loss in curve[-5:]]
+    result = {
+        "metrics": {
+            "loss": sum(tail) / len(tail) if tail else float("nan"),
+            "steps": state.global_step,
+            "tokens": int(state.num_input_tokens_seen),
+            "training_seconds": time.perf_counter() - start,
+            "lora_parameters": trainable,
+            "trained_parameters": over.trained_parameters if over else trainable,
+        },
+        "curve": curve,
+        "plan": table,
+        "matrices": expansions(over) if over else [],
+    }
+    if over:
+        over.fold()
+    return result
+
+
+#: Training examples on which MPO_P's ablation measures the loss; LoRA-Over does not say which it takes.
+ABLATION_EXAMPLES = 256
+
+
+def scores_of_ablation(model: Any, method: Method, training: Training) -> dict[str, float]:
+    """The first stage of MPO_P: train plain LoRA, and score each matrix by what zeroing it does to the loss.
+
+    ``model`` is afterwards what it was. The scores are kept in ``ablation.json``; a run that goes on reads them from there, and
+    goes on in the first stage's checkpoints if it was interrupted before.
+    """
+    file = training.work / "ablation.json"
+    if file.exists():
+        scores: dict[str, float] = read_json(file)
+        return scores
+    batches = training.batches(ABLATION_EXAMPLES, model.device)
+
+    @torch.no_grad()
+    def mean_loss() -> float:
+        losses = [(float(model(**batch).loss), int((batch["labels"] != IGNORED).sum())) for batch in batches]
+        return sum(loss * tokens for loss, tokens in losses) / sum(tokens for _, tokens in losses)
+
+    def train_plain() -> None:
+        training.run(model, make_optimizer(model, method, training.config), name="ablation")
+
+    scores = predefined(model, train_plain, mean_loss, training.config.top_n).scores
+    write_json(file, scores)
+    shutil.rmtree(training.work / "ablation", ignore_errors=True)
+    return scores
+
+
+class LossBar(ProgressCallback):
+    """The Trainer's progress bar, with the loss in it instead of in lines of its own."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if self.training_bar is not None and logs and "loss" in logs:
+            self.training_bar.set_postfix(loss=f"{float(logs['loss']):.4f}")

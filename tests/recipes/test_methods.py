@@ -1,0 +1,401 @@
+"""Every method of the table: it trains, carries its own signature, is saved so that it loads on the untouched base model."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+pytest.importorskip("matplotlib")
+pytest.importorskip("rich")
+
+from peft import PeftModel
+from safetensors.torch import load_file
+from support import adapters, running, training
+from support.encoding import IGNORED, encode
+from support.methods import METHODS
+from support.recipe import Recipe
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from recipes import llama31_gsm8k, t5_glue
+
+pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning"), pytest.mark.filterwarnings("ignore::FutureWarning")]
+
+KINDS = {"llama": llama31_gsm8k.RECIPE, "t5": t5_glue.RECIPE}
+SMALL: dict[str, Any] = {
+    "train_size": 16,
+    "eval_size": 2,
+    "max_steps": 4,
+    "batch": 4,
+    "micro_batch": 2,
+    "rank": 4,
+    "alpha": 8,
+    "order": 4,
+    "top_n": 1,
+    "split": 1,
+    "every": 1,
+    "max_new_tokens": 2,
+    "save_every": 2,
+    "lr": 5e-3,
+    "targets": "all-linear",
+}
+SEEN: dict[str, Any] = {}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A random Llama and a random T5, each of one layer, in folders."""
+    folders = {kind: tmp_path_factory.mktemp(kind) for kind in KINDS}
+    tokenizers = {kind: AutoTokenizer.from_pretrained(recipe.embedded_model) for kind, recipe in KINDS.items()}
+    torch.manual_seed(0)
+    llama = LlamaConfig(
+        vocab_size=len(tokenizers["llama"]),
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=48,
+        max_position_embeddings=512,
+        eos_token_id=tokenizers["llama"].eos_token_id,
+        pad_token_id=tokenizers["llama"].pad_token_id,
+    )
+    LlamaForCausalLM(llama).save_pretrained(folders["llama"])
+    t5 = T5Config(
+        vocab_size=len(tokenizers["t5"]),
+        d_model=32,
+        d_kv=8,
+        d_ff=48,
+        num_layers=1,
+        num_heads=4,
+        dropout_rate=0.0,
+        pad_token_id=tokenizers["t5"].pad_token_id,
+        eos_token_id=tokenizers["t5"].eos_token_id,
+        decoder_start_token_id=tokenizers["t5"].pad_token_id,
+    )
+    T5ForConditionalGeneration(t5).save_pretrained(folders["t5"])
+    for kind, tokenizer in tokenizers.items():
+        tokenizer.save_pretrained(folders[kind])
+    return folders
+
+
+def configuration(kind: str, model: Path, method: str, **changes: Any) -> Any:
+    return dataclasses.replace(
+        KINDS[kind].presets["laptop"], **{**SMALL, "model": str(model), "method": method, **changes}
+    )
+
+
+@dataclasses.dataclass
+class Trained:
+    """A finished run, with the model as it was right after training and the optimizer that trained it."""
+
+    folder: Path
+    result: dict[str, Any]
+    model: Any
+    optimizer: Any
+    before: dict[str, torch.Tensor]
+    base: Any
+    batch: dict[str, torch.Tensor]
+
+
+def trained(recipe: Recipe, config: Any, root: Path, monkeypatch: pytest.MonkeyPatch) -> Trained:
+    seen: dict[str, Any] = {}
+    make, real_train = training.make_optimizer, running.train
+
+    def watching(model: Any, method: Any, of: Any) -> dict[str, Any]:
+        seen["model"] = model
+        seen["before"] = {name: p.detach().clone() for name, p in model.named_parameters()}
+        seen["batch"] = of.batches(4)[0]
+        return real_train(model, method, of)
+
+    monkeypatch.setattr(running, "train", watching)
+    monkeypatch.setattr(training, "make_optimizer", lambda *a: seen.setdefault("optimizer", make(*a)))
+    result = running.run(recipe, config, root, quiet=True)
+    kind = T5ForConditionalGeneration if recipe is KINDS["t5"] else LlamaForCausalLM
+    base = kind.from_pretrained(config.model)
+    return Trained(Path(result["folder"]), result, base=base, **seen)
+
+
+PAIRS = [(kind, method) for kind in KINDS for method in METHODS]
+
+
+@pytest.mark.parametrize(("kind", "method"), PAIRS, ids=["-".join(pair) for pair in PAIRS])
+def test_a_method_trains_and_loads_on_the_untouched_base(
+    tmp_path: Path, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch, kind: str, method: str
+) -> None:
+    run = trained(KINDS[kind], configuration(kind, models[kind], method), tmp_path, monkeypatch)
+    moved = [n for n, p in run.model.named_parameters() if p.requires_grad and not torch.equal(p, run.before[n])]
+    assert moved
+    assert all(torch.equal(p, run.before[n]) for n, p in run.model.named_parameters() if not p.requires_grad)
+    assert run.result["label"] == METHODS[method].label
+    run.model.eval()
+    if method == "full":
+        assert not (run.folder / "adapter").exists()
+        loaded = type(run.base).from_pretrained(run.folder / "model")
+    else:
+        loaded = PeftModel.from_pretrained(run.base, run.folder / "adapter")
+    with torch.no_grad():
+        there = run.model(**run.batch).logits
+        torch.testing.assert_close(loaded.eval()(**run.batch).logits, there, rtol=1e-4, atol=1e-5)
+    SIGNATURES.get(method, lambda run: None)(run)
+
+
+def layers(model: Any) -> list[Any]:
+    return [module for module in model.modules() if hasattr(module, "lora_A")]
+
+
+def base_weight_of(run: Trained, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """A layer's base weight during training, and that of the model on disk."""
+    inside = dict(run.model.base_model.model.named_modules())[name]
+    fresh = type(run.base).from_pretrained(run.base.name_or_path)
+    return inside.get_base_layer().weight, dict(fresh.named_modules())[name].weight
+
+
+def first_layer(run: Trained) -> str:
+    return next(name for name, m in run.model.base_model.model.named_modules() if hasattr(m, "lora_A"))
+
+
+def changed_base(run: Trained) -> None:
+    during, before = base_weight_of(run, first_layer(run))
+    assert not torch.allclose(during, before)
+    saved = load_file(run.folder / "adapter" / "adapter_model.safetensors")
+    assert {min(tensor.shape) for tensor in saved.values()} == {2 * SMALL["rank"]}
+
+
+def unchanged_function(run: Trained) -> None:
+    """The initialization does not move the model: base and adapter together give what the base gave."""
+    for name, parameter in run.model.named_parameters():
+        if name in run.before:
+            parameter.data.copy_(run.before[name])
+    fresh = type(run.base).from_pretrained(run.base.name_or_path).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(run.model(**run.batch).logits, fresh(**run.batch).logits, rtol=1e-4, atol=1e-4)
+
+
+def full(run: Trained) -> None:
+    assert sum(p.numel() for p in run.model.parameters()) == run.result["metrics"]["trained_parameters"]
+
+
+def mutated(run: Trained) -> None:
+    changed_base(run)
+    unchanged_function(run)
+
+
+def rslora(run: Trained) -> None:
+    assert {module.scaling["default"] for module in layers(run.model)} == {SMALL["alpha"] / SMALL["rank"] ** 0.5}
+
+
+def loraplus(run: Trained) -> None:
+    rates = {}
+    for group in run.optimizer.param_groups:
+        for parameter in group["params"]:
+            rates[id(parameter)] = group["initial_lr"]
+    for module in layers(run.model):
+        a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
+        assert rates[id(b)] == pytest.approx(16 * rates[id(a)])
+
+
+def dora(run: Trained) -> None:
+    magnitudes = [name for name in run.before if "magnitude" in name]
+    assert magnitudes
+    assert all(not torch.equal(dict(run.model.named_parameters())[name], run.before[name]) for name in magnitudes)
+
+
+def adalora(run: Trained) -> None:
+    pattern = run.model.peft_config["default"].rank_pattern
+    ranks = [sum(kept) for kept in pattern.values()]
+    assert sum(ranks) == SMALL["rank"] * len(ranks), "the budget ends at the rank"
+    assert {len(kept) for kept in pattern.values()} == {SMALL["rank"] * 3 // 2}, "it starts at one and a half times it"
+
+
+def of_type(name: str) -> Any:
+    def check(run: Trained) -> None:
+        assert run.model.peft_config["default"].peft_type == name
+
+    return check
+
+
+def equal(run: Trained) -> None:
+    rank = run.model.peft_config["default"].r
+    assert rank > SMALL["rank"]
+    SEEN["equal"] = run.result["metrics"]["trained_parameters"] / rank
+
+
+def over(run: Trained) -> None:
+    metrics = run.result["metrics"]
+    assert metrics["trained_parameters"] > metrics["lora_parameters"]
+    assert any(matrix["expanded_at"] is not None for matrix in run.result["matrices"])
+
+
+def predefined(run: Trained) -> None:
+    over(run)
+    assert all(matrix["expanded_at"] in (None, 0) for matrix in run.result["matrices"])
+    assert (run.folder / "ablation.json").exists()
+    assert not (run.folder / "ablation").exists()
+
+
+SIGNATURES: dict[str, Any] = {
+    "full": full,
+    "lora-equal": equal,
+    "pissa": mutated,
+    "olora": mutated,
+    "lora-ga": mutated,
+    "lora-ga-peft": mutated,
+    "rslora": rslora,
+    "lora+": loraplus,
+    "dora": dora,
+    "adalora": adalora,
+    "loha": of_type("LOHA"),
+    "lokr": of_type("LOKR"),
+    **{name: over for name, method in METHODS.items() if method.over is not None},
+    "lora-over-mpo-p": predefined,
+}
+
+
+# -- what is ours -----------------------------------------------------------------------------------------------------
+
+
+def test_lora_ga_starts_where_its_authors_start(models: dict[str, Path]) -> None:
+    """The formula, from a full SVD of a gradient that is computed here: out^(1/4)/sqrt(16) on both factors, u's from r+1."""
+    config = configuration("llama", models["llama"], "lora-ga", targets="q_proj,down_proj")
+    base = LlamaForCausalLM.from_pretrained(models["llama"])
+    reference = LlamaForCausalLM.from_pretrained(models["llama"])
+    torch.manual_seed(1)
+    ids = torch.randint(5, 100, (2, 12))
+    batch = {"input_ids": ids, "labels": ids}
+    reference(**batch).loss.backward()
+    model = adapters.attach(base, METHODS["lora-ga"], config, 4, lambda size: [batch])
+    rank, scaling = 4, 8 / 4**0.5
+    for name in ("self_attn.q_proj", "mlp.down_proj"):
+        layer = reference.model.layers[0].get_submodule(name)
+        u, _, v = torch.linalg.svd(layer.weight.grad.double(), full_matrices=False)
+        scale = layer.weight.shape[0] ** 0.25 / 4
+        made = model.base_model.model.model.layers[0].get_submodule(name)
+        a, b = made.lora_A["default"].weight.double(), made.lora_B["default"].weight.double()
+        # singular vectors are known up to their sign
+        assert torch.allclose((a @ v[:rank].T).abs(), scale * torch.eye(rank, dtype=torch.float64), atol=1e-3)
+        assert torch.allclose(
+            (u[:, rank : 2 * rank].T @ b).abs(), scale * torch.eye(rank, dtype=torch.float64), atol=1e-3
+        )
+        torch.testing.assert_close(
+            made.get_base_layer().weight.double() + scaling * b @ a, layer.weight.double(), rtol=1e-4, atol=1e-5
+        )
+
+
+def test_lora_ga_refuses_layers_that_are_too_small(models: dict[str, Path]) -> None:
+    config = configuration("llama", models["llama"], "lora-ga", targets="v_proj", rank=12)
+    base = LlamaForCausalLM.from_pretrained(models["llama"])
+    batch = {"input_ids": torch.arange(5, 15)[None], "labels": torch.arange(5, 15)[None]}
+    with pytest.raises(
+        ValueError, match=r"--rank is 12: LoRA-GA needs 24 singular vectors, and a layer of 16x32 has 16"
+    ):
+        adapters.attach(base, METHODS["lora-ga"], config, 4, lambda size: [batch])
+
+
+@pytest.mark.parametrize(
+    ("sizes", "changes", "rank"),
+    [
+        ({"intermediate_size": 14336, "num_key_value_heads": 8}, {"order": 10}, 42),
+        ({"intermediate_size": 11008, "num_key_value_heads": 32}, {"order": 9, "targets": "all-linear"}, 34),
+    ],
+    ids=["Llama 3.1 8B", "Llama 2 7B"],
+)
+def test_equal_rank_is_the_one_that_the_paper_compares_with(
+    sizes: dict[str, int], changes: dict[str, Any], rank: int
+) -> None:
+    shape = LlamaConfig(vocab_size=1000, hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, **sizes)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(shape)
+    config = dataclasses.replace(llama31_gsm8k.PRESETS["paper"], method="lora-equal", **changes)
+    assert adapters.equal_rank(config, model) == rank
+
+
+@pytest.mark.parametrize("method", ["adalora", "lora-over-mpo-p", "lora-ga", "lora+"])
+def test_an_interrupted_run_ends_where_a_whole_one_does(
+    tmp_path: Path, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    recipe, config = KINDS["llama"], configuration("llama", models["llama"], method)
+    whole = running.run(recipe, config, tmp_path / "whole", quiet=True)
+
+    class Killed(adapters.TrainerCallback):
+        """Ends the run behind the checkpoint of step 2."""
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 2:
+                raise KeyboardInterrupt
+
+    real = training.callbacks_of
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "callbacks_of", lambda *a: [*real(*a), Killed()])
+        with pytest.raises(KeyboardInterrupt):
+            running.run(recipe, config, tmp_path, "run", quiet=True)
+    resumed = running.run(recipe, config, tmp_path, "run", resume=True, quiet=True)
+    first, second = (
+        load_file(Path(run["folder"]) / "adapter" / "adapter_model.safetensors") for run in (whole, resumed)
+    )
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert resumed["curve"] == whole["curve"]
+
+
+def test_adalora_without_its_averages_is_not_resumed(tmp_path: Path, models: dict[str, Path]) -> None:
+    config = configuration("llama", models["llama"], "adalora")
+    base = LlamaForCausalLM.from_pretrained(models["llama"])
+    budget = adapters.AdaLoraBudget(adapters.attach(base, METHODS["adalora"], config, 4))
+    arguments = type("Arguments", (), {"output_dir": str(tmp_path)})
+    state = type("State", (), {"global_step": 2})
+    with pytest.raises(ValueError, match=r"checkpoint-2/adalora\.pt is missing"):
+        budget.on_train_begin(arguments, state, None)
+
+
+# -- batches ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_padding_and_masks_change_no_loss(tmp_path: Path, models: dict[str, Path], kind: str) -> None:
+    """The loss of a padded batch is the mean over all answer tokens of its examples, each alone and without padding."""
+    recipe = KINDS[kind]
+    config = configuration(kind, models[kind], "lora", micro_batch=4)
+    tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(models[kind])
+    model = (T5ForConditionalGeneration if kind == "t5" else LlamaForCausalLM).from_pretrained(models[kind]).eval()
+    records = recipe.load(config)[0]
+    examples = encode(tokenizer, records, recipe.prompt, recipe.answer, 4, 200, kind == "t5")
+    assert len({len(example["input_ids"]) for example in examples}) > 1
+    tokenizer.padding_side = "left"  # which the harness has to set right
+    (batch,) = training.Training(tokenizer, examples, config, tmp_path, True).batches(4)
+    with torch.no_grad():
+        together = float(model(**batch).loss)
+        total, count = 0.0, 0
+        for example in examples:
+            alone = {name: torch.tensor([ids]) for name, ids in example.items()}
+            labelled = sum(label != IGNORED for label in example["labels"])
+            total, count = total + float(model(**alone).loss) * labelled, count + labelled
+    assert together == pytest.approx(total / count, rel=1e-5)
+    for row, example in zip(batch["attention_mask"], examples, strict=True):
+        assert row.tolist() == [1] * len(example["input_ids"]) + [0] * (len(row) - len(example["input_ids"]))
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_a_batch_of_prompts_answers_as_each_alone(models: dict[str, Path], kind: str) -> None:
+    from support.generation import generate
+
+    recipe = KINDS[kind]
+    tokenizer = AutoTokenizer.from_pretrained(recipe.embedded_model)
+    model = (T5ForConditionalGeneration if kind == "t5" else LlamaForCausalLM).from_pretrained(recipe.embedded_model)
+    config = dataclasses.replace(recipe.presets["laptop"], max_new_tokens=12, eval_batch=5)
+    prompts = [recipe.prompt(record) for record in recipe.load(config)[1][:5]]
+    assert len({len(prompt) for prompt in prompts}) > 1
+    together = generate(model, tokenizer, prompts, config, quiet=True)
+    alone = [generate(model, tokenizer, [prompt], config, quiet=True)[0] for prompt in prompts]
+    assert together == alone
+    assert any(text.strip() for text in together)

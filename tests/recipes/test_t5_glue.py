@@ -1,0 +1,282 @@
+"""The T5 recipe: its generated tasks, GLUE's formats, the paper's settings, and a run over several tasks."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+pytest.importorskip("matplotlib")
+pytest.importorskip("rich")
+
+from hypothesis import given
+from hypothesis import strategies as st
+from support import running
+from support.glue import TASKS
+from transformers import AutoTokenizer
+
+from recipes import ablate
+from recipes import t5_glue as recipe
+from recipes.embedded import sentences
+from tnadapt import MPO, TaylorRuntime
+
+pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning"), pytest.mark.filterwarnings("ignore::FutureWarning")]
+
+FAMILY = "composed"
+EACH_TASK = pytest.mark.parametrize("task", sentences.TASKS)
+SMALL: dict[str, Any] = {
+    "train_size": 32,
+    "eval_size": 6,
+    "max_steps": 3,
+    "batch": 8,
+    "micro_batch": 4,
+    "order": 4,
+    "save_every": 2,
+    "lr": 3e-3,
+}
+
+
+def small(**changes: Any) -> recipe.Config:
+    return dataclasses.replace(recipe.Config(), **{**SMALL, **changes})
+
+
+# -- generated sentences ----------------------------------------------------------------------------------------------
+
+
+@EACH_TASK
+@pytest.mark.parametrize("split", sentences.SPLITS)
+def test_records_are_decided_by_the_arguments(task: str, split: str) -> None:
+    records = sentences.generate(FAMILY, task, split, 40, seed=3)
+    assert records == sentences.generate(FAMILY, task, split, 40, seed=3)
+    assert records[:10] == sentences.generate(FAMILY, task, split, 10, seed=3)
+    assert records != sentences.generate(FAMILY, task, split, 40, seed=4)
+    assert {sentences.split_of(record) for record in records} == {split}
+    assert all(set(record) == {*TASKS[task].columns, "label"} for record in records)
+
+
+@EACH_TASK
+def test_labels_are_balanced(task: str) -> None:
+    labels = [record["label"] for record in sentences.generate(FAMILY, task, "train", 3000)]
+    expected = 1 / len(TASKS[task].labels)
+    for number in range(len(TASKS[task].labels)):
+        assert labels.count(number) / len(labels) == pytest.approx(expected, abs=0.04)
+
+
+@given(st.sampled_from(sentences.FAMILIES), st.integers(0, 2**32))
+def test_acceptable_sentences_agree_and_others_break_one_rule(family: str, seed: int) -> None:
+    """An independent reading of each sentence: does the verb's form fit the noun's, and "one" a singular noun?"""
+    for record in sentences.generate(family, "cola", "train", 20, seed):
+        words = str(record["sentence"]).split()
+        singular = words[1] in {noun for nouns in sentences._KINDS.values() for noun in nouns}
+        verb = words[words.index("one") - 1]
+        article_fits = not words[-2].endswith("s")
+        wrong = [singular == (verb in sentences._VERBS), not article_fits]
+        assert sum(wrong) == (0 if record["label"] else 1), record
+
+
+@given(st.sampled_from(sentences.FAMILIES), st.integers(0, 2**32))
+def test_a_review_is_positive_if_a_good_word_stands_or_a_bad_one_is_negated(family: str, seed: int) -> None:
+    for record in sentences.generate(family, "sst2", "train", 20, seed):
+        words = str(record["sentence"]).split()
+        good = any(word in ("great", "charming", "funny", "clever", "moving") for word in words)
+        assert bool(record["label"]) == (good != ("not" in words or "never" in words))
+
+
+@given(st.integers(0, 2**32))
+def test_paraphrases_have_the_same_roles_and_the_same_verb(seed: int) -> None:
+    participles = {
+        "sees": "seen",
+        "finds": "found",
+        "takes": "taken",
+        "knows": "known",
+        "holds": "held",
+        "watches": "watched",
+    }
+    synonym = {"big": "large", "small": "little", "quick": "fast"}
+    for record in sentences.generate(FAMILY, "mrpc", "train", 20, seed):
+        _, subject, verb, _, adjective, target, _ = str(record["sentence1"]).split()
+        _, adjective2, target2, _, participle, _, _, subject2, _ = str(record["sentence2"]).split()
+        assert adjective2 == synonym.get(adjective, adjective)
+        same = participle == participles[verb] and (subject, target) == (subject2, target2)
+        assert bool(record["label"]) == same
+
+
+def test_unknown_requests_are_refused() -> None:
+    with pytest.raises(ValueError, match="task is 'rte'; choose one of"):
+        sentences.generate(FAMILY, "rte", "train", 1)
+    with pytest.raises(ValueError, match="split is 'dev'"):
+        sentences.generate(FAMILY, "cola", "dev", 1)
+    with pytest.raises(ValueError, match="n is -1"):
+        sentences.generate(FAMILY, "cola", "train", -1)
+
+
+@EACH_TASK
+def test_every_word_and_every_label_has_a_token(task: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(recipe.RECIPE.embedded_model)
+    for record in sentences.generate(FAMILY, task, "test", 200):
+        for text in (TASKS[task].prompt(record), TASKS[task].answer(record)):
+            assert tokenizer.unk_token_id not in tokenizer(text)["input_ids"]
+    for label in TASKS[task].labels:
+        assert tokenizer.decode(tokenizer(label)["input_ids"], skip_special_tokens=True) == label
+
+
+# -- formats ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("task", "record", "prompt", "answer"),
+    [
+        ("sst2", {"sentence": "a fine film", "label": 1}, "sst2 sentence: a fine film", "positive"),
+        ("cola", {"sentence": "He go.", "label": "0"}, "cola sentence: He go.", "unacceptable"),
+        (
+            "mrpc",
+            {"sentence1": "A.", "sentence2": "B.", "label": 0},
+            "mrpc sentence1: A. sentence2: B.",
+            "not_equivalent",
+        ),
+        ("qnli", {"question": "Q?", "sentence": "S.", "label": 0}, "qnli question: Q? sentence: S.", "entailment"),
+        (
+            "mnli",
+            {"premise": "P.", "hypothesis": "H.", "label": 2},
+            "mnli hypothesis: H. premise: P.",
+            "contradiction",
+        ),
+    ],
+)
+def test_prompts_and_labels_are_t5s(task: str, record: dict[str, Any], prompt: str, answer: str) -> None:
+    assert (TASKS[task].prompt(record), TASKS[task].answer(record)) == (prompt, answer)
+
+
+def test_an_answer_is_right_word_for_word() -> None:
+    record = {"sentence": "x", "label": 1, "task": "sst2"}
+    assert recipe.grade(record, "positive") == (True, True)
+    assert recipe.grade(record, " negative") == (True, False)
+    assert recipe.grade(record, "positive positive") == (False, False)
+    assert recipe.grade(record, "") == (False, False)
+
+
+def test_a_folder_of_glue_is_read_and_lends_the_end_of_its_training_records(tmp_path: Path) -> None:
+    rows = [f'a "quoted film {number} \t{number % 2}' for number in range(10)]
+    (tmp_path / "train.tsv").write_text("\n".join(["sentence\tlabel", *rows]) + "\n")
+    (tmp_path / "dev.tsv").write_text("sentence\tlabel\nno\t0\n")
+    config = small(task="sst2", data=str(tmp_path), eval_size=3)
+    train, evaluation = recipe.load_records(config)
+    assert [record["sentence"] for record in evaluation] == ["no"]
+    assert train[1] == {"sentence": 'a "quoted film 1 ', "label": "1", "task": "sst2"}
+    assert len(train) == 10
+    train, evaluation = recipe.load_records(dataclasses.replace(config, eval_split="validation"))
+    assert [record["sentence"] for record in evaluation] == [f'a "quoted film {number} ' for number in (7, 8, 9)]
+    assert len(train) == 7
+
+
+def test_json_lines_are_read_too(tmp_path: Path) -> None:
+    record = {"premise": "p", "hypothesis": "h", "label": 2, "more": "left out"}
+    for name in ("train.jsonl", "validation.jsonl"):
+        (tmp_path / name).write_text(json.dumps(record) + "\n")
+    train, evaluation = recipe.load_records(small(task="mnli", data=str(tmp_path)))
+    assert train == evaluation == [{"premise": "p", "hypothesis": "h", "label": "2", "task": "mnli"}]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("sentence\nfine\n", r"train\.tsv has no column label for sst2; its header has sentence"),
+        ("sentence\tlabel\nfine\t2\n", r"train\.tsv, line 2: label is '2'; sst2 has 0, 1"),
+        ("sentence\tlabel\nfine\t1\nshort\n", r"train\.tsv, line 3"),
+        ("", r"train\.tsv has no column sentence, label for sst2; its header has nothing"),
+    ],
+)
+def test_broken_files_are_named(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "train.tsv").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        recipe.load_records(small(task="sst2", data=str(tmp_path)))
+
+
+def test_a_folder_without_records_to_evaluate_on_says_which_files_it_looked_for(tmp_path: Path) -> None:
+    (tmp_path / "train.tsv").write_text("sentence\tlabel\nfine\t1\n")
+    with pytest.raises(ValueError, match=r"has none of the files dev\.tsv, dev\.jsonl, validation\.tsv"):
+        recipe.load_records(small(task="sst2", data=str(tmp_path)))
+
+
+# -- the paper's settings ---------------------------------------------------------------------------------------------
+
+#: LoRA-Over, appendix: T5-Base. Split number and eval step of MPO_R by task.
+ROUNDS = {"mnli": (5, 100), "qnli": (7, 80), "cola": (8, 5), "sst2": (7, 50), "mrpc": (8, 5)}
+
+
+@EACH_TASK
+def test_the_paper_preset_has_the_papers_settings(task: str) -> None:
+    config = dataclasses.replace(recipe.PRESETS["paper"], task=task, method="lora-over-mpo-r")
+    resolved = recipe.RECIPE.resolve(config)
+    assert (resolved.lr, resolved.core_lr) == (5e-4, 4.9e-4)
+    assert (resolved.split, resolved.every) == ROUNDS[task]
+    assert (resolved.rank, resolved.alpha, resolved.epochs) == (8, 16, 1)
+    assert (resolved.max_length, resolved.batch, resolved.weight_decay) == (128, 32, 0.0)
+    assert (resolved.order, resolved.top_n, resolved.targets) == (16, 9, "all-linear")
+    over = running.METHODS["lora-over-mpo-r"].over
+    assert over is not None
+    assert over.make_factorization(resolved) == MPO(order=16)
+    scheduler = over.make_scheduler(resolved)
+    assert isinstance(scheduler, TaylorRuntime)
+    assert (scheduler.top_n, scheduler.split, scheduler.every) == (9, *ROUNDS[task])
+    for method, rates in (("lora-over-svd", (4.9e-4, None)), ("lora-over-mpo", (4.9e-4, None))):
+        resolved = recipe.RECIPE.resolve(dataclasses.replace(config, method=method))
+        assert (resolved.lr, resolved.core_lr) == rates
+    resolved = recipe.RECIPE.resolve(dataclasses.replace(config, method="lora-over-mpo-p"))
+    assert (resolved.lr, resolved.core_lr) == (5e-4, 4.9e-4)
+
+
+def test_a_method_without_a_tuned_rate_is_refused_with_the_command_that_tunes_it() -> None:
+    config = dataclasses.replace(recipe.PRESETS["paper"], method="dora")
+    with pytest.raises(ValueError, match=r"no rate of dora .* recipes/ablate\.py tune --recipe recipes/t5_glue\.py"):
+        recipe.RECIPE.resolve(config)
+
+
+# -- runs -------------------------------------------------------------------------------------------------------------
+
+
+def test_several_tasks_make_a_table_each(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = [part for name, value in SMALL.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    tasks = ["--task", "cola", "mnli", "--method", "lora", "lora-over-mpo-r"]
+    recipe.main(recipe.RECIPE, [*tasks, "--runs", str(tmp_path), *options])
+    printed = capsys.readouterr().out
+    assert printed.count("comparison: ") == 2
+    assert "Accuracy, cola embedded" in printed
+    assert "Accuracy, mnli embedded" in printed
+    results = [json.loads(path.read_text()) for path in tmp_path.glob("t5_glue-*/result.json")]
+    assert {(result["config"]["task"], result["config"]["method"]) for result in results} == {
+        (task, method) for task in ("cola", "mnli") for method in ("lora", "lora-over-mpo-r")
+    }
+
+
+def test_the_tuner_takes_this_recipe(tmp_path: Path) -> None:
+    options = [
+        part for name, value in SMALL.items() if name != "lr" for part in (f"--{name.replace('_', '-')}", str(value))
+    ]
+    script = [
+        "tune",
+        "--recipe",
+        str(recipe.RECIPE.path),
+        "--task",
+        "sst2",
+        "--methods",
+        "lora",
+        "--lrs",
+        "1e-3",
+        "1e-2",
+    ]
+    ablate.main([*script, "--eval-split", "validation", "--runs", str(tmp_path), *options])
+    (table,) = (tmp_path / "ablations").glob("tune-*/table.json")
+    rows = json.loads(table.read_text())["rows"]
+    assert [(row["value"], row["errors"]) for row in rows] == [(1e-3, []), (1e-2, [])]
+
+
+def test_a_wrong_task_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        recipe.main(recipe.RECIPE, ["--task", "rte"])
+    assert "invalid choice: 'rte' (choose from 'mnli', 'sst2', 'cola', 'qnli', 'mrpc')" in capsys.readouterr().err
