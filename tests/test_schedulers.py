@@ -341,6 +341,9 @@ def test_unknown_reduction():
 
 def test_label_of_runtime():
     assert TaylorRuntime(9, 8, 50).label == "TaylorRuntime(top_n=9, split=8, every=50)"
+    # what a state is compared by names every setting that was changed
+    after = TaylorRuntime(9, 8, 50, expand_after_update=True)
+    assert after.label == "TaylorRuntime(top_n=9, split=8, every=50, expand_after_update=True)"
 
 
 @pytest.mark.parametrize("steps", [1, 2])

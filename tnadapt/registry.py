@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Generic, TypeVar
 
-__all__ = ["Registry"]
+__all__ = ["Registry", "plain"]
 
 T = TypeVar("T")
 
@@ -100,6 +100,24 @@ class Registry(Generic[T]):
             raise ValueError(
                 f"{self.kind} {name} has no setting {', '.join(unknown)}; its settings are {', '.join(known) or 'none'}"
             )
+
+
+def plain(owner: object, name: str, value: Any) -> Any:
+    """The setting `name` of `owner` as JSON data; shapes that are keys become `"768x8"`.
+
+    Raises:
+        TypeError: it holds something else.
+    """
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (tuple, list)):
+        return [plain(owner, name, entry) for entry in value]
+    if isinstance(value, Mapping) and all(isinstance(key, (str, tuple)) for key in value):
+        return {
+            key if isinstance(key, str) else "x".join(map(str, key)): plain(owner, name, entry)
+            for key, entry in value.items()
+        }
+    raise TypeError(f"{name}={value!r} of {type(owner).__name__} is no JSON data; the class needs a to_dict of its own")
 
 
 def _path(cls: type) -> str:

@@ -9,9 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tnadapt import LoraOver, OverParamAdapter, Static
 from tnadapt.factorizations import MPO, SVD, TensorRing
 
-from .variants import make_matrix, relative_error, shapes
+from .variants import make_matrix, reference_fold, relative_error, shapes
 
 
 @given(shape=shapes(), order=st.integers(2, 12))
@@ -71,3 +72,26 @@ def test_bad_rings() -> None:
     with pytest.raises(ValueError, match="at least two"):
         TensorRing(order=2).fold([torch.ones(3, 2, 2, 3)])
     assert TensorRing(order=3, max_bond=2).label == "TensorRing(order=3, max_bond=2)"
+
+
+def test_a_model_trains_through_rings_as_autograd_does() -> None:
+    torch.manual_seed(0)
+    model = OverParamAdapter.from_linear(torch.nn.Linear(12, 18, dtype=torch.float64), rank=6)
+    pair = [model.lora_A.weight, model.lora_B.weight]
+    torch.nn.init.normal_(pair[1])
+    ring = TensorRing(order=4)
+    cores = [[core.requires_grad_() for core in ring.unfold(weight.detach())] for weight in pair]
+    optimizer = torch.optim.AdamW(pair, lr=1e-2, weight_decay=0.01)
+    reference = torch.optim.AdamW([*cores[0], *cores[1]], lr=1e-2, weight_decay=0.01)
+    LoraOver(model, optimizer, ring, Static())
+    x = torch.randn(7, 12, dtype=torch.float64)
+    for _ in range(6):
+        model(x).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        lora_a, lora_b = (reference_fold(ring, own) for own in cores)
+        (model.base(x) + model.scaling * x @ lora_a.mT @ lora_b.mT).square().sum().backward()
+        reference.step()
+        reference.zero_grad()
+    for weight, own in zip(pair, cores, strict=True):
+        assert relative_error(weight.detach(), reference_fold(ring, own).detach()) <= 1e-10

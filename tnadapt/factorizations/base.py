@@ -28,7 +28,7 @@ from tnadapt.factorizations.structure import (
     nearest_sites,
     resolve_sites,
 )
-from tnadapt.registry import Registry
+from tnadapt.registry import Registry, plain
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -139,7 +139,7 @@ class Factorization(ABC):
             ValueError: the class is not registered, and its name is that of another one.
         """
         name = _FACTORIZATIONS.name_of(type(self))
-        return {"type": name, **{f.name: _plain(self, f.name) for f in _settings(type(self))}}
+        return {"type": name, **{f.name: plain(self, f.name, getattr(self, f.name)) for f in _settings(type(self))}}
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Factorization:
@@ -434,23 +434,6 @@ def _by_name(cls: type[Factorization], unnamed: Sequence[object]) -> str:
     if len(unnamed) == 1 and likely in names and not isinstance(first, str):
         return f"{name}({given}): settings go by name; write {name}({likely}={first!r})"
     return f"{name}({given}): settings go by name; those of {name} are {', '.join(names)}"
-
-
-def _plain(owner: Factorization, name: str) -> Any:
-    """A setting as JSON data."""
-
-    def plain(value: Any) -> Any:
-        if value is None or isinstance(value, (bool, int, float, str)):
-            return value
-        if isinstance(value, (tuple, list)):
-            return [plain(entry) for entry in value]
-        if isinstance(value, Mapping):
-            return {f"{rows}x{cols}": plain(entry) for (rows, cols), entry in value.items()}
-        raise TypeError(
-            f"{name}={value!r} of {type(owner).__name__} is no JSON data; write to_dict and _from_settings of the class"
-        )
-
-    return plain(getattr(owner, name))
 
 
 def _unplain(cls: type[Factorization], name: str, value: Any) -> Any:

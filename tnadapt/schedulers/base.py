@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from tnadapt.matrices import TrainedMatrix
-from tnadapt.registry import Registry
+from tnadapt.registry import Registry, plain
 
 __all__ = ["Scheduler", "by_group", "register_scheduler", "warn_small_groups"]
 
@@ -81,7 +81,7 @@ class Scheduler(ABC):
             ValueError: the class is not registered, and its name is that of another one.
         """
         name = _SCHEDULERS.name_of(type(self))
-        return {"type": name, **{key: _plain(self, key, value) for key, value in _settings(self).items()}}
+        return {"type": name, **{key: plain(self, key, value) for key, value in _settings(self).items()}}
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Scheduler:
@@ -140,17 +140,6 @@ def _settings(scheduler: Scheduler) -> dict[str, Any]:
             "repr and to_dict read; add it, or write both"
         )
     return {name: getattr(scheduler, name) for name in names}
-
-
-def _plain(owner: Scheduler, name: str, value: Any) -> Any:
-    """A setting as JSON data."""
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, (tuple, list)):
-        return [_plain(owner, name, entry) for entry in value]
-    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
-        return {key: _plain(owner, name, entry) for key, entry in value.items()}
-    raise TypeError(f"{name}={value!r} of {type(owner).__name__} is no JSON data; write to_dict of the class")
 
 
 def by_group(matrices: Mapping[str, TrainedMatrix]) -> dict[str, list[TrainedMatrix]]:

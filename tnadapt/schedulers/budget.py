@@ -138,4 +138,5 @@ class Budget(Scheduler):
 
     @property
     def label(self) -> str:
-        return f"Budget(added_parameters={self.added_parameters}, every={self.every})"
+        """As `repr`: a state is not resumed under other settings."""
+        return repr(self)

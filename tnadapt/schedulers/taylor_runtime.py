@@ -157,4 +157,5 @@ class TaylorRuntime(Scheduler):
 
     @property
     def label(self) -> str:
-        return f"TaylorRuntime(top_n={self.top_n}, split={self.split}, every={self.every})"
+        """As `repr`: a state is not resumed under other settings."""
+        return repr(self)
