@@ -29,13 +29,13 @@ from typing import Any
 from unittest import mock
 
 import torch
+from provenance import environment, write_json
 from rich.console import Console
 from torch import nn
 from tqdm import tqdm
 
 from tnadapt import MPO, LoraOver, OverParamAdapter, Scheduler, TrainedMatrix
 from tnadapt.engine import Expanded
-from tnadapt.report.provenance import environment, write_json
 
 RESULTS = Path(__file__).parent / "results"
 GOALS = {"cpu": 10.0, "cuda": 1.0}

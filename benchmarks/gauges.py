@@ -24,11 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from provenance import environment, write_json
 from torch import Tensor
 from tqdm import tqdm
 
 from tnadapt.factorizations import GAUGES, MPO
-from tnadapt.report.provenance import environment, write_json
 
 ROOT = Path(__file__).parent.parent
 SHAPE, STEPS, LR = (768, 8), 20, 4.9e-4

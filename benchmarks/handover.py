@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from provenance import environment, write_json
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tnadapt import MPO, Factorization, LoraOver, Scheduler, find_lora_matrices
-from tnadapt.report.provenance import environment, write_json
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))

@@ -20,10 +20,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from provenance import environment, write_json
 from rich.console import Console
 from tqdm import tqdm
-
-from tnadapt.report.provenance import environment, write_json
 
 RESULTS = Path(__file__).parent / "results"
 GOAL = 0.2

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from provenance import environment, write_json
 from rich.console import Console
 from step_overhead import T5_LINEARS, share_base
 from torch import Tensor, nn
@@ -38,7 +39,6 @@ from tqdm import tqdm
 from transformers import T5Config, T5ForConditionalGeneration
 
 from tnadapt import RowRescale, TTLoraLinear, add_adapters
-from tnadapt.report.provenance import environment, write_json
 
 RESULTS = Path(__file__).parent / "results"
 PERIODS = (20, 1)

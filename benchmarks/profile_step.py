@@ -28,6 +28,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from provenance import environment, write_json
 from rich.console import Console
 from step_overhead import CASES, Case, Variant, build_base, make_batch, synchronize
 from torch import Tensor
@@ -35,7 +36,6 @@ from tqdm import tqdm
 
 from tnadapt.engine import Step
 from tnadapt.engine.cores import Cohort
-from tnadapt.report.provenance import environment, write_json
 
 RESULTS = Path(__file__).parent / "results"
 

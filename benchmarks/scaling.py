@@ -35,13 +35,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.nn
+from provenance import environment, read_json, write_json
 from rich.console import Console
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from tnadapt import MPO, Factorization, LoraOver, OverParamAdapter, Scheduler, Static, TrainedMatrix
-from tnadapt.report.provenance import environment, read_json, write_json
 
 RESULTS = Path(__file__).parent / "results"
 RANK = 8

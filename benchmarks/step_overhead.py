@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
+from provenance import environment, write_json
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -37,7 +38,6 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, T5Config, T5ForConditionalGeneration
 
 from tnadapt import MPO, SVD, Factorization, LoraOver, Scheduler, Static, TaylorRuntime
-from tnadapt.report.provenance import environment, write_json
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from tnadapt.report.provenance import read_json
+from recipes.support.provenance import read_json
 
 pytest.importorskip("rich")
 pytest.importorskip("tqdm")

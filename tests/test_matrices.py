@@ -284,7 +284,7 @@ def test_wrappers_change_no_name():
 def test_gradient_without_the_scale():
     parameter = nn.Parameter(torch.zeros(2, 3))
     parameter.grad = torch.full((2, 3), 8.0)
-    matrix = TrainedMatrix("x.A", "A", "", "x", None, nn.Linear(3, 2), parameter)
+    matrix = TrainedMatrix("x.A", "A", "", "x", None, nn.Linear(3, 2), "weight", parameter)
     assert matrix.gradient is parameter.grad
     matrix.grad_scale = torch.tensor(4.0)
     assert torch.equal(matrix.gradient, torch.full((2, 3), 2.0))
