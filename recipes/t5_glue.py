@@ -4,7 +4,8 @@ On any machine, with the small T5 and the generated sentences that this reposito
 
     python recipes/t5_glue.py --task sst2 cola --method lora lora-over-mpo-r --lr 1e-2
 
-No rate is tuned for the small T5 yet, so ``--lr`` is asked for. The setting of LoRA-Over (arXiv:2605.16470): T5-Base, the whole of each task, all linear layers::
+No rate is tuned for the small T5 yet, so ``--lr`` is asked for. The setting of LoRA-Over (arXiv:2605.16470): T5-Base, the
+whole of each task, all linear layers::
 
     python recipes/t5_glue.py --preset paper --task mnli sst2 cola qnli mrpc --method lora lora-over-mpo-r
 

@@ -358,6 +358,9 @@ def test_adalora_without_its_averages_is_not_resumed(tmp_path: Path, models: dic
         budget.on_train_begin(arguments, state, None)
 
 
+#: A task whose prompts differ in length.
+UNEVEN: dict[str, dict[str, Any]] = {"llama": {}, "t5": {"task": "sst2"}}
+
 # -- batches ----------------------------------------------------------------------------------------------------------
 
 
@@ -365,14 +368,14 @@ def test_adalora_without_its_averages_is_not_resumed(tmp_path: Path, models: dic
 def test_padding_and_masks_change_no_loss(tmp_path: Path, models: dict[str, Path], kind: str) -> None:
     """The loss of a padded batch is the mean over all answer tokens of its examples, each alone and without padding."""
     recipe = KINDS[kind]
-    config = configuration(kind, models[kind], "lora", micro_batch=4)
+    config = configuration(kind, models[kind], "lora", micro_batch=12, **UNEVEN[kind])
     tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(models[kind])
     model = (T5ForConditionalGeneration if kind == "t5" else LlamaForCausalLM).from_pretrained(models[kind]).eval()
     records = recipe.load(config)[0]
-    examples = encode(tokenizer, records, recipe.prompt, recipe.answer, 4, 200, kind == "t5")
+    examples = encode(tokenizer, records, recipe.prompt, recipe.answer, 12, 200, kind == "t5")
     assert len({len(example["input_ids"]) for example in examples}) > 1
     tokenizer.padding_side = "left"  # which the harness has to set right
-    (batch,) = training.Training(tokenizer, examples, config, tmp_path, True).batches(4)
+    (batch,) = training.Training(tokenizer, examples, config, tmp_path, True).batches(12)
     with torch.no_grad():
         together = float(model(**batch).loss)
         total, count = 0.0, 0
@@ -392,9 +395,9 @@ def test_a_batch_of_prompts_answers_as_each_alone(models: dict[str, Path], kind:
     recipe = KINDS[kind]
     tokenizer = AutoTokenizer.from_pretrained(recipe.embedded_model)
     model = (T5ForConditionalGeneration if kind == "t5" else LlamaForCausalLM).from_pretrained(recipe.embedded_model)
-    config = dataclasses.replace(recipe.presets["laptop"], max_new_tokens=12, eval_batch=5)
+    config = dataclasses.replace(recipe.presets["laptop"], max_new_tokens=12, eval_batch=5, **UNEVEN[kind])
     prompts = [recipe.prompt(record) for record in recipe.load(config)[1][:5]]
-    assert len({len(prompt) for prompt in prompts}) > 1
+    assert len({len(tokenizer(prompt)["input_ids"]) for prompt in prompts}) > 1
     together = generate(model, tokenizer, prompts, config, quiet=True)
     alone = [generate(model, tokenizer, [prompt], config, quiet=True)[0] for prompt in prompts]
     assert together == alone
