@@ -23,6 +23,7 @@ LAYERS = [
     {"row_rescale", "tt_lora"},
     {"schedulers"},
     {"testing"},
+    {"finders", "assignment"},
     {"engine"},
     {"state"},
     {"lora_over", "planning"},

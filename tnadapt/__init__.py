@@ -1,5 +1,6 @@
 """Train LoRA adapters through tensor networks and fold them back to plain LoRA."""
 
+from tnadapt import finders
 from tnadapt.adapter import (
     OverParamAdapter,
     add_adapters,
@@ -54,6 +55,7 @@ __all__ = [
     "export_peft",
     "find_adapters",
     "find_lora_matrices",
+    "finders",
     "import_peft",
     "load_adapters",
     "merge_adapters",

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from tnadapt import state as states
+from tnadapt.assignment import FactorizationArgument, assign_factorizations, describe_factorizations
 from tnadapt.engine import (
     HANDOVERS,
     CoreRates,
@@ -30,8 +31,8 @@ from tnadapt.engine import (
     shown,
     unwrap,
 )
-from tnadapt.factorizations import Factorization
-from tnadapt.matrices import TrainedMatrix, find_lora_matrices
+from tnadapt.finders import Finder, collect
+from tnadapt.matrices import TrainedMatrix
 from tnadapt.schedulers import Scheduler, Static
 
 __all__ = ["STATE_KEY", "Event", "FoldReport", "LoraOver"]
@@ -82,7 +83,9 @@ class LoraOver:
     Args:
         model: any model with LoRA pairs on linear layers (PEFT, `OverParamAdapter`, or one's own `lora_A`/`lora_B`).
         optimizer: the torch optimizer that holds the LoRA parameters; accelerate's and Lightning's wrappers are unwrapped.
-        factorization: `MPO(...)`, `SVD()`, …
+        factorization: `MPO(...)`, `SVD()`, …; or a mapping from groups or patterns of names to factorizations, of which the first
+            that fits a matrix counts; or a function of the matrix. A matrix that gets none from it has that of its adapter (see
+            `OverParamAdapter`).
         scheduler: what to expand and when; every matrix from step 0 by default.
         core_lr: learning rate of the cores while their matrices are at the base rate; it follows schedules, warm-up and ratios
             between groups in proportion. The base rate is that of the first optimizer group with LoRA matrices: the peak or
@@ -94,6 +97,10 @@ class LoraOver:
         max_update: cap on how far a matrix moves in one step: the root mean square of its update is at most
             `max_update` times its cores' rate, in which Adam moves an entry of a plain LoRA matrix by at most about 1. The
             step of the cores is shortened until the update ends at the cap. None for no cap.
+        matrices: a finder of the parameters to train through cores, see `tnadapt.finders`; None for LoRA pairs.
+        matched: scale each step of the cores so that the matrix moves exactly as far as the optimizer would have moved it as a
+            plain matrix: it steps the matrix as well, and the refold overwrites that. Depth then changes the direction of a step
+            and not its size, so rates carry over from plain LoRA and between orders.
         groups: gives a matrix the group it is ranked in, see `default_group`.
         process_group: ranks that train the same matrices; None for all.
         replace: whether to detach a `LoraOver` that is attached to these matrices, or to this optimizer, already.
@@ -108,13 +115,15 @@ class LoraOver:
         self,
         model: nn.Module,
         optimizer: Any,
-        factorization: Factorization,
+        factorization: FactorizationArgument = None,
         scheduler: Scheduler | None = None,
         *,
         core_lr: float | None = None,
         core_weight_decay: float | None = None,
         handover: str = "warm",
         max_update: float | None = None,
+        matrices: Finder | None = None,
+        matched: bool = False,
         groups: Callable[[TrainedMatrix], str] | None = None,
         process_group: Any = None,
         replace: bool = False,
@@ -126,21 +135,19 @@ class LoraOver:
         inner = unwrap(optimizer)
         if handover not in HANDOVERS:
             raise ValueError(f"handover={handover!r} is unknown; choose one of {', '.join(HANDOVERS)}")
-        matrices, skipped = find_lora_matrices(model, groups)
-        check_matrices(model, matrices, skipped, inner)
-        others = _find_attached(matrices, inner)
+        found, skipped = collect(model, matrices, groups)
+        check_matrices(model, found, skipped, inner)
+        others = _find_attached(found, inner)
         if others and not replace:
             raise ValueError(
                 "a LoraOver is attached to these LoRA matrices, or to this optimizer, already; call its fold() or detach() "
                 "before attaching another (LoraOver.of(model) finds it), or pass replace=True; give each of several models an "
                 "optimizer of its own"
             )
-        check_rates(inner, core_lr, core_weight_decay, max_update)
-        for matrix in matrices.values():
-            factorization.structure(matrix.shape)
-            matrix.factorization = factorization
-        scheduler.attach(matrices)
-        chosen = checked_choice(scheduler.select(0, matrices), matrices, scheduler)
+        check_rates(inner, core_lr, core_weight_decay, max_update, matched)
+        assign_factorizations(found, factorization)
+        scheduler.attach(found)
+        chosen = checked_choice(scheduler.select(0, found), found, scheduler)
         for other in others:
             other.detach()
         left_out = [s for s in skipped if s.is_left_out]
@@ -152,13 +159,13 @@ class LoraOver:
         self.optimizer = inner
         self.factorization = factorization
         self.scheduler = scheduler
-        self.matrices = matrices
+        self.matrices = found
         #: LoRA weights that are not candidates, with the reason
         self.skipped = skipped
         self.handover = handover
         self.process_group = process_group
-        self.rates = CoreRates(core_lr, core_weight_decay, max_update)
-        self._expanded = Expanded(matrices, inner, is_elementwise(inner), handover == "warm", process_group)
+        self.rates = CoreRates(core_lr, core_weight_decay, max_update, matched)
+        self._expanded = Expanded(found, inner, is_elementwise(inner), handover == "warm", process_group)
         self._expanded.wait(chosen, 0)
         self._step: Step | None = Step(inner, self._expanded, scheduler, self.rates, skipped)
         self._staged: dict[str, Any] | None = None
@@ -244,7 +251,7 @@ class LoraOver:
 
     def __repr__(self) -> str:
         how = f"{len(self.expanded)} of {len(self.matrices)} matrices expanded" if self.attached else "folded"
-        return f"LoraOver({self.factorization.label}, {self.scheduler.label}; step {self.step}, {how})"
+        return f"LoraOver({describe_factorizations(self.matrices)}, {self.scheduler.label}; step {self.step}, {how})"
 
     # -- ending it ----------------------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -33,6 +33,7 @@ class _Weight(NamedTuple):
     linear: nn.Module
     weight: nn.Parameter
     obstacle: str | None  # why it is not a matrix of a linear layer
+    factorization: Factorization | None = None  # of the adapter's own
 
 
 @dataclass(eq=False)
@@ -51,7 +52,7 @@ class TrainedMatrix:
         owner: the module that has the parameter.
         attribute: under which name it has it.
         parameter: that parameter, looked up anew where a wrapper has replaced it.
-        factorization: how it becomes cores; set by `LoraOver`, None before.
+        factorization: how it becomes cores; that of its adapter, or the one that `LoraOver` was given; None before.
     """
 
     name: str
@@ -149,7 +150,7 @@ def find_lora_matrices(
     skipped: list[Skipped] = []
     owners: dict[int, str] = {}
     shared = _shared_storage(model)
-    for path, adapter, active, side, linear, weight, obstacle in _lora_weights(model):
+    for path, adapter, active, side, linear, weight, obstacle, own in _lora_weights(model):
         name = ".".join(part for part in (path, adapter, side) if part)
         reason = None
         if not active:
@@ -174,7 +175,7 @@ def find_lora_matrices(
             continue
         owners[id(weight)] = name
         layer = next((int(part) for part in path.split(".") if part.isdigit()), None)
-        matrix = TrainedMatrix(name, side, "", path, layer, linear, "weight", weight)
+        matrix = TrainedMatrix(name, side, "", path, layer, linear, "weight", weight, own)
         matrix.group = (groups or default_group)(matrix)
         found[name] = matrix
     return found, skipped
@@ -216,8 +217,10 @@ def _lora_weights(model: nn.Module) -> Iterator[_Weight]:
         path = canonical_name(raw_path)
         pair: tuple[Any, Any] = (getattr(module, "lora_A", None), getattr(module, "lora_B", None))
         if all(isinstance(half, nn.Module) and not isinstance(half, nn.ModuleDict) for half in pair):
+            own = getattr(module, "factorization", None)
             for side, half in zip(_SIDES, pair, strict=True):
-                yield from _weight_of(path, "", True, side, half)
+                for weight in _weight_of(path, "", True, side, half):
+                    yield weight._replace(factorization=own.get(side)) if isinstance(own, Mapping) else weight
         elif all(isinstance(half, nn.Parameter) for half in pair):
             for side, half in zip(_SIDES, pair, strict=True):
                 obstacle = "it is a bare parameter, not the weight of an nn.Linear called lora_A or lora_B"

@@ -8,9 +8,12 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from tnadapt.factorizations import Factorization, Structure
-from tnadapt.matrices import Skipped, TrainedMatrix, find_lora_matrices
-from tnadapt.schedulers import by_group
+from tnadapt.assignment import FactorizationArgument, assign_factorizations
+from tnadapt.engine import check_factorization, check_scheduler
+from tnadapt.factorizations import Structure
+from tnadapt.finders import Finder, collect
+from tnadapt.matrices import Skipped, TrainedMatrix
+from tnadapt.schedulers import Scheduler, by_group
 
 __all__ = ["Plan", "PlanRow", "plan"]
 
@@ -27,12 +30,14 @@ class PlanRow:
         count: how many there are.
         expanded: how many would be expanded.
         structure: what each would become.
+        label: of the factorization that makes it.
     """
 
     group: str
     count: int
     expanded: int
     structure: Structure
+    label: str
 
     @property
     def lora_parameters(self) -> int:
@@ -50,7 +55,6 @@ class PlanRow:
 class Plan:
     """The table that `plan` makes; `print` it."""
 
-    factorization: Factorization
     rows: tuple[PlanRow, ...]
     skipped: tuple[Skipped, ...]
 
@@ -114,7 +118,7 @@ class Plan:
         ]
         ratio = self.trained_parameters / max(self.lora_parameters, 1)
         title = (
-            f"{self.factorization.label}: {self.lora_parameters:,} LoRA parameters, "
+            f"{' and '.join(dict.fromkeys(row.label for row in self.rows))}: {self.lora_parameters:,} LoRA parameters, "
             f"{self.trained_parameters:,} trained ({ratio:.2f}x)"
         )
         return "\n".join([title, "", *table, *([""] if self.advice else []), *(f"- {line}" for line in self.advice)])
@@ -122,36 +126,61 @@ class Plan:
 
 def plan(
     model: nn.Module,
-    factorization: Factorization,
-    top_n: int | None = None,
+    factorization: FactorizationArgument = None,
+    top_n: int | Scheduler | None = None,
     groups: Callable[[TrainedMatrix], str] | None = None,
+    matrices: Finder | None = None,
 ) -> Plan:
-    """What `factorization` would make of the LoRA matrices of `model`, which may be on the meta device.
+    """What training through cores would make of the matrices of `model`, which may be on the meta device.
 
     Args:
-        top_n: matrices to expand in each group, None for all.
-        groups: as for `LoraOver`.
+        factorization: as for `LoraOver`.
+        top_n: matrices to expand in each group, None for all; or the scheduler of the run, for what it has expanded in the end.
+        groups, matrices: as for `LoraOver`.
 
     Raises:
-        ValueError: the model has no LoRA matrices, `top_n` is below 1, or the factorization does not fit a shape.
+        TypeError: an argument of a wrong type.
+        ValueError: the model has no LoRA matrices, `top_n` is below 1, the factorization does not fit a shape, or the scheduler
+            decides by what it sees in training (`Budget`).
     """
-    if top_n is not None and top_n < 1:
+    if isinstance(top_n, int) and top_n < 1:
         raise ValueError(f"top_n={top_n!r} must be at least 1, or None for every matrix")
-    matrices, skipped = find_lora_matrices(model, groups)
-    if not matrices:
+    check_factorization(factorization)
+    if top_n is not None and not isinstance(top_n, int):
+        check_scheduler(top_n)
+    found, skipped = collect(model, matrices, groups)
+    if not found:
         reasons = "; ".join(f"{s.name}: {s.reason}" for s in skipped[:3]) or "there is no lora_A/lora_B pair in it"
         raise ValueError(f"nothing to plan: the model has no LoRA matrices that can be expanded ({reasons})")
+    assign_factorizations(found, factorization)
+    limit, chosen = _choice(top_n, found)
     rows: list[PlanRow] = []
-    for group, members in by_group(matrices).items():
-        counts: dict[tuple[int, int], int] = {}
+    for group, members in by_group(found).items():
+        counts: dict[tuple[Structure, str], list[TrainedMatrix]] = {}
         for matrix in members:
-            counts[matrix.shape] = counts.get(matrix.shape, 0) + 1
-        budget = len(members) if top_n is None else top_n
-        for shape, count in counts.items():
-            expanded = min(count, budget)
+            one = matrix.factorization
+            assert one is not None
+            counts.setdefault((one.structure(matrix.shape), one.label), []).append(matrix)
+        budget = len(members) if limit is None else limit
+        for (structure, label), alike in counts.items():
+            candidates = len(alike) if chosen is None else sum(matrix.name in chosen for matrix in alike)
+            expanded = min(candidates, budget)
             budget -= expanded
-            rows.append(PlanRow(group, count, expanded, factorization.structure(shape)))
-    return Plan(factorization, tuple(rows), tuple(Skipped(s.name, s.reason, s.is_left_out) for s in skipped))
+            rows.append(PlanRow(group, len(alike), expanded, structure, label))
+    return Plan(tuple(rows), tuple(Skipped(s.name, s.reason, s.is_left_out) for s in skipped))
+
+
+def _choice(top_n: int | Scheduler | None, matrices: dict[str, TrainedMatrix]) -> tuple[int | None, set[str] | None]:
+    """How many matrices of each group are expanded in the end, or which; None where that sets no limit."""
+    if not isinstance(top_n, Scheduler):
+        return top_n, None
+    if top_n.first_step() == 0:
+        top_n.attach(matrices)
+        return None, set(top_n.select(0, matrices))
+    limit = getattr(top_n, "top_n", None)
+    if not isinstance(limit, int):
+        raise ValueError(f"{top_n.label} decides by what it sees in training; plan with top_n= for an estimate")
+    return limit, None
 
 
 def _why_little(structure: Structure) -> str:

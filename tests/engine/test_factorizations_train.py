@@ -208,7 +208,9 @@ def test_fifty_steps_from_zero_matrices(name: str) -> None:
 
 
 def test_every_combination_is_among_the_cases() -> None:
-    assert {(VARIANTS[n].__class__, b) for n, b, _ in CASES} == {(f, b) for f in (MPO, Tucker, CP) for b in BACKENDS}
+    assert {(VARIANTS[n].__class__, b) for n, b, _ in CASES} == {
+        (f, b) for f in (MPO, SVD, Tucker, CP) for b in BACKENDS
+    }
     assert {b for n, b, _ in CASES if n == "svd"} == set(BACKENDS)
     assert {b for _, b, _ in FAST} == set(BACKENDS)
     assert set(FAST) <= set(CASES)

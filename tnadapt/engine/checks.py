@@ -99,8 +99,19 @@ def check_model(model: object) -> None:
 
 
 def check_factorization(factorization: object) -> None:
-    """Raise TypeError for anything but an instance of a factorization."""
-    if isinstance(factorization, Factorization):
+    """Raise TypeError for anything but a factorization, a mapping to factorizations, a function that gives them, or None."""
+    if isinstance(factorization, Mapping):
+        for key, entry in factorization.items():
+            if not isinstance(key, str):
+                raise TypeError(f"factorization has the key {key!r}; keys are groups, or patterns of names")
+            if not isinstance(entry, Factorization):
+                raise TypeError(
+                    f"factorization[{key!r}] is {_described(entry)}; pass one, such as MPO(order=9) or SVD()"
+                )
+        return
+    if factorization is None or isinstance(factorization, Factorization):
+        return
+    if callable(factorization) and not inspect.isclass(factorization) and not isinstance(factorization, Scheduler):
         return
     if isinstance(factorization, Scheduler):
         hint = "that is a scheduler, which comes after it: LoraOver(model, optimizer, factorization, scheduler)"
@@ -129,6 +140,7 @@ def check_rates(
     core_lr: float | None,
     core_weight_decay: float | None,
     max_update: float | None,
+    matched: bool,
 ) -> None:
     """Raise ValueError for hyper-parameters of the cores that cannot work with the optimizer."""
     kind = type(optimizer).__name__
@@ -144,6 +156,11 @@ def check_rates(
             raise ValueError(f"core_weight_decay={core_weight_decay!r} must not be negative")
         if "weight_decay" not in optimizer.defaults:
             raise ValueError(f"core_weight_decay is set, but {kind} has no weight_decay")
+    if matched and (core_lr, core_weight_decay, max_update) != (None, None, None):
+        raise ValueError(
+            "matched=True takes the length of every step from the optimizer; drop core_lr, core_weight_decay and max_update, which "
+            "would have no effect on it"
+        )
     if max_update is not None:
         if not max_update > 0:
             raise ValueError(f"max_update={max_update!r} must be positive, or None for no cap")

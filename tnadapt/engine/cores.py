@@ -30,8 +30,11 @@ from tnadapt.matrices import TrainedMatrix
 
 __all__ = ["Cohort", "Key", "Member", "Piece", "matrix_view_shape", "state_signature"]
 
-#: relative accuracy to which a capped update ends at its cap, and how often the step is scaled anew for that at most
-_CAP_ACCURACY, _CAP_ROUNDS = 1e-3, 100
+#: relative accuracy to which a capped update ends at its cap, and a matched one at the length that it is matched to; rounding
+#: of the matrix permitting
+_CAP_ACCURACY, _MATCH_ACCURACY = 1e-3, 1e-7
+#: how often a step is scaled anew for that at most
+_SCALINGS = 100
 
 
 class Key(NamedTuple):
@@ -144,6 +147,8 @@ class Cohort:
         self.update_norms = torch.stack(norms).to(key.device) if len(norms) == len(members) else None
         #: largest Frobenius norm of an update in the coming step; None for no cap
         self.cap: float | None = None
+        #: whether updates are to be as long as those that the optimizer makes of the matrices themselves
+        self.matched = False
         self._before: Tensor | None = None
         self._kernel: Kernel | None = None
         self._versions = [parameter._version for parameter in self.parameters]
@@ -250,15 +255,16 @@ class Cohort:
             self._kernel = None
         return finite
 
-    def lend(self, cap: float | None) -> list[Piece]:
+    def lend(self, cap: float | None, matched: bool) -> list[Piece]:
         """Give the pieces their gradients: the optimizer may step them now.
 
         Args:
             cap: largest Frobenius norm that the update of a matrix may have; None for no cap.
+            matched: whether the optimizer steps the matrices too, and their updates are to be as long as it makes them.
         """
         assert self.grad is not None
-        self.cap = cap
-        self._before = None if cap is None else self.buffer.clone()
+        self.cap, self.matched = cap, matched
+        self._before = self.buffer.clone() if matched or cap is not None else None
         for piece in self.pieces:
             piece.parameter.grad = self.grad[piece.start : piece.stop].view(piece.parameter.shape)
         self.lent = True
@@ -291,8 +297,12 @@ class Cohort:
         before = self.written
         if before is None:
             before = ranks.stack_rows(parameters)
-        if self.cap is not None:
-            values = self._capped(values, before.to(values.dtype))
+        start = before.to(values.dtype)
+        if self.matched and not died:
+            shadow = torch.linalg.vector_norm(ranks.stack_rows(parameters).to(values.dtype) - start, dim=1)
+            values = self._rescaled(values, start, shadow, exactly=True)
+        elif self.cap is not None:
+            values = self._rescaled(values, start, torch.full_like(values[:, 0], self.cap), exactly=False)
         written = values.to(self.key.matrix_dtype)
         self.update_norms = torch.linalg.vector_norm(values - before, dim=1)
         moved = list(range(len(parameters)))
@@ -307,17 +317,21 @@ class Cohort:
         self._versions = [parameter._version for parameter in self.parameters]
         self.settle()
 
-    def _capped(self, values: Tensor, before: Tensor) -> Tensor:
-        """Shorten the step of the cores of members whose matrix went further from `before` to `values` than the cap, so that the
-        update ends at it; returns all members folded.
+    def _rescaled(self, values: Tensor, before: Tensor, wanted: Tensor, exactly: bool) -> Tensor:
+        """Scale the step of the cores of each member so that its matrix moves from `before` by the wanted length; returns all
+        members folded.
 
-        The step keeps its direction and is scaled by s in (0, 1). The length of the update is a polynomial in s of the order of
-        the factorization, so steps of all sizes occur. A cap is between the lengths at two scales; the scale is looked for
+        The step keeps its direction and is scaled by s > 0. The length of the update is a polynomial in s of the order of the
+        factorization, so steps of all sizes occur. The wanted length is between those at two scales; the scale is looked for
         between these, on a logarithmic axis, where a power is a straight line.
+
+        Args:
+            values: what the cores fold to now, [n, numel].
+            before: what the matrices hold, [n, numel].
+            wanted: Frobenius norm of each update, [n].
+            exactly: whether shorter steps are lengthened too; they are left alone otherwise.
         """
-        assert self.cap is not None
         assert self._before is not None
-        cap = torch.full((len(self.matrices),), self.cap, dtype=values.dtype, device=values.device)
 
         def lengths(rows: Tensor) -> Tensor:
             # what overflowed on the way is too long
@@ -325,36 +339,44 @@ class Cohort:
             return norms.nan_to_num(math.inf, math.inf)
 
         found = lengths(values)
-        over = found > cap * (1 + _CAP_ACCURACY)
-        if not bool(over.any()):
+        accuracy = torch.full_like(wanted, _CAP_ACCURACY)
+        if exactly:
+            # rounding of the matrix is the floor: an update cannot be told to more digits than it leaves
+            noise = torch.finfo(values.dtype).eps * torch.linalg.vector_norm(before, dim=1)
+            accuracy = (4 * noise / wanted).nan_to_num(1.0, 1.0).clamp(_MATCH_ACCURACY, 1.0)
+        off = ((found - wanted).abs() > wanted * accuracy) & (found > 0) if exactly else found > wanted * (1 + accuracy)
+        if not bool(off.any()):
             return values
         start, stepped = self._before, self.buffer.clone()
-        one = torch.ones_like(cap)
-        # a cap of zero, as the first step of a warm-up has it, leaves the cores where they were
-        scale = torch.where(over & (cap == 0), 0 * one, one)
-        over = over & (cap > 0)
-        high, long = one.clone(), found  # too long
-        low, short = 0 * one, 0 * one  # not too long
-        for _ in range(_CAP_ROUNDS):
-            # a straight line through the cap on the logarithmic axis; where only one end is known, the line has slope one
-            known = (low > 0) & (short > 0) & long.isfinite()
-            slope = torch.where(known, (long / short).log() / (high / low).log(), one)
-            guess = torch.where(known, low * (cap / short) ** (1 / slope), high * (cap / long))
-            halfway = torch.where(low > 0, (low * high).sqrt(), high * 1e-2)
+        one, zero = torch.ones_like(wanted), torch.zeros_like(wanted)
+        # a length of zero, as the first step of a warm-up has it, leaves the cores where they were
+        scale = torch.where(off & (wanted == 0), zero, one)
+        off = off & (wanted > 0)
+        too_long = found > wanted
+        # scales at which the update is known to be too short and too long, with its length
+        low, short = torch.where(too_long, zero, one), torch.where(too_long, zero, found)
+        high, long = torch.where(too_long, one, math.inf * one), torch.where(too_long, found, math.inf * one)
+        for _ in range(_SCALINGS):
+            # Both ends known: a straight line on the logarithmic axis. One end known: a line of slope one through it.
+            both = (low > 0) & (short > 0) & long.isfinite() & high.isfinite()
+            slope = torch.where(both, (long / short).log() / (high / low).log(), one)
+            guess = torch.where(low > 0, low * (wanted / short) ** (1 / slope), high * (wanted / long))
+            middle = torch.where(low > 0, (low * high).sqrt(), high * 1e-2)
+            middle = torch.where(high.isfinite(), middle, low * 4)
             # away from both ends, so that neither can stay for ever
-            margin = (high / low).log().clamp(max=20.0) * 0.05
-            inside = (guess > low * margin.exp()) & (guess < high * (-margin).exp())
-            guess = torch.where(long.isfinite() & (inside | (low == 0)) & (guess > 0), guess, halfway)
-            scale = torch.where(over, guess, scale)
+            margin = (0.05 * (high / low).log()).clamp(max=1.0).exp()
+            inside = (guess > low * torch.where(high.isfinite(), margin, one)) & (guess < high / margin)
+            guess = torch.where(inside | ((low == 0) & (guess > 0) & (guess < high)), guess, middle)
+            scale = torch.where(off, guess, scale)
             for now, old, new in zip(*map(self._by_site, (self.buffer, start, stepped)), strict=True):
                 torch.lerp(old, new, scale.view(-1, *[1] * (new.dim() - 1)), out=now)
             values = self.fold()
             found = lengths(values)
-            too_long = found > cap
-            high, long = torch.where(over & too_long, scale, high), torch.where(over & too_long, found, long)
-            low, short = torch.where(over & ~too_long, scale, low), torch.where(over & ~too_long, found, short)
-            over = over & ((found - cap).abs() > cap * _CAP_ACCURACY)
-            if not bool(over.any()):
+            too_long = found > wanted
+            high, long = torch.where(off & too_long, scale, high), torch.where(off & too_long, found, long)
+            low, short = torch.where(off & ~too_long, scale, low), torch.where(off & ~too_long, found, short)
+            off = off & ((found - wanted).abs() > wanted * accuracy)
+            if not bool(off.any()):
                 break
         return values
 

@@ -199,7 +199,12 @@ class Expanded:
         factorization = matrices[0].factorization
         assert factorization is not None
         values = rows.view(-1, *matrices[0].shape)
-        cores = factorization.unfold(values)
+        gradient = None
+        if factorization.needs_gradient:
+            # that of a matrix which has none yet points nowhere
+            grads = [torch.zeros_like(m.parameter) if m.parameter.grad is None else m.parameter.grad for m in matrices]
+            gradient = ranks.stack_rows(grads).view_as(values)
+        cores = factorization.unfold(values, gradient)
         ranks.broadcast_from_first(cores, self.process_group)
         residual = None
         if not factorization.structure(matrices[0].shape).exact:

@@ -62,6 +62,7 @@ class CoreRates:
         lr: rate of the cores while the rate of the matrices is `base`; None for the rate of the matrices.
         weight_decay: of the cores; None for that of the matrices.
         max_update: largest root mean square of a matrix's update, in units of its cores' rate; None for no cap.
+        matched: whether a matrix moves as far as the optimizer would have moved it without cores.
         base: base rate of the first optimizer group that holds matrices: its `max_lr` where a schedule such as OneCycle has set
             one, or its `initial_lr` where another schedule has, or its `lr` at the attachment. Fixed at the first step.
     """
@@ -69,6 +70,7 @@ class CoreRates:
     lr: float | None = None
     weight_decay: float | None = None
     max_update: float | None = None
+    matched: bool = False
     base: float | None = None
 
     def fix_base(self, group: Mapping[str, Any], at_attachment: Any) -> None:
@@ -507,7 +509,7 @@ class Step:
         by_group: dict[int, list[Piece]] = {}
         cohorts = [cohort for cohort in self.expanded.now.cohorts if cohort.grad is not None]
         for cohort in cohorts:
-            pieces = cohort.lend(self._cap(cohort))
+            pieces = cohort.lend(self._cap(cohort), self.rates.matched)
             by_group.setdefault(cohort.key.group, []).extend(pieces)
         groups = [(self.optimizer.param_groups[k], self._core_group(k, pieces)) for k, pieces in by_group.items()]
         parameters = [p for cohort in cohorts for p in cohort.parameters]
@@ -549,8 +551,9 @@ class Step:
 
     def _lend(self, loan: _Loan) -> None:
         """Hand the cores over. Stand-ins without gradient take the places of the matrices, so that the optimizer passes them by
-        and positions in groups stay what they were; the matrices keep their gradients for everybody else."""
-        lent = {id(p): p for p, _, _ in loan.gradients}
+        and positions in groups stay what they were; the matrices keep their gradients for everybody else. Where steps are
+        matched, the optimizer steps the matrices as well, and its step is measured and overwritten."""
+        lent = set() if self.rates.matched else {id(p) for p, _, _ in loan.gradients}
         for owner, _ in loan.groups:
             own = owner["params"]
             loan.lists.append((owner, own))
@@ -579,7 +582,7 @@ class Step:
         with torch.no_grad(), self._without_autocast():
             for cohort in loan.cohorts:
                 cohort.pull_back()
-                cohort.lend(cohort.cap)
+                cohort.lend(cohort.cap, cohort.matched)
         loan.gradients = [(p, p.grad, p.grad._version) for p, _, _ in loan.gradients if p.grad is not None]
 
     # -- after the optimizer has stepped ------------------------------------------------------------------------------
@@ -620,7 +623,7 @@ class Step:
             cohort.take_back(state)
             for piece in cohort.pieces:
                 state.pop(piece.parameter, None)
-        if loan.scale is not None:
+        if loan.scale is not None and not self.rates.matched:
             # as the optimizer's kernel leaves gradients that it has unscaled
             for parameter, _, _ in loan.gradients:
                 if parameter.grad is not None:
@@ -644,7 +647,9 @@ class Step:
                     "optimizer cannot train tensor-network cores: use a torch.optim optimizer"
                 )
             self._proven = any(moved) and not faults
-        if not type(self.optimizer).__module__.startswith("torch.optim") and loan.scale is None:
+        if not (
+            type(self.optimizer).__module__.startswith("torch.optim") or loan.scale is not None or self.rates.matched
+        ):
             changed = [
                 p for p, grad, count in loan.gradients if p.grad is grad and grad._version != count and grad.any()
             ]
@@ -695,7 +700,10 @@ class Step:
     # -- the optimizer's own state of the matrices --------------------------------------------------------------------
 
     def forget(self, names: Iterable[str]) -> None:
-        """Drop the optimizer's own state entries of these matrices, but for those that still wait for their cores."""
+        """Drop the optimizer's own state entries of these matrices, which are from before their expansion: not of those that
+        still wait for their cores, and not where the optimizer has stepped the matrices all along."""
+        if self.rates.matched:
+            return
         waiting = set(self.expanded.now.waiting)
         for name in names:
             if name not in waiting:
