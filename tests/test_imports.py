@@ -27,6 +27,7 @@ LAYERS = [
     {"engine"},
     {"state"},
     {"lora_over", "planning"},
+    {"card"},
     {"integrations"},
     {"cli"},
 ]

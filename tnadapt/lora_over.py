@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gc
+import json
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +33,7 @@ from tnadapt.engine import (
     shown,
     unwrap,
 )
+from tnadapt.factorizations import Factorization
 from tnadapt.finders import Finder, collect
 from tnadapt.matrices import TrainedMatrix
 from tnadapt.schedulers import Scheduler, Static
@@ -163,6 +166,7 @@ class LoraOver:
         #: LoRA weights that are not candidates, with the reason
         self.skipped = skipped
         self.handover = handover
+        self._functions = [name for name, given in (("groups", groups), ("matrices", matrices)) if given is not None]
         self.process_group = process_group
         self.rates = CoreRates(core_lr, core_weight_decay, max_update, matched)
         self._expanded = Expanded(found, inner, is_elementwise(inner), handover == "warm", process_group)
@@ -187,9 +191,58 @@ class LoraOver:
     def of(model: nn.Module) -> LoraOver | None:
         """The `LoraOver` that is attached to matrices of `model`, None where there is none."""
         check_model(model)
-        mine = {id(parameter) for parameter in model.parameters()}
-        found = (o for o in _attached if any(id(m.parameter) in mine for m in o.matrices.values()))
+        mine = {id(module) for module in model.modules()}
+        found = (o for o in _attached if any(id(m.owner) in mine for m in o.matrices.values()))
         return next(found, None)
+
+    @classmethod
+    def from_config(
+        cls, model: nn.Module, optimizer: Any, config: Mapping[str, Any] | str | Path, **options: Any
+    ) -> LoraOver:
+        """Attach with the settings of another run.
+
+        Args:
+            config: what `config()` gave, or a `tnadapt.json`, or the folder of an adapter that has one.
+            options: further arguments of `LoraOver`, which go before those of the other run.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: settings that cannot be rebuilt and are not among `options`.
+        """
+        if not isinstance(config, Mapping):
+            file = Path(config)
+            file = file / "tnadapt.json" if file.is_dir() else file
+            read: Mapping[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        else:
+            read = config
+        settings = dict(read.get("config", read))
+        custom = [name for name in settings.pop("functions", []) if name not in options]
+        if custom:
+            raise ValueError(
+                f"{shown(custom)} was a function of the other run, which a file cannot keep: pass it to from_config"
+            )
+        chosen, scheduler = settings.pop("factorization"), settings.pop("scheduler")
+        if "factorization" not in options:
+            one = "type" in chosen
+            rebuilt = {name: Factorization.from_dict(entry) for name, entry in ({} if one else chosen).items()}
+            options["factorization"] = Factorization.from_dict(chosen) if one else lambda matrix: rebuilt[matrix.name]
+        options.setdefault("scheduler", Scheduler.from_dict(scheduler))
+        return cls(model, optimizer, **{**settings, **options})
+
+    def config(self) -> dict[str, Any]:
+        """Every setting, as JSON data; `from_config` attaches another model with them."""
+        used = {m.name: m.factorization.to_dict() for m in self.matrices.values() if m.factorization is not None}
+        alike = len({json.dumps(entry, sort_keys=True) for entry in used.values()}) == 1
+        return {
+            "factorization": next(iter(used.values())) if alike else used,
+            "scheduler": self.scheduler.to_dict(),
+            "core_lr": self.rates.lr,
+            "core_weight_decay": self.rates.weight_decay,
+            "max_update": self.rates.max_update,
+            "matched": self.rates.matched,
+            "handover": self.handover,
+            "functions": list(self._functions),
+        }
 
     # -- what is going on ---------------------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ old ones as they are, so that a step that fails half way is undone by putting th
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +24,8 @@ from tnadapt.factorizations import core_dtype
 from tnadapt.matrices import TrainedMatrix
 
 __all__ = ["Event", "Expanded", "Roster"]
+
+_LOGGER = logging.getLogger("tnadapt")
 
 
 @dataclass(frozen=True)
@@ -92,8 +95,8 @@ class Expanded:
     def wait(self, names: Sequence[str], step: int) -> None:
         """Choose matrices that get their cores at the next step."""
         if names:
-            event = Event(step, "expand", tuple(names))
-            self.now = replace(self.now, waiting=(*self.now.waiting, *names), history=(*self.now.history, event))
+            self.now = replace(self.now, waiting=(*self.now.waiting, *names))
+            self.record(step, "expand", names)
 
     def expand(self, names: Sequence[str], fresh: bool = False) -> None:
         """Make cores of these matrices, which are trained through them from now on.
@@ -134,8 +137,10 @@ class Expanded:
         self.now = replace(self.now, cohorts=tuple(cohorts), waiting=waiting)
 
     def record(self, step: int, action: Literal["expand", "fold"], names: Iterable[str]) -> None:
-        """Note an expansion or a folding in the history."""
-        self.now = replace(self.now, history=(*self.now.history, Event(step, action, tuple(names))))
+        """Note an expansion or a folding in the history, and log it."""
+        event = Event(step, action, tuple(names))
+        _LOGGER.info("%s", event)
+        self.now = replace(self.now, history=(*self.now.history, event))
 
     def divide(self, cohort: Cohort, idle: Sequence[bool]) -> Cohort:
         """Put members that rest in this step into a cohort of their own; returns that of the others."""

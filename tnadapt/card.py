@@ -1,0 +1,85 @@
+"""How an adapter was trained, kept beside it: `tnadapt.json` for programs, a section of `README.md` for people."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+from tnadapt.lora_over import LoraOver
+
+__all__ = ["CONFIG_FILE", "describe", "save_card"]
+
+CONFIG_FILE = "tnadapt.json"
+_BEGIN, _END = "<!-- tnadapt -->", "<!-- /tnadapt -->"
+_PACKAGES = ("tnadapt", "torch", "peft", "transformers", "accelerate")
+
+
+def describe(over: LoraOver) -> dict[str, Any]:
+    """Settings, course and versions of a run, as JSON data. `LoraOver.from_config` reads it."""
+    versions: dict[str, str] = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "config": over.config(),
+        "optimizer": type(over.optimizer).__name__,
+        "steps": over.step,
+        "lora_parameters": over.lora_parameters,
+        "events": [{"step": e.step, "action": e.action, "names": list(e.names)} for e in over.history],
+        "versions": versions,
+    }
+
+
+def save_card(over: LoraOver, folder: str | Path) -> None:
+    """Write `tnadapt.json`, and a section of `README.md`, into the folder of a saved adapter. What else the README says stays.
+
+    Raises:
+        FileNotFoundError: the folder is not there.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{folder} is not there; save the adapter first, for example with model.save_pretrained"
+        )
+    described = describe(over)
+    _write(folder / CONFIG_FILE, json.dumps(described, indent=1) + "\n")
+    readme = folder / "README.md"
+    text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
+    before, _, rest = text.partition(_BEGIN)
+    after = rest.partition(_END)[2]
+    section = f"{_BEGIN}\n{_section(over, described)}\n{_END}"
+    _write(readme, f"{before.rstrip()}\n\n{section}\n{after.lstrip()}" if text else f"{section}\n")
+
+
+def _section(over: LoraOver, described: dict[str, Any]) -> str:
+    config = described["config"]
+    settings = [
+        f"{key} = {config[key]}" for key in ("core_lr", "core_weight_decay", "max_update") if config[key] is not None
+    ]
+    settings += [f"handover = {config['handover']}", *(["matched steps"] if config["matched"] else [])]
+    events = [f"- step {e['step']}: {e['action']} {len(e['names'])} matrices" for e in described["events"]]
+    versions = ", ".join(f"{name} {version}" for name, version in described["versions"].items())
+    return "\n".join(
+        [
+            "## Trained through tensor networks",
+            "",
+            f"This is a plain LoRA adapter. While it was trained, its matrices were over-parameterized ({over}) and folded back",
+            "(LoRA-Over, arXiv:2605.16470).",
+            "",
+            f"Optimizer {described['optimizer']}; {'; '.join(settings)}. {described['steps']} steps. {versions}.",
+            "",
+            *events,
+        ]
+    )
+
+
+def _write(file: Path, text: str) -> None:
+    """Whole or not at all."""
+    half = file.with_name(file.name + ".writing")
+    half.write_text(text, encoding="utf-8")
+    half.replace(file)
