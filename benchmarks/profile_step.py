@@ -151,7 +151,7 @@ def profile(name: str, case: Case, repeats: int, warmup: int, trace: Path | None
         unwatched = optimizer_step(ours)
         forward_backward(ours, batch)
         watch = Watch(lambda: synchronize(case))
-        with watched(watch, ours.over), watch.phase(STEP):
+        with watched(watch), watch.phase(STEP):
             optimizer_step(ours)
         if k >= warmup:
             series["forward and backward"].append(passes)

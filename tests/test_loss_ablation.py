@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -197,10 +198,11 @@ def budgeted(costs: list[int], scores: list[float], expanded: tuple[int, ...] = 
     """Matrices of the Stack that would add `costs` parameters, with gradients such that `|<g, W>|` is their score (None:
     no gradient)."""
     matrices, _ = find_lora_matrices(Stack(len(costs) // 2))
-    for k, (matrix, cost, score) in enumerate(zip(matrices.values(), costs, scores, strict=True)):
+    names = {name for k, name in enumerate(matrices) if k in expanded}
+    for matrix, cost, score in zip(matrices.values(), costs, scores, strict=True):
         value = matrix.parameter.detach()
-        matrix.added_parameters = cost
-        matrix.expanded = k in expanded
+        matrix.factorization = SimpleNamespace(added_parameters=lambda shape, cost=cost: cost)
+        matrix.roster = lambda: names
         matrix.parameter.grad = None if score is None else score * value / value.square().sum()
     return matrices
 
@@ -326,8 +328,10 @@ def test_state_of_a_budget() -> None:
 def test_a_budget_is_never_exceeded_and_always_spent(scores, budget, margin, per_group) -> None:
     model = Stack()
     matrices, _ = find_lora_matrices(model)
+    expanded: set[str] = set()
     for matrix in matrices.values():
-        matrix.added_parameters = MPO(order=6).added_parameters(matrix.shape)
+        matrix.factorization = MPO(order=6)
+        matrix.roster = lambda: expanded
     scheduler = Budget(added_parameters=budget, every=1, decay=0.0, margin=margin, per_group=per_group)
     for step, values in enumerate(scores, start=1):
         for matrix, value in zip(matrices.values(), values, strict=True):
@@ -336,10 +340,10 @@ def test_a_budget_is_never_exceeded_and_always_spent(scores, budget, margin, per
         scheduler.observe(step, matrices)
         for name in scheduler.release(step, matrices):
             assert matrices[name].expanded
-            matrices[name].expanded = False
+            expanded.remove(name)
         for name in scheduler.select(step, matrices):
             assert not matrices[name].expanded
-            matrices[name].expanded = True
+            expanded.add(name)
         spent = sum(m.added_parameters for m in matrices.values() if m.expanded)
         assert spent <= budget
         if not per_group:

@@ -54,8 +54,9 @@ def give_gradients(matrices: dict[str, TrainedMatrix], step: int, idle: tuple[st
 
 
 def mark(matrices: dict[str, TrainedMatrix], names: list[str]) -> None:
-    for name in names:
-        matrices[name].expanded = True
+    expanded = {name for name, matrix in matrices.items() if matrix.expanded}.union(names)
+    for matrix in matrices.values():
+        matrix.roster = lambda: expanded
 
 
 # -- rounds -------------------------------------------------------------------------------------------------------------

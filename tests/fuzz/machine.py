@@ -23,7 +23,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine.models import everything, llama, loss_of, same, tokens
+from engine.models import everything, llama, loss_of, same, tokens, when_lent
 from oracle import contract
 from torch import Tensor, nn
 
@@ -242,6 +242,7 @@ class Run:
             )
         self.raw = {id(p): name for name, p in self.model.named_parameters()}
         self._pre_handle = self.optimizer.register_step_pre_hook(self._pre_hook)
+        when_lent(self.over, self._lent)
 
     def raw_name(self, name: str) -> str:
         """Raw name of the parameter of a matrix."""
@@ -261,6 +262,11 @@ class Run:
     # -- hooks of the user --------------------------------------------------------------------------------------------
 
     def _pre_hook(self, *_: Any) -> None:
+        if self.setting.hook == "look":
+            visible = {name: p.grad for name, p in self.model.named_parameters()}
+            assert same(visible, self.gradients), "a pre hook does not see the gradients"
+
+    def _lent(self) -> None:
         """Runs when cores are about to be stepped: expansion has not moved anything."""
         assert self.over is not None
         for name, (cores, residual) in cores_of(self.over).items():
@@ -272,9 +278,6 @@ class Run:
             assert bool(((parameter.detach().double() - value).abs() <= allowed).all()), (
                 f"{name} was moved by expansion"
             )
-        if self.setting.hook == "look":
-            visible = {name: p.grad for name, p in self.model.named_parameters()}
-            assert same(visible, self.gradients), "a pre hook does not see the gradients"
 
     def _post_hook(self, *_: Any) -> None:
         if self.setting.hook == "zero_grad":

@@ -270,8 +270,6 @@ def lost(matrix: TrainedMatrix) -> str:
 
 def require_same_place(matrix: TrainedMatrix, parameter: nn.Parameter, held: bool) -> None:
     """Raise RuntimeError where a parameter cannot stand in for the one that the matrix had at the attachment."""
-    if not held:
-        raise RuntimeError(lost(matrix))
     obstacle = obstacle_to_gathering(parameter)
     if parameter.dim() < 2:
         obstacle = f"its shape is {tuple(parameter.shape)} (FSDP1 flattens parameters; use fully_shard, which is FSDP2)"
@@ -282,6 +280,8 @@ def require_same_place(matrix: TrainedMatrix, parameter: nn.Parameter, held: boo
             f"the parameter of {matrix.name} was replaced since LoraOver was attached: {obstacle}. Attach LoraOver to the "
             "model as it is trained"
         )
+    if not held:
+        raise RuntimeError(lost(matrix))
 
 
 # -- what a scheduler chose -------------------------------------------------------------------------------------------

@@ -205,7 +205,7 @@ def require_agreement(facts: Mapping[str, Any], group: Any = None) -> None:
                 )
 
 
-def choice_of_first(choose: Callable[[], Any], what: str, group: Any = None) -> Any:
+def choice_of_first(choose: Callable[[], Any], who: str, step: int, group: Any = None) -> Any:
     """What the first rank chooses, on every rank of `group`; an error on every rank where choosing fails on any."""
     choice: Any = None
     failure: Exception | None = None
@@ -218,7 +218,7 @@ def choice_of_first(choose: Callable[[], Any], what: str, group: Any = None) -> 
         raise failure
     for rank, (_, problem) in enumerate(outcomes):
         if problem is not None:
-            raise RuntimeError(f"{what} failed on rank {rank}: {problem}")
+            raise RuntimeError(f"{who} failed on rank {rank} at step {step}: {problem}")
     return outcomes[0][0]
 
 

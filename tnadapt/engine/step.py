@@ -186,15 +186,6 @@ class Step:
         optimizer.register_step_pre_hook = register  # type: ignore[method-assign]
         optimizer.zero_grad = zero_grad  # type: ignore[method-assign]
         self._handles = [before, after, optimizer.register_state_dict_pre_hook(lambda _: self._require_between_steps())]
-        # A subclass whose step ends in that of its base may change gradients before it calls that. torch hooks the step of a class
-        # when the first optimizer of just that class is made; here the base needs its hooks too.
-        own = [cls for cls in type(optimizer).__mro__ if "step" in vars(cls) and cls is not torch.optim.Optimizer]
-        for base in own[1:]:
-            step: Any = vars(base)["step"]
-            if issubclass(base, torch.optim.Optimizer) and not getattr(step, "hooked", False):
-                hooked: Any = torch.optim.Optimizer.profile_hook_step(step)
-                hooked.hooked = True
-                base.step = hooked  # type: ignore[method-assign]
 
     def remove(self) -> None:
         """Take the hooks off."""
@@ -210,7 +201,6 @@ class Step:
         if self._frame is not None and self._thread == threading.get_ident() and _runs(self._frame, self._thread):
             # step() of a base class, called by the step that is prepared already
             self._nested += 1
-            self._pull_back_again()
             return None
         self.recover()
         args, kwargs = _evaluate_closure(args, kwargs)
@@ -298,7 +288,7 @@ class Step:
             if current is not known and hasattr(known, "full_tensor") and not hasattr(current, "full_tensor"):
                 # FSDP2 holds the gathered parameter in its place (after an evaluation, say); the shard is what is trained
                 current = known
-            if current is not known or id(current) not in owners:
+            if current is not known or id(current) not in owners or current.dim() < 2:
                 require_same_place(matrix, current, id(current) in owners)
                 matrix.parameter = current
         for cohort in self.expanded.now.cohorts:
@@ -436,8 +426,7 @@ class Step:
             return list(scheduler.release(step, matrices)), list(scheduler.select(step, matrices))
 
         if self._distributed:
-            what = f"{scheduler.label} at step {step}"
-            released, chosen = ranks.choice_of_first(choose, what, self.expanded.process_group)
+            released, chosen = ranks.choice_of_first(choose, scheduler.label, step, self.expanded.process_group)
         else:
             released, chosen = choose()
         released = checked_release(released, matrices, scheduler)
@@ -471,6 +460,8 @@ class Step:
 
     def _require_finite_plain(self) -> None:
         """Raise where the gradient of a matrix that is not expanded is not finite; on the CPU, where it makes nobody wait."""
+        if sum(len(cohort.matrices) for cohort in self.expanded.now.cohorts) == len(self.expanded.matrices):
+            return
         names = self.expanded.now.names
         plain = [
             matrix
@@ -572,18 +563,6 @@ class Step:
         if place not in self._stand_ins:
             self._stand_ins[place] = nn.Parameter(torch.empty(0, dtype=place[0], device=place[1]))
         return self._stand_ins[place]
-
-    def _pull_back_again(self) -> None:
-        """Where a subclass has changed gradients before it calls the step of its base (clipped them, say), the cores get what the
-        changed gradients pull back to."""
-        loan = self._loan
-        if loan is None or all(p.grad is grad and grad._version == count for p, grad, count in loan.gradients):
-            return
-        with torch.no_grad(), self._without_autocast():
-            for cohort in loan.cohorts:
-                cohort.pull_back()
-                cohort.lend(cohort.cap, cohort.matched)
-        loan.gradients = [(p, p.grad, p.grad._version) for p, _, _ in loan.gradients if p.grad is not None]
 
     # -- after the optimizer has stepped ------------------------------------------------------------------------------
 
@@ -688,8 +667,8 @@ class Step:
         self.recover()
         if self._loan is not None:
             raise RuntimeError(
-                "state_dict() was called by the optimizer itself, inside its step, while it has the cores on loan; call it "
-                "between steps, or in a step hook"
+                "state_dict() was called inside a step, while the optimizer has the cores on loan: by its own code, or by a hook "
+                "that torch runs for the step of its base class too. Call it between steps"
             )
 
     def reset(self) -> None:
