@@ -170,9 +170,9 @@ def test_factorization_is_stored_by_side_and_changes_nothing(given, stored):
     ("given", "error", "message"),
     [
         ("mpo", TypeError, r"factorization='mpo' is a str; give a factorization such as MPO"),
-        ((MPO(), SVD()), TypeError, "is a tuple; give"),
+        ((MPO(order=3), SVD()), TypeError, "is a tuple; give"),
         ({"A": "mpo"}, TypeError, "the factorization of A is a str"),
-        ({"a": MPO()}, ValueError, r'an entry for \'a\'; the sides of a LoRA pair are "A" and "B"'),
+        ({"a": MPO(order=3)}, ValueError, r'an entry for \'a\'; the sides of a LoRA pair are "A" and "B"'),
         (MPO(sites=[(2, 2), (2, 3)]), ValueError, "the factorization of B does not fit its 10x4 matrix: sites"),
     ],
 )

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from tnadapt.backends import get_backend
+from tnadapt.backends import kernels as precision
 from tnadapt.backends.kernels import ChainKernel, CPKernel, TuckerKernel, ieee_matmul
-from tnadapt.factorizations import CP, MPO, Tucker, precision
+from tnadapt.factorizations import CP, MPO, Tucker
 from tnadapt.factorizations.sites import from_sites, to_sites
 
 from .variants import CASES, make_matrix
@@ -71,7 +72,7 @@ def test_tf32_is_off_inside_and_back_afterwards(user: str, settings: None, monke
     before, seen = state(), []
     backend = get_backend("torch")
     watched: list[tuple[Any, str]] = [(backend, f"{kind}_contract") for kind in ("chain", "tucker", "cp")]
-    watched += [(kind, "pull_back") for kind in (ChainKernel, TuckerKernel, CPKernel)]
+    watched += [(kind, "_pull_back") for kind in (ChainKernel, TuckerKernel, CPKernel)]
     for owner, operation in watched:
         original = getattr(owner, operation)
 

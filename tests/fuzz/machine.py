@@ -283,6 +283,8 @@ class Run:
         if self.setting.hook == "zero_grad":
             self.optimizer.zero_grad()
         elif self.setting.hook == "save":
+            if self.over is not None and self.over._step is not None and self.over._step._loan is not None:
+                return  # torch runs hooks for the step of the base class too, in the middle of that of the subclass
             saved = self.optimizer.state_dict()
             assert len(saved["param_groups"]) == self.setting.groups, "saved with cores in the groups"
         elif self.setting.hook == "look":
@@ -355,7 +357,9 @@ class Run:
             backward(self.model, self.batch, step.used)
             self._tell("backward", self.batch, step.used)
         #: what the user's optimizer is told of each parameter at the coming step
-        self.hyper = {
+        # after a step that died, stand-ins are in the groups until the loan is taken back: what was known of a matrix still holds
+        known = getattr(self, "hyper", {})
+        self.hyper = known | {
             self.raw[id(p)]: {k: v for k, v in group.items() if k not in ("params", "param_names")}
             for group in self.optimizer.param_groups
             for p in group["params"]
@@ -586,6 +590,9 @@ class Run:
             self._own(groups)
             self._check_gradients()
         else:
+            if move.then == "accumulate" and self.over is not None:
+                # the optimizer may have stepped the cores; zero_grad() refolds them, and a loop without it has to ask for that
+                self.over.recover()
             between = self.values()
             self._call(Step(zero="keep" if move.then == "accumulate" else "none"))
             self._tell("follow", between, {})

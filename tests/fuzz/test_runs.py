@@ -52,7 +52,7 @@ FIXED: list[tuple[str, Plan]] = [
     (
         "has steps without gradients",
         Plan(
-            Setting(scheduler=Call("TaylorRuntime", {"top_n": 1, "split": 1, "every": 2})),
+            Setting(scheduler=Call("TaylorRuntime", {"top_n": 1, "split": 1, "every": 2}), handover="restart"),
             (Step(), Step(used=()), Step()),
         ),
     ),

@@ -421,6 +421,9 @@ class Cohort:
         """Which matrices somebody else has written since the last refold: [n] booleans (of this rank's shards where they are
         sharded), None where no matrix was. Waits for the device."""
         differs = self._differs()
+        if differs is None:
+            # what was written since, a loaded adapter say, is what the cores fold to
+            self._versions = [parameter._version for parameter in self.parameters]
         if self.overtaken is None or differs is None:
             return differs if self.overtaken is None else self.overtaken
         return differs | self.overtaken
