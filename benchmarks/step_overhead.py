@@ -10,7 +10,7 @@ Every variant is a copy of one model with random weights that shares the frozen 
 once. A round times one step of each variant, in an order that rotates; a ratio is a variant's time over plain LoRA's of the
 same round, and the table gives the median of the ratios with their quartiles. The `-gpu` cases need CUDA.
 
-Variants: plain PEFT LoRA; tnadapt with SVD, MPO, and MPO expanded in rounds (timed after the last one); the paper's way,
+Variants: plain PEFT LoRA; tnadapt with SVD, MPO, MPO with matched steps, and MPO expanded in rounds (timed after the last one); the paper's way,
 autograd through one contraction per matrix in each forward (torch parametrizations); PEFT's DoRA and AdaLoRA.
 """
 
@@ -151,10 +151,11 @@ class Variant:
         schedule: dict[str, tuple[Factorization, Scheduler]] = {
             "svd": (SVD(), Static()),
             "mpo": (MPO(order=case.order), Static()),
+            "mpo, matched": (MPO(order=case.order), Static()),
             "mpo-r": (MPO(order=case.order), TaylorRuntime(top_n=case.layers, split=case.rounds, every=1)),
         }
         if name in schedule:
-            self.over = LoraOver(self.model, self.optimizer, *schedule[name])
+            self.over = LoraOver(self.model, self.optimizer, *schedule[name], matched=name.endswith("matched"))
         if name == "adalora":
             self.after_step = self.model.base_model.update_and_allocate
         self.steps = 0

@@ -293,6 +293,7 @@ class LoraOver:
                 norms.update(zip((m.name for m in cohort.matrices), cohort.update_norms.tolist(), strict=True))
         return norms
 
+    @torch.no_grad()
     def changed_outside(self) -> tuple[str, ...]:
         """Names of expanded matrices that hold something else than what their cores fold to, because somebody wrote them
         (`load_best_model_at_end`, a hand edit). Waits for the device."""

@@ -390,6 +390,9 @@ class Run:
         known = len(self.over.history) if self.over is not None else 0
         noticed, self.edited = self.edited, {}
         self._call(step)
+        # an edit of what rests is noticed when it is trained again
+        self.edited = {n: was for n, was in noticed.items() if self.gradients[self.raw_name(n)] is None}
+        noticed = {n: was for n, was in noticed.items() if n not in self.edited}
         self._check_warned(noticed)
         self._own(groups)
         if self.over is not None and all(grad is None for grad in self.gradients.values()):

@@ -217,6 +217,13 @@ class Cohort:
         """The matrices' parameters."""
         return [matrix.parameter for matrix in self.matrices]
 
+    def is_active(self) -> bool:
+        """Whether a member has a gradient."""
+        for matrix in self.matrices:  # called for every cohort in every step: a loop is faster than any()
+            if matrix.parameter.grad is not None:
+                return True
+        return False
+
     def rows(self, tensors: Sequence[Tensor]) -> Tensor:
         """One tensor of each member, parameters or gradients, as rows [n, numel]. Gathered where they are sharded; may be a view
         of the tensor of an only member."""
@@ -416,7 +423,6 @@ class Cohort:
         flags = counted if edited is None else counted | edited
         return flags if bool(flags.any()) else None
 
-    @torch.no_grad()
     def edited(self) -> Tensor | None:
         """Which matrices somebody else has written since the last refold: [n] booleans (of this rank's shards where they are
         sharded), None where no matrix was. Waits for the device."""

@@ -293,7 +293,7 @@ class Step:
                 matrix.parameter = current
         for cohort in self.expanded.now.cohorts:
             key = cohort.key
-            for matrix in cohort.matrices:
+            for matrix in cohort.matrices if cohort.is_active() else ():
                 p = matrix.parameter
                 if p.device != key.device or p.dtype != key.matrix_dtype or owners[id(p)] != key.group:
                     self.expanded.follow()
@@ -352,15 +352,18 @@ class Step:
         """Unfold anew what somebody else has written (a loaded adapter, a hand edit); returns the names."""
         looked: list[tuple[Cohort, Tensor | None]] = []
         for cohort in self.expanded.now.cohorts:
-            if (
-                cohort.key.device.type == "cpu"
-                or cohort.written is None
-                or step % _LOOK_EVERY == 1
-                or (
-                    # what only one rank has seen must not make it look alone
-                    not self._distributed and cohort.was_written_to()
+            if self._distributed:
+                # what only one rank has seen must not make it look alone
+                looks = cohort.key.device.type == "cpu" or cohort.written is None or step % _LOOK_EVERY == 1
+            else:
+                # what rests in this step is looked at when it is trained again
+                looks = cohort.is_active() and (
+                    cohort.key.device.type == "cpu"
+                    or cohort.written is None
+                    or step % _LOOK_EVERY == 1
+                    or cohort.was_written_to()
                 )
-            ):
+            if looks:
                 looked.append((cohort, cohort.edited()))
         if self._distributed and looked:
             looked = self._agreed(looked)
@@ -449,9 +452,9 @@ class Step:
         self._require_finite_plain()
         flags: list[Tensor] = []
         for cohort in self.expanded.now.cohorts:
-            idle = [matrix.parameter.grad is None for matrix in cohort.matrices]
-            if all(idle):
+            if not cohort.is_active():
                 continue
+            idle = [matrix.parameter.grad is None for matrix in cohort.matrices]
             active = self.expanded.divide(cohort, idle) if any(idle) else cohort
             finite = active.pull_back()
             if finite is not None:
