@@ -150,6 +150,9 @@ def _validate_cores(matrix: TrainedMatrix, entry: Mapping[str, Any], elementwise
         residual is not None and (tuple(residual.shape) != matrix.shape or not bool(torch.isfinite(residual).all()))
     ):
         raise ValueError(f"the saved residual of {name} is damaged; resume from an earlier checkpoint")
+    scale = entry["scale"]
+    if scale is not None and not (scale.numel() == 1 and bool(scale > 0) and bool(torch.isfinite(scale))):
+        raise ValueError(f"the saved scale of the steps of {name} is damaged; resume from an earlier checkpoint")
     if entry["state"] is not None:
         _validate_moments(name, entry["cores"], entry["state"], elementwise)
 

@@ -107,7 +107,8 @@ def test_in_lower_precision_up_to_rounding(dtype: torch.dtype) -> None:
         assert math.isclose(norm, lengths[name], rel_tol=1e-4, abs_tol=rounding), name
 
 
-def test_a_run_that_is_resumed_ends_with_the_same_bits() -> None:
+@pytest.mark.parametrize("saved", [1, 3, 5])
+def test_a_run_that_is_resumed_ends_with_the_same_bits(saved: int) -> None:
     def start() -> tuple[nn.ModuleList, torch.optim.Optimizer, LoraOver]:
         model = adapters(12, 12)
         optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
@@ -120,7 +121,7 @@ def test_a_run_that_is_resumed_ends_with_the_same_bits() -> None:
             optimizer.step()
 
     model, optimizer, over = start()
-    train(model, optimizer, 3)
+    train(model, optimizer, saved)
     kept = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
     train(model, optimizer, 4)
     other, its_optimizer, its_over = start()

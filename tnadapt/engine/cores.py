@@ -60,6 +60,7 @@ class Member:
         state: optimizer state of each core; None where it starts fresh.
         residual: what the cores miss of the matrix, [rows, cols]; None where they are exact.
         update_norm: Frobenius norm of the last update of the matrix; None before any.
+        scale: by how much the last step of the cores was scaled, where steps are matched; None before any.
     """
 
     matrix: TrainedMatrix
@@ -68,6 +69,7 @@ class Member:
     state: list[dict[str, Any]] | None = None
     residual: Tensor | None = None
     update_norm: Tensor | None = None
+    scale: Tensor | None = None
 
 
 @dataclass(eq=False)
@@ -150,6 +152,9 @@ class Cohort:
         #: whether updates are to be as long as those that the optimizer makes of the matrices themselves
         self.matched = False
         self._before: Tensor | None = None
+        # by how much the steps of the cores were scaled last, [n]: where the search for the next scale begins
+        scales = [member.scale for member in members if member.scale is not None]
+        self._scale = torch.stack(scales).to(key.device, key.dtype) if len(scales) == len(members) else None
         self._kernel: Kernel | None = None
         self._versions = [parameter._version for parameter in self.parameters]
 
@@ -190,6 +195,7 @@ class Cohort:
                 self._core_states(m),
                 None if self.residual is None else self.residual[m].view(matrix.shape),
                 None if self.update_norms is None else self.update_norms[m],
+                None if self._scale is None else self._scale[m],
             )
             for m, (matrix, structure) in enumerate(zip(self.matrices, self.structures, strict=True))
         ]
@@ -219,7 +225,7 @@ class Cohort:
 
     def is_active(self) -> bool:
         """Whether a member has a gradient."""
-        for matrix in self.matrices:  # called for every cohort in every step: a loop is faster than any()
+        for matrix in self.matrices:  # noqa: SIM110 (called for every cohort in every step, where any() is slower)
             if matrix.parameter.grad is not None:
                 return True
         return False
@@ -300,16 +306,17 @@ class Cohort:
         self.release_gradients()
         parameters = self.parameters
         except_for = self._overtaken() if died else None
-        values = self.fold()
         before = self.written
         if before is None:
             before = ranks.stack_rows(parameters)
-        start = before.to(values.dtype)
+        start = before.to(self.key.dtype)
         if self.matched and not died:
-            shadow = torch.linalg.vector_norm(ranks.stack_rows(parameters).to(values.dtype) - start, dim=1)
-            values = self._rescaled(values, start, shadow, exactly=True)
+            shadow = torch.linalg.vector_norm(ranks.stack_rows(parameters).to(start.dtype) - start, dim=1)
+            values = self._rescaled(start, shadow, exactly=True)
         elif self.cap is not None:
-            values = self._rescaled(values, start, torch.full_like(values[:, 0], self.cap), exactly=False)
+            values = self._rescaled(start, torch.full_like(start[:, 0], self.cap), exactly=False)
+        else:
+            values = self.fold()
         written = values.to(self.key.matrix_dtype)
         self.update_norms = torch.linalg.vector_norm(values - before, dim=1)
         moved = list(range(len(parameters)))
@@ -324,7 +331,7 @@ class Cohort:
         self._versions = [parameter._version for parameter in self.parameters]
         self.settle()
 
-    def _rescaled(self, values: Tensor, before: Tensor, wanted: Tensor, exactly: bool) -> Tensor:
+    def _rescaled(self, before: Tensor, wanted: Tensor, exactly: bool) -> Tensor:
         """Scale the step of the cores of each member so that its matrix moves from `before` by the wanted length; returns all
         members folded.
 
@@ -333,7 +340,6 @@ class Cohort:
         between these, on a logarithmic axis, where a power is a straight line.
 
         Args:
-            values: what the cores fold to now, [n, numel].
             before: what the matrices hold, [n, numel].
             wanted: Frobenius norm of each update, [n].
             exactly: whether shorter steps are lengthened too; they are left alone otherwise.
@@ -345,24 +351,34 @@ class Cohort:
             norms: Tensor = torch.linalg.vector_norm(rows - before, dim=1)
             return norms.nan_to_num(math.inf, math.inf)
 
+        start, stepped = self._before, self.buffer.clone()
+
+        def fold_at(scale: Tensor) -> Tensor:
+            for now, old, new in zip(*map(self._by_site, (self.buffer, start, stepped)), strict=True):
+                torch.lerp(old, new, scale.view(-1, *[1] * (new.dim() - 1)), out=now)
+            return self.fold()
+
+        one, zero = torch.ones_like(wanted), torch.zeros_like(wanted)
+        scale = one
+        if exactly and self._scale is not None:
+            scale = self._scale  # that of the step before is near already
+        values = self.fold() if scale is one else fold_at(scale)
         found = lengths(values)
         accuracy = torch.full_like(wanted, _CAP_ACCURACY)
         if exactly:
             # rounding of the matrix is the floor: an update cannot be told to more digits than it leaves
-            noise = torch.finfo(values.dtype).eps * torch.linalg.vector_norm(before, dim=1)
+            noise = torch.finfo(before.dtype).eps * torch.linalg.vector_norm(before, dim=1)
             accuracy = (4 * noise / wanted).nan_to_num(1.0, 1.0).clamp(_MATCH_ACCURACY, 1.0)
         off = ((found - wanted).abs() > wanted * accuracy) & (found > 0) if exactly else found > wanted * (1 + accuracy)
         if not bool(off.any()):
             return values
-        start, stepped = self._before, self.buffer.clone()
-        one, zero = torch.ones_like(wanted), torch.zeros_like(wanted)
-        # a length of zero, as the first step of a warm-up has it, leaves the cores where they were
-        scale = torch.where(off & (wanted == 0), zero, one)
-        off = off & (wanted > 0)
         too_long = found > wanted
         # scales at which the update is known to be too short and too long, with its length
-        low, short = torch.where(too_long, zero, one), torch.where(too_long, zero, found)
-        high, long = torch.where(too_long, one, math.inf * one), torch.where(too_long, found, math.inf * one)
+        low, short = torch.where(too_long, zero, scale), torch.where(too_long, zero, found)
+        high, long = torch.where(too_long, scale, math.inf * one), torch.where(too_long, found, math.inf * one)
+        # a length of zero, as the first step of a warm-up has it, leaves the cores where they were
+        scale = torch.where(off & (wanted == 0), zero, scale)
+        off = off & (wanted > 0)
         for _ in range(_SCALINGS):
             # Both ends known: a straight line on the logarithmic axis. One end known: a line of slope one through it.
             both = (low > 0) & (short > 0) & long.isfinite() & high.isfinite()
@@ -375,9 +391,7 @@ class Cohort:
             inside = (guess > low * torch.where(high.isfinite(), margin, one)) & (guess < high / margin)
             guess = torch.where(inside | ((low == 0) & (guess > 0) & (guess < high)), guess, middle)
             scale = torch.where(off, guess, scale)
-            for now, old, new in zip(*map(self._by_site, (self.buffer, start, stepped)), strict=True):
-                torch.lerp(old, new, scale.view(-1, *[1] * (new.dim() - 1)), out=now)
-            values = self.fold()
+            values = fold_at(scale)
             found = lengths(values)
             too_long = found > wanted
             high, long = torch.where(off & too_long, scale, high), torch.where(off & too_long, found, long)
@@ -385,6 +399,7 @@ class Cohort:
             off = off & ((found - wanted).abs() > wanted * accuracy)
             if not bool(off.any()):
                 break
+        self._scale = torch.where(scale > 0, scale, one) if exactly else None
         return values
 
     def take_back(self, state: Mapping[Any, Any]) -> None:

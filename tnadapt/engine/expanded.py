@@ -274,6 +274,7 @@ class Expanded:
                 "cores": [core.detach() for core in member.cores],
                 "state": member.state,
                 "residual": member.residual,
+                "scale": member.scale,
             }
             for number, cohort in enumerate(self.now.cohorts)
             for member in cohort.members()
@@ -290,7 +291,7 @@ class Expanded:
             if state is not None and (group.get("fused") or group.get("capturable")):
                 # torch's own loading does the same: these read their step counts on the device
                 state = [{**one, "step": one["step"].to(key.device)} if "step" in one else one for one in state]
-            member = Member(matrix, entry["cores"], None, state, entry["residual"])
+            member = Member(matrix, entry["cores"], None, state, entry["residual"], scale=entry["scale"])
             grouped.setdefault((entry["cohort"], key), []).append(member)
         cohorts = tuple(Cohort(key, self.elementwise, members) for (_, key), members in grouped.items())
         self.now = Roster(step, cohorts, tuple(waiting), tuple(history))
