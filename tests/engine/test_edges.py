@@ -702,3 +702,28 @@ def test_what_is_printed_can_be_read() -> None:
     assert str(over.history[0]) == "step 0: expand 0.A, 0.B"
     over.detach()
     assert repr(over).endswith("; step 0, folded)")
+
+
+def test_the_papers_order_takes_the_update_first_and_expands_after_it() -> None:
+    """Algorithm 2 as printed: the update of the round is that of plain LoRA, and the next one goes through the cores."""
+
+    def run(steps: int, scheduler: TaylorRuntime | None) -> tuple[dict[str, Tensor], LoraOver | None]:
+        model = adapters(12, 12)
+        optimizer = torch.optim.SGD(trainable(model), lr=1e-2)
+        over = None if scheduler is None else LoraOver(model, optimizer, MPO(order=4), scheduler)
+        for _ in range(steps):
+            step_through(model, optimizer)
+        return values(model), over
+
+    def rounds(after: bool) -> TaylorRuntime:
+        return TaylorRuntime(top_n=4, split=1, every=2, expand_after_update=after)
+
+    plain, _ = run(2, None)
+    later, over = run(2, rounds(after=True))
+    at_once, _ = run(2, rounds(after=False))
+    assert same(later, plain)
+    assert not same(at_once, plain)
+    assert over is not None
+    assert [(event.step, len(event.names)) for event in over.history] == [(2, 4)]
+    third, _ = run(3, rounds(after=True))
+    assert not same(third, run(3, None)[0])

@@ -35,16 +35,32 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS, PAGE, CACHE = ROOT / "docs/mutation/results.json", ROOT / "docs/mutation.md", ROOT / "runs/mutation"
 TREE = ("tnadapt", "tests", "docs", "recipes", "benchmarks")
 FILES = ("pyproject.toml", "README.md", "Makefile", "constraints.txt")
-DEFAULT = ("tnadapt/planning.py", "tnadapt/factorizations", "tnadapt/schedulers", "tnadapt/engine")
+DEFAULT = (
+    *("tnadapt/planning.py", "tnadapt/assignment.py", "tnadapt/finders.py", "tnadapt/matrices.py", "tnadapt/state.py"),
+    *("tnadapt/lora_over.py", "tnadapt/adapter", "tnadapt/backends", "tnadapt/factorizations", "tnadapt/schedulers"),
+    "tnadapt/engine",
+)
 
 FACTORIZATION_TESTS = ["gauges", "structure", "layout", "kernels", "bad_input", "truncation", "zero_start", "precision",
                        "gradients", "batches", "round_trip", "docs"]  # fmt: skip
 RANKS_TESTS = ["fsdp", "ddp", "more", "offload", "refused", "checkpoint"]
-ENGINE_TESTS = ["steps", "cohorts", "coupling", "gaps", "handover", "bad_input", "model_untouched", "state", "equivalence",
+ENGINE_TESTS = ["steps", "edges", "matched", "mixed", "cohorts", "coupling", "gaps", "handover", "bad_input", "model_untouched", "state", "equivalence",
                 "factorizations_train"]  # fmt: skip
 #: the tests that mutants of a module run, those that find most first
 TESTS = {
-    "tnadapt/planning.py": ["tests/test_planning.py"],
+    "tnadapt/planning.py": ["tests/test_planning.py", "tests/engine/test_mixed.py"],
+    "tnadapt/assignment.py": ["tests/engine/test_mixed.py"],
+    "tnadapt/finders.py": ["tests/engine/test_mixed.py"],
+    "tnadapt/matrices.py": ["tests/test_matrices.py", "tests/engine/test_edges.py"],
+    "tnadapt/state.py": ["tests/engine/test_state.py", "tests/engine/test_edges.py"],
+    "tnadapt/lora_over.py": [
+        *(f"tests/engine/test_{name}.py" for name in ("edges", "state", "bad_input", "steps", "mixed")),
+        *("tests/test_public_api.py", "tests/integrations/test_own_optimizer.py"),
+    ],
+    "tnadapt/adapter": ["tests/test_adapter.py", "tests/test_adapter_models.py"],
+    "tnadapt/backends": [
+        *(f"tests/factorizations/test_{name}.py" for name in ("kernels", "backends_agree", "precision", "gradients", "round_trip")),
+    ],
     "tnadapt/schedulers": [
         *("tests/test_schedulers.py", "tests/test_loss_ablation.py"),
         *(f"tests/distributed/test_{name}.py" for name in ("fsdp", "offload")),
