@@ -26,7 +26,7 @@ LAYERS = [
     {"engine"},
     {"state"},
     {"lora_over", "planning"},
-    {"integrations"},
+    {"integrations", "pictures"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

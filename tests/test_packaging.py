@@ -68,7 +68,7 @@ import sys
 sys.modules["matplotlib"] = None
 import tnadapt.pictures
 try:
-    tnadapt.pictures.loss_curve([(1, 2.0), (2, 1.0)])
+    tnadapt.pictures.loss_curves({'run': [(1, 2.0), (2, 1.0)]})
 except ImportError as error:
     print(error)
 """
@@ -156,7 +156,7 @@ def test_the_plain_loop_runs_with_torch_alone(bare_python: Path, tmp_path: Path)
         ("import tnadapt; tnadapt.MPO(order=4, backend='tensorly')", "tensorly"),
         ("import tnadapt; tnadapt.MPO(order=4, backend='tensornetwork')", "tensornetwork"),
         ("import tnadapt.integrations.transformers", "transformers"),
-        ("import tnadapt.pictures; tnadapt.pictures.loss_curve([(1, 2.0)])", "pictures"),
+        ("import tnadapt.pictures; tnadapt.pictures.loss_curves({'run': [(1, 2.0)]})", "pictures"),
     ],
     ids=lambda value: value if " " not in value else "",
 )
