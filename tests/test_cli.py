@@ -99,7 +99,8 @@ print(sorted(name for name in set(sys.modules) - before if name.split(".")[0] no
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     folder = tmp_path_factory.mktemp("llama")
     made = transformers.LlamaConfig(
         vocab_size=40,
@@ -131,7 +132,9 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ids=lambda value: None if isinstance(value, list) else value.label,
 )
 def test_plan_is_that_of_the_library(capsys, config, options, factorization):
-    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    import peft
+    import transformers
+
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig.from_pretrained(config))
     model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
     expected = plan(model, factorization, top_n=2)
@@ -237,7 +240,9 @@ def test_an_adapter_of_another_step_is_seen(capsys, tmp_path):
 
 @pytest.mark.parametrize("adapter", ["default", "mine"])
 def test_adapters_of_peft_are_found(capsys, tmp_path, adapter):
-    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    import peft
+    import transformers
+
     torch.manual_seed(0)
     base = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
@@ -363,7 +368,6 @@ def test_runs_of_one_method_are_told_apart(tmp_path):
 
 
 def test_the_page_needs_no_other_file(capsys, tmp_path):
-    pytest.importorskip("matplotlib")
     result(tmp_path / "runs" / "one", "<b>LoRA</b>", [(1, 3.0), (2, 1.0)])
     result(tmp_path / "runs" / "two", "MPO", [(1, 3.0), (2, 2.0)], expanded(5, None, 10))
     page = tmp_path / "page.html"
@@ -407,7 +411,6 @@ def test_bars_keep_the_order_of_values(values):
 
 @pytest.fixture(scope="module")
 def trained() -> Trained:
-    pytest.importorskip("matplotlib")
     return Trained()
 
 
