@@ -28,6 +28,8 @@ exclude_patterns = ["figures"]
 html_theme = "furo"
 html_title = f"tnadapt {release}"
 html_show_sphinx = False
+html_copy_source = False
+html_show_sourcelink = False
 pygments_style = "default"
 pygments_dark_style = "github-dark"
 

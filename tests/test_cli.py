@@ -426,6 +426,10 @@ def test_expansion_map_shows_the_history(trained):
             assert (step is None and value != value) or value == step
 
 
+def test_notebooks_show_pictures_without_pyplot(trained):
+    assert pictures.expansion_map(trained.over)._repr_png_().startswith(b"\x89PNG")
+
+
 def test_columns_of_modules_that_end_alike_are_told_apart():
     figure = pictures.expansion_map({"encoder.0.attn.q.A": 1, "decoder.0.attn.q.A": None})
     assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["encoder.*.attn.q", "decoder.*.attn.q"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import venv
 import zipfile
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
@@ -102,13 +104,20 @@ def link_packages(names: set[str], folder: Path) -> None:
                 target.symlink_to(Path(str(distribution.locate_file(top))).resolve())
 
 
+def run(*command: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run a command that sees no package but those of its own environment."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, **options)
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Made from the source distribution, so that this one is known to be whole."""
     folder = tmp_path_factory.mktemp("dist")
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(ROOT)]
-    subprocess.run(command, check=True)
-    [built] = folder.glob("*.whl")
-    return built
+    built = run(sys.executable, "-m", "build", "--outdir", folder, ROOT)
+    assert built.returncode == 0, built.stderr
+    [made] = folder.glob("*.whl")
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +129,10 @@ def bare_python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     link_packages(with_requirements("torch"), folder / "packages")
     [site] = (folder / "venv" / "lib").glob("python*/site-packages")
     (site / "torch_alone.pth").write_text(f"{folder / 'packages'}\n", encoding="utf-8")
-    subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", str(wheel)], check=True)
+    installed = run(python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", wheel)
+    assert installed.returncode == 0, installed.stderr
+    where = run(python, "-c", "import tnadapt; print(tnadapt.__file__)", cwd=folder)
+    assert where.stdout.startswith(str(site)), where
     return python
 
 
@@ -143,7 +155,7 @@ def test_the_plain_loop_runs_with_torch_alone(bare_python: Path, tmp_path: Path)
     assert blocks
     script = tmp_path / "loop.py"
     script.write_text("\n".join(blocks), encoding="utf-8")
-    result = subprocess.run([bare_python, script], capture_output=True, text=True, cwd=tmp_path)
+    result = run(bare_python, script, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "the model is plain LoRA" in result.stdout
 
@@ -161,7 +173,7 @@ def test_the_plain_loop_runs_with_torch_alone(bare_python: Path, tmp_path: Path)
     ids=lambda value: value if " " not in value else "",
 )
 def test_a_missing_extra_is_one_sentence(bare_python: Path, tmp_path: Path, code: str, package: str):
-    result = subprocess.run([bare_python, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    result = run(bare_python, "-c", code, cwd=tmp_path)
     last = result.stderr.strip().splitlines()[-1]
     assert last.startswith("ImportError: ")
     assert f"pip install 'tnadapt[{package}]'" in last
@@ -170,12 +182,10 @@ def test_a_missing_extra_is_one_sentence(bare_python: Path, tmp_path: Path, code
 @pytest.mark.slow
 def test_the_command_of_the_wheel(bare_python: Path, tmp_path: Path):
     command = bare_python.with_name("tnadapt")
-    shown = subprocess.run([command, "--help"], capture_output=True, text=True, cwd=tmp_path, check=True)
+    shown = run(command, "--help", cwd=tmp_path)
     assert all(name in shown.stdout for name in ("plan", "inspect", "report"))
     (tmp_path / "config.json").write_text("{}", encoding="utf-8")
-    refused = subprocess.run(
-        [command, "plan", str(tmp_path), "--order", "4"], capture_output=True, text=True, cwd=tmp_path
-    )
+    refused = run(command, "plan", tmp_path, "--order", "4", cwd=tmp_path)
     assert refused.returncode == 2
     assert refused.stderr.strip().splitlines()[-1].endswith("pip install 'tnadapt[transformers]'")
     assert "Traceback" not in refused.stderr

@@ -6,9 +6,12 @@ which readers with a colour vision deficiency can tell apart.
 
 from __future__ import annotations
 
+import importlib
+import io
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -292,16 +295,29 @@ def expansions(over: LoraOver) -> dict[str, int | None]:
 
 def _matplotlib(part: str) -> Any:
     try:
-        import importlib
-
         return importlib.import_module(f"matplotlib.{part}")
     except ImportError as error:
         raise ImportError("pictures need matplotlib: pip install 'tnadapt[pictures]'") from error
 
 
+@cache
+def _picture_class() -> type[Figure]:
+    base: type[Figure] = _matplotlib("figure").Figure
+
+    class Picture(base):  # type: ignore[valid-type,misc]
+        """A figure that a notebook shows whether or not pyplot is in use."""
+
+        def _repr_png_(self) -> bytes:
+            stream = io.BytesIO()
+            self.savefig(stream, format="png")
+            return stream.getvalue()
+
+    return Picture
+
+
 def _figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
     """A figure and its axes, row by row; made without pyplot, so that no display is needed and nothing stays open."""
-    figure = _matplotlib("figure").Figure(figsize=size, dpi=120, layout="constrained")
+    figure = _picture_class()(figsize=size, dpi=120, layout="constrained")
     return figure, [axis for row in figure.subplots(rows, columns, squeeze=False) for axis in row]
 
 

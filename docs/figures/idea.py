@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from typing import TYPE_CHECKING
 
 from matplotlib.figure import Figure
@@ -13,9 +14,18 @@ if TYPE_CHECKING:
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "0.55"
 
 
+class Picture(Figure):
+    """A figure that a notebook shows without pyplot."""
+
+    def _repr_png_(self) -> bytes:
+        stream = io.BytesIO()
+        self.savefig(stream, format="png")
+        return stream.getvalue()
+
+
 def idea() -> Figure:
     """A LoRA layer above; below, one of its matrices as a chain of cores that the optimizer steps."""
-    figure = Figure(figsize=(8, 4.6), dpi=120, layout="constrained", facecolor="white")
+    figure = Picture(figsize=(8, 4.6), dpi=120, layout="constrained", facecolor="white")
     axis = figure.subplots()
     axis.set_xlim(0, 16)
     axis.set_ylim(0, 9.2)
