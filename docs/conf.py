@@ -44,7 +44,7 @@ nb_merge_streams = True
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_class_signature = "mixed"
-autodoc_default_options = {"members": True, "show-inheritance": False}
+autodoc_default_options = {"members": True}
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 
@@ -63,6 +63,9 @@ def _plain_text(app: Any, what: str, name: str, obj: object, options: object, li
             glued = parts[k + 1][:1].isalnum()
             parts[k] = f"`{part}`" + ("\\ " if glued else "")
     lines[:] = "".join(parts).split("\n")
+    if what in ("property", "attribute"):
+        # napoleon takes what stands before a colon in the first line for a type
+        lines.insert(0, "")
 
 
 def setup(app: Any) -> None:

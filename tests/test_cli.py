@@ -430,6 +430,24 @@ def test_notebooks_show_pictures_without_pyplot(trained):
     assert pictures.expansion_map(trained.over)._repr_png_().startswith(b"\x89PNG")
 
 
+def test_no_title_is_wider_than_its_picture(trained):
+    """Narrow pictures, of one group or one layer, break their titles."""
+    spectra = {"proj": torch.ones(4)}
+    drawn = [
+        pictures.expansion_map(trained.over),
+        pictures.expansion_map({"proj.A": 3}),
+        pictures.score_trajectories(trained.over),
+        pictures.singular_values(spectra, spectra),
+        pictures.update_norms(trained.norms),
+        pictures.loss_curves({"run": trained.curve}, trained.over.history),
+    ]
+    for figure in drawn:
+        figure.canvas.draw()
+        box = figure._suptitle.get_window_extent()
+        assert box.x0 >= 0, figure.get_suptitle()
+        assert box.x1 <= figure.bbox.width, figure.get_suptitle()
+
+
 def test_columns_of_modules_that_end_alike_are_told_apart():
     figure = pictures.expansion_map({"encoder.0.attn.q.A": 1, "decoder.0.attn.q.A": None})
     assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["encoder.*.attn.q", "decoder.*.attn.q"]
@@ -491,6 +509,6 @@ def test_loss_curves_mark_expansions(trained):
     curve, *marks = figure.axes[0].get_lines()
     assert list(zip(curve.get_xdata(), curve.get_ydata(), strict=True)) == trained.curve
     assert [line.get_xdata()[0] for line in marks] == [2, 4]
-    assert "matrices expanded (+)" in figure.get_suptitle()
+    assert "matrices expanded (+)" in figure.get_suptitle().replace("\n", " ")
     with pytest.raises(ValueError, match="no points to draw"):
         pictures.loss_curves({"run": []})

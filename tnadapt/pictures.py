@@ -10,6 +10,7 @@ import importlib
 import io
 import itertools
 import math
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from statistics import median
@@ -81,7 +82,7 @@ def expansion_map(run: LoraOver | Mapping[str, int | None], steps: int | None = 
     axes[0].set_ylabel("layer")
     figure.colorbar(image, ax=axes, label="step of expansion (grey: never)")
     when = _span(reached, "at step {}", "from step {} to {}")
-    figure.suptitle(f"{len(reached)} of {len(run)} matrices were expanded{when}")
+    _title(figure, f"{len(reached)} of {len(run)} matrices were expanded{when}")
     return figure
 
 
@@ -128,8 +129,9 @@ def score_trajectories(run: LoraOver | TaylorRuntime) -> Figure:
             axis.set_yscale("log")
     _finish_grid(axes, len(groups), width, "step", "score")
     count = len(rounds)
-    figure.suptitle(
-        f"Scores by group over {count} round{'s' * (count > 1)}: a dot ends the line of a matrix when it is chosen, grey never is"
+    _title(
+        figure,
+        f"Scores by group over {count} round{'s' * (count > 1)}: a dot ends the line of a matrix when it is chosen, grey never is",
     )
     return figure
 
@@ -194,8 +196,9 @@ def singular_values(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -
         ranks += [effective_rank(after[module]) for module in modules]
     axes[0].legend(fontsize=8)
     _finish_grid(axes, len(groups), width, "index", "singular value")
-    figure.suptitle(
-        f"Singular values of BA: median and range over layers; median effective rank after training {median(ranks):.1f}"
+    _title(
+        figure,
+        f"Singular values of BA: median and range over layers; median effective rank after training {median(ranks):.1f}",
     )
     return figure
 
@@ -241,7 +244,7 @@ def update_norms(recorded: Mapping[int, Mapping[str, float]]) -> Figure:
     axis.set_xlabel("step")
     axis.set_ylabel("group (matrices in it), by layer from below")
     figure.colorbar(image, ax=axis, aspect=40, label="norm of the update (grey: not expanded)")
-    figure.suptitle(f"Update of {len(names)} expanded matrices per step: {min(positive):.1e} to {max(positive):.1e}")
+    _title(figure, f"Update of {len(names)} expanded matrices per step: {min(positive):.1e} to {max(positive):.1e}")
     return figure
 
 
@@ -277,7 +280,7 @@ def loss_curves(curves: Mapping[str, Curve], history: Iterable[Event] = ()) -> F
     axis.legend(fontsize=9)
     actions = {event.action for event in events}
     marks = {"expand": "; dashed: matrices expanded (+)", "fold": "; dotted: matrices folded (−)"}
-    figure.suptitle("Training loss" + "".join(mark for action, mark in marks.items() if action in actions))
+    _title(figure, "Training loss" + "".join(mark for action, mark in marks.items() if action in actions))
     return figure
 
 
@@ -319,6 +322,11 @@ def _figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure,
     """A figure and its axes, row by row; made without pyplot, so that no display is needed and nothing stays open."""
     figure = _picture_class()(figsize=size, dpi=120, layout="constrained")
     return figure, [axis for row in figure.subplots(rows, columns, squeeze=False) for axis in row]
+
+
+def _title(figure: Figure, text: str) -> None:
+    """A title above all panels, in as many lines as the width of the figure asks for."""
+    figure.suptitle(textwrap.fill(text, int(9.5 * figure.get_figwidth())))
 
 
 def _finish_grid(axes: Sequence[Axes], used: int, columns: int, x: str, y: str) -> None:
