@@ -52,6 +52,10 @@ napoleon_use_ivar = True
 suppress_warnings = ["myst.header"]
 
 
+#: stands for a colon while napoleon reads
+_COLON = "\0"
+
+
 def _plain_text(app: Any, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
     """Docstrings are plain text with code in backticks: what else reStructuredText would read as markup is escaped."""
     parts = re.split(r"(`+[^`]+`+)", "\n".join(lines))
@@ -65,9 +69,14 @@ def _plain_text(app: Any, what: str, name: str, obj: object, options: object, li
     lines[:] = "".join(parts).split("\n")
     if what in ("property", "attribute"):
         # napoleon takes what stands before a colon in the first line for a type
-        lines.insert(0, "")
+        lines[:1] = [line.replace(":", _COLON) for line in lines[:1]]
+
+
+def _colons_again(app: Any, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
+    lines[:] = [line.replace(_COLON, ":") for line in lines]
 
 
 def setup(app: Any) -> None:
     # before napoleon, which reads the sections of the docstring
     app.connect("autodoc-process-docstring", _plain_text, priority=100)
+    app.connect("autodoc-process-docstring", _colons_again, priority=900)
