@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-all lint fuzz ablation mutation clean
+.PHONY: demo test test-all lint docs wheel fuzz ablation mutation clean
 
 demo: $(VENV)/.recipes
 	$(BIN)/python recipes/llama31_gsm8k.py --method lora lora-over-mpo-r
@@ -39,6 +39,15 @@ ablation: $(VENV)/.recipes
 mutation: $(VENV)/.mutation
 	$(BIN)/python tests/mutation/run.py --workers 2
 
+# The site, in build/docs; a warning is an error. Its notebooks are executed.
+docs: $(VENV)/.docs
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
+	@echo "the site is build/docs/index.html"
+
+# The source distribution and, made from it, the wheel, in dist.
+wheel: $(VENV)/.docs
+	$(BIN)/python -m build --outdir dist
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -58,6 +67,10 @@ $(VENV)/.recipes: $(VENV)/.torch pyproject.toml
 
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --progress-bar on -c constraints.txt -e ".[dev]"
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.torch pyproject.toml
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --progress-bar on -c constraints.txt -e ".[docs]"
 	@touch $@
 
 $(VENV)/.mutation: $(VENV)/.dev

@@ -28,7 +28,7 @@ LAYERS = [
     {"state"},
     {"lora_over", "planning"},
     {"card"},
-    {"integrations"},
+    {"integrations", "pictures"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -15,11 +15,11 @@ from tnadapt.engine import CoreRates, Event, Expanded, shown, state_signature
 from tnadapt.matrices import TrainedMatrix
 from tnadapt.schedulers import Scheduler
 
-__all__ = ["STATE_KEY", "load", "saved", "validate"]
+__all__ = ["STATE_KEY", "VERSION", "load", "saved", "validate"]
 
 #: key of our part in the state dict of an optimizer
 STATE_KEY = "tnadapt"
-_VERSION = 2
+VERSION = 2
 _PARTS = ("version", "factorization", "step", "waiting", "expanded", "cores", "scheduler", "rates", "history")
 
 
@@ -27,7 +27,7 @@ def saved(expanded: Expanded, scheduler: Scheduler, rates: CoreRates) -> dict[st
     """Everything that a resumed run needs. Tensors are references."""
     now = expanded.now
     return {
-        "version": _VERSION,
+        "version": VERSION,
         "factorization": _labels(expanded),
         "step": now.step,
         "waiting": list(now.waiting),
@@ -65,13 +65,13 @@ def load(state: Mapping[str, Any], expanded: Expanded, scheduler: Scheduler, rat
 def validate(state: Any, expanded: Expanded, scheduler: Scheduler) -> None:
     """Raise ValueError where a state is damaged, or of another model, factorization or scheduler; change nothing."""
     missing = [part for part in _PARTS if part not in state] if isinstance(state, Mapping) else ["everything"]
-    if missing and not (isinstance(state, Mapping) and "version" in state and state["version"] != _VERSION):
+    if missing and not (isinstance(state, Mapping) and "version" in state and state["version"] != VERSION):
         raise ValueError(
             f"the state lacks {', '.join(sorted(missing))}; it is damaged, or was not made by LoraOver.state_dict()"
         )
-    if state["version"] != _VERSION:
+    if state["version"] != VERSION:
         raise ValueError(
-            f"the state has format version {state['version']}, this tnadapt reads {_VERSION}; "
+            f"the state has format version {state['version']}, this tnadapt reads {VERSION}; "
             "resume with the version that saved it"
         )
     try:

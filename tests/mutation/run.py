@@ -59,7 +59,10 @@ TESTS = {
     ],
     "tnadapt/adapter": ["tests/test_adapter.py", "tests/test_adapter_models.py"],
     "tnadapt/backends": [
-        *(f"tests/factorizations/test_{name}.py" for name in ("kernels", "backends_agree", "precision", "gradients", "round_trip")),
+        *(
+            f"tests/factorizations/test_{name}.py"
+            for name in ("kernels", "backends_agree", "precision", "gradients", "round_trip")
+        ),
     ],
     "tnadapt/schedulers": [
         *("tests/test_schedulers.py", "tests/test_loss_ablation.py"),
