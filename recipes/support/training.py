@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from support.adapters import callbacks_of, make_optimizer
 from support.config import Config
-from support.encoding import IGNORED
+from support.evaluation.tokenization import IGNORED, collator
 from support.methods import Method
 from support.provenance import read_json, write_json
 from support.results import expansions
@@ -28,12 +28,11 @@ class Training:
     def __init__(
         self, tokenizer: Any, examples: Sequence[dict[str, list[int]]], config: Config, work: Path, quiet: bool
     ) -> None:
-        tokenizer.padding_side = "right"
         self.examples = list(examples)
         self.config = config
         self.work = work
         self.quiet = quiet
-        self.collate = DataCollatorForSeq2Seq(tokenizer)
+        self.collate = collator(tokenizer)
         self.steps = config.max_steps or config.epochs * -(-len(self.examples) // config.batch)
 
     def batches(self, size: int, device: Any = None) -> list[dict[str, torch.Tensor]]:

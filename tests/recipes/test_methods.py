@@ -17,7 +17,9 @@ pytest.importorskip("rich")
 from peft import PeftModel
 from safetensors.torch import load_file
 from support import adapters, running, training
-from support.encoding import IGNORED, encode
+from support.encoding import encode
+from support.evaluation.generate import Generator
+from support.evaluation.tokenization import IGNORED
 from support.methods import METHODS
 from support.recipe import Recipe
 from transformers import (
@@ -390,15 +392,14 @@ def test_padding_and_masks_change_no_loss(tmp_path: Path, models: dict[str, Path
 
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_a_batch_of_prompts_answers_as_each_alone(models: dict[str, Path], kind: str) -> None:
-    from support.generation import generate
-
     recipe = KINDS[kind]
     tokenizer = AutoTokenizer.from_pretrained(recipe.embedded_model)
     model = (T5ForConditionalGeneration if kind == "t5" else LlamaForCausalLM).from_pretrained(recipe.embedded_model)
-    config = dataclasses.replace(recipe.presets["laptop"], max_new_tokens=12, eval_batch=5, **UNEVEN[kind])
+    config = dataclasses.replace(recipe.presets["laptop"], **UNEVEN[kind])
     prompts = [recipe.prompt(record) for record in recipe.load(config)[1][:5]]
     assert len({len(tokenizer(prompt)["input_ids"]) for prompt in prompts}) > 1
-    together = generate(model, tokenizer, prompts, config, quiet=True)
-    alone = [generate(model, tokenizer, [prompt], config, quiet=True)[0] for prompt in prompts]
+    generate = Generator(model, tokenizer, max_new_tokens=12)
+    together = generate(prompts)
+    alone = [generate([prompt])[0] for prompt in prompts]
     assert together == alone
     assert any(text.strip() for text in together)
