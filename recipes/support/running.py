@@ -174,7 +174,7 @@ def evaluate_base(recipe: Recipe, config: Config, records: Sequence[Record], wor
 def record_scores(result: dict[str, Any], work: Path, scores: Scores, base: Scores) -> None:
     """Put the figures into ``result`` and the answers with their verdicts into ``predictions.jsonl``."""
     result["metrics"] |= {**scores.figures, **{f"base_{name}": value for name, value in base.figures.items()}}
-    result["note"] = scores.note
+    result["note"] = scores.note or (f"Base model: {base.note}" if base.note else "")
     write_text(work / "predictions.jsonl", "".join(json.dumps(row) + "\n" for row in scores.rows))
 
 

@@ -25,7 +25,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from support import running, training
 from support.encoding import encode
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recipes import ablate
 from recipes import llama31_gsm8k as recipe
@@ -42,27 +42,6 @@ def run(config: recipe.Config, root: Path, **settings: Any) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
-
-
-@pytest.fixture(scope="module")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> str:
-    """A random Llama of two layers, in a folder."""
-    folder = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=48,
-        max_position_embeddings=512,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
 
 
 def tiny(model: str, **changes: Any) -> recipe.Config:
