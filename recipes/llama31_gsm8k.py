@@ -100,7 +100,7 @@ def load_problems(config: Config) -> tuple[list[Record], list[Record]]:
 
 def identity(problem: Record) -> str:
     """The question that a problem is, or was made from."""
-    return problem.get("source", problem["question"])
+    return str(problem.get("source", problem["question"]))
 
 
 def read_split(place: str, split: str, size: int | None, option: str = "data") -> list[Record]:

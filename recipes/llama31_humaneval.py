@@ -37,6 +37,7 @@ from support.command_line import main
 from support.config import EMBEDDED, Rates, option
 from support.evaluation import humaneval, prompts
 from support.evaluation.answers import collect_answers
+from support.evaluation.sandbox import Sandbox
 from support.llama import LLAMA_2, LLAMA_31, LlamaConfig
 from support.recipe import Recipe, Record
 from support.records import load_hub, local_file, read_rows
@@ -122,7 +123,7 @@ class HumanEval:
 
     def check(self, config: Config) -> None:
         if config.execute:
-            humaneval.Sandbox()
+            Sandbox()
 
     def scores(self, config: Config) -> bool:
         return config.execute
@@ -137,8 +138,9 @@ class HumanEval:
         sources = [
             humaneval.program_of(problem, answer["answer"]) for problem, answer in zip(records, answers, strict=True)
         ]
+        entries = [problem["entry_point"] for problem in records]
         figures: dict[str, float | None] = {
-            "format_rate": sum(map(is_python, sources)) / len(sources),
+            "format_rate": sum(map(is_written, sources, entries)) / len(sources),
             "accuracy": None,
         }
         rows = [
@@ -157,13 +159,14 @@ class HumanEval:
         return Scores(figures | {"accuracy": scores.pass_at(1)}, rows)
 
 
-def is_python(source: str) -> bool:
-    """Whether a program is valid Python."""
+def is_written(source: str, entry_point: str) -> bool:
+    """Whether a program is valid Python, and its function does more than to have a docstring, as that of the prompt does."""
     try:
-        ast.parse(source)
+        tree = ast.parse(source)
     except (SyntaxError, ValueError, MemoryError, RecursionError):
         return False
-    return True
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == entry_point]
+    return bool(functions) and any(not isinstance(each, ast.Expr) for each in functions[-1].body)
 
 
 RECIPE = Recipe(

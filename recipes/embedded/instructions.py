@@ -2,8 +2,8 @@
 
 A conversation is about a list of words or about a number. Its second turn continues with the answer to the first::
 
-    Write these words in alphabetical order: pear, apple, plum.    ->  apple, pear, plum
-    Now write only the last one.                                   ->  plum
+    Write these words in alphabetical order: pears, apples, plums.    ->  apples, pears, plums
+    Now write only the last one.                                      ->  plums
 
 Training rows are single instructions, as WizardLM's are; the questions of the benchmark have two turns and reference answers to
 both. Which split a conversation belongs to is decided by a hash of its first turn, so splits share none.
@@ -17,9 +17,10 @@ from typing import Any
 
 from .splits import draw_distinct
 
+#: Words that the embedded model has seen in its word problems.
 _WORDS = (
-    "apple", "pear", "plum", "nut", "bread", "cake", "milk", "rice", "river", "hill", "tree", "house", "garden", "road",
-    "boat", "ship", "bird", "fox", "horse", "cat", "dog", "king", "girl", "boy", "book", "chair", "stone", "box", "ball",
+    "apples", "pens", "books", "marbles", "stamps", "cookies", "shells", "cards", "beads", "coins", "pears", "toys",
+    "stickers", "eggs", "nuts", "plums", "balls", "roses", "candles", "buttons",
 )  # fmt: skip
 _ORDERS = {
     "in alphabetical order": lambda words: sorted(words),

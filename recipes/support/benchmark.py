@@ -29,8 +29,9 @@ class Scores:
 class Benchmark(Protocol):
     """Answers come first and scores from the answers, so that a run is scored later, or again, without the model."""
 
-    measure: str
-    """What the main figure is, as a table's title."""
+    @property
+    def measure(self) -> str:
+        """What the main figure is, as a table's title."""
 
     def check(self, config: Any) -> None:
         """Refuse what cannot be scored as ``config`` asks, with a ``ValueError``, before anything is trained."""

@@ -73,7 +73,12 @@ def run(
     target_modules(config, load_shape(recipe, config))
     records, evaluation = recipe.load(config)
     method = METHODS[config.method]
-    result = {"name": name, "label": method.label, "config": settings, "environment": environment(recipe.path.parent)}
+    result: dict[str, Any] = {
+        "name": name,
+        "label": method.label,
+        "config": settings,
+        "environment": environment(recipe.path.parent),
+    }
     start = time.perf_counter()
     with folder.working(result, keep=resume) as work:
         base = evaluate_base(recipe, config, evaluation, work, quiet)

@@ -124,7 +124,7 @@ def test_code_is_executed_only_when_that_is_asked_for(
 
 
 def test_a_missing_answer_is_no_silent_score(tmp_path: Path, tiny_model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(humaneval, "Sandbox", lambda *_: None)
+    monkeypatch.setattr(recipe, "Sandbox", lambda: None)
     config = configuration(tiny_model)
     result = running.run(recipe.RECIPE, config, tmp_path, "run", quiet=True)
     (Path(result["folder"]) / "answers" / "trained.jsonl").unlink()
@@ -138,6 +138,20 @@ def test_without_a_sandbox_execution_is_refused_before_training(monkeypatch: pyt
     monkeypatch.setattr(sandbox.shutil, "which", lambda *_, **__: None)
     with pytest.raises(ValueError, match="executed only under bubblewrap"):
         recipe.RECIPE.resolve(recipe.Config(lr=1e-3, execute=True))
+
+
+@pytest.mark.parametrize(
+    ("source", "written"),
+    [
+        ('def f(x):\n    """Do it."""\n', False),
+        ('def f(x):\n    """Do it."""\n    return x\n', True),
+        ('def f(x):\n    """Do it."""\n\ndef f(x):\n    return x\n', True),
+        ('def f(x):\n    """Do it."""\n    return x +\n', False),
+        ("x = 1\n", False),
+    ],
+)
+def test_a_well_formed_answer_goes_beyond_the_prompt(source: str, written: bool) -> None:
+    assert recipe.is_written(source, "f") is written
 
 
 # -- data -------------------------------------------------------------------------------------------------------------
