@@ -135,6 +135,10 @@ class Config:
         """How the model answers: temperature and top-p, or None for greedy, by what the figures' names begin with."""
         return {"": None}
 
+    def scoring(self) -> dict[str, Any]:
+        """How answers are scored."""
+        return {name: getattr(self, name) for name in self.SCORING}
+
     def settings(self) -> dict[str, Any]:
         """What tells one run from another."""
         default = {field.name: field.default for field in dataclasses.fields(self)}

@@ -99,7 +99,7 @@ def result_table(
             f"{committed['steps']} steps, not this run."
         )
     if paper:
-        columns.append("paper's %")
+        columns.append("paper's" if figures[0] == "grade" else "paper's %")
         rows[0].append("–")
         for row, result in zip(rows[1:], results, strict=True):
             row.append(paper.get(result["label"], "–"))

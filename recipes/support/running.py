@@ -67,7 +67,8 @@ def run(
     if not quiet and (notice := folder.notice(resume)):
         print(notice)
     if done and resume:
-        if done.get("note") and recipe.benchmark.scores(config):
+        known = done.get("scoring", {})
+        if recipe.benchmark.scores(config) and (done.get("note") or known != config.scoring()):
             score_again(recipe, config, done, folder.final)
         return {**done, "folder": str(folder.final)}
     target_modules(config, load_shape(recipe, config))
@@ -98,7 +99,7 @@ def run(
         save_initial(model, method, work / "initial")
         result |= train(model, method, training)
         scores = evaluate(recipe, config, evaluation, lambda: (model, tokenizer), work, TRAINED, quiet)
-        record_scores(result, work, scores, base)
+        record_scores(result, config, work, scores, base)
         result["metrics"] |= {
             "problems": len(evaluation),
             "training_examples": len(examples),
@@ -176,9 +177,10 @@ def evaluate_base(recipe: Recipe, config: Config, records: Sequence[Record], wor
     return scores
 
 
-def record_scores(result: dict[str, Any], work: Path, scores: Scores, base: Scores) -> None:
+def record_scores(result: dict[str, Any], config: Config, work: Path, scores: Scores, base: Scores) -> None:
     """Put the figures into ``result`` and the answers with their verdicts into ``predictions.jsonl``."""
     result["metrics"] |= {**scores.figures, **{f"base_{name}": value for name, value in base.figures.items()}}
+    result["scoring"] = config.scoring()
     result["note"] = scores.note or (f"Base model: {base.note}" if base.note else "")
     write_text(work / "predictions.jsonl", "".join(json.dumps(row) + "\n" for row in scores.rows))
 
@@ -195,6 +197,6 @@ def score_again(recipe: Recipe, config: Config, result: dict[str, Any], folder: 
 
     records = recipe.load(config)[1]
     scores, base = (evaluate(recipe, config, records, no_model, folder, who) for who in (TRAINED, BASE))
-    record_scores(result, folder, scores, base)
+    record_scores(result, config, folder, scores, base)
     write_report(result, folder, recipe.benchmark.measure)
     write_json(folder / "result.json", {name: value for name, value in result.items() if name != "folder"})

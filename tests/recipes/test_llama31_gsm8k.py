@@ -180,6 +180,34 @@ def test_three_steps_leave_a_whole_run_folder(tmp_path: Path, tiny_model: str, m
     assert PeftModel.from_pretrained(base, folder / "adapter").peft_config["default"].peft_type == "LORA"
 
 
+def test_an_interrupted_examination_asks_only_for_what_is_missing(
+    tmp_path: Path, tiny_model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny(tiny_model, max_steps=1, eval_batch=2, seed=5)
+    whole = run(config, tmp_path / "whole")
+    asked = []
+
+    class Counting(running.Generator):
+        def __call__(self, prompts: Sequence[str], number: int = 0) -> list[str]:
+            if len(asked) == 1:
+                asked.append(number)
+                raise KeyboardInterrupt
+            asked.append(number)
+            return super().__call__(prompts, number)
+
+    monkeypatch.setattr(running, "Generator", Counting)
+    monkeypatch.setattr(running, "_base_answers", {})
+    with pytest.raises(KeyboardInterrupt):
+        run(config, tmp_path, name="run")
+    kept = tmp_path / "unfinished" / "run" / "answers" / "base.jsonl"
+    assert len(kept.read_text().splitlines()) == 2
+    resumed = run(config, tmp_path, name="run", resume=True)
+    assert asked == [0, 1, 1, 0, 1], "the first batch of the base model's answers is not asked for again"
+    for name in ("base", "trained"):
+        texts = [(Path(each["folder"]) / "answers" / f"{name}.jsonl").read_text() for each in (whole, resumed)]
+        assert texts[0] == texts[1]
+
+
 def test_sampled_answers_have_greedy_ones_beside_them(tmp_path: Path, tiny_model: str) -> None:
     config = tiny(tiny_model, temperature=0.8, top_p=0.95, greedy_beside=True, max_steps=1)
     result = run(config, tmp_path)

@@ -120,6 +120,8 @@ def test_answers_are_graded_later_and_only_once(tmp_path: Path, tiny_model: str,
     assert "add --resume --judge" not in report
     running.run(recipe.RECIPE, asking, tmp_path, "run", resume=True, quiet=True)
     assert Judge.asked == 16
+    with pytest.raises(ValueError, match="with judge 'm', this run with 'other'"):
+        running.run(recipe.RECIPE, dataclasses.replace(asking, judge="other"), tmp_path, "run", resume=True, quiet=True)
 
 
 def test_what_stays_ungraded_is_said_and_asked_for_again(tmp_path: Path, tiny_model: str, judge: str) -> None:
