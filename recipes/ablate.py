@@ -126,14 +126,18 @@ class Outcome:
 
     @property
     def accuracies(self) -> list[float]:
-        return [result["metrics"]["accuracy"] for result in self.results]
+        found = [result["metrics"].get("accuracy") for result in self.results]
+        return [accuracy for accuracy in found if accuracy is not None]
 
     @property
     def rank(self) -> tuple[float, float]:
-        """What the best cell has most of: accuracy, and the lower loss where accuracies tie."""
+        """What the best cell has most of: accuracy, and the lower loss where accuracies tie or were not measured."""
         if not self.results:
             return (-1.0, 0.0)
-        return (mean(self.accuracies), -mean(result["metrics"]["loss"] for result in self.results))
+        return (
+            mean(self.accuracies) if self.accuracies else 0.0,
+            -mean(result["metrics"]["loss"] for result in self.results),
+        )
 
 
 def run_cells(cells: Sequence[Cell], options: argparse.Namespace) -> list[Outcome]:
@@ -431,7 +435,7 @@ def seeds(options: argparse.Namespace) -> list[Outcome]:
         "seeds": options.seeds,
         "steps": first["metrics"]["steps"],
         "problems": first["metrics"]["problems"],
-        "base_accuracy": first["metrics"]["base_accuracy"],
+        "base_accuracy": first["metrics"].get("base_accuracy"),
         "base_format_rate": first["metrics"]["base_format_rate"],
         "config": {
             key: value for key, value in first["config"].items() if key not in ("method", "seed", "lr", "core_lr")
@@ -454,7 +458,7 @@ def summary_of(outcome: Outcome) -> dict[str, Any]:
     return {
         "label": outcome.results[0]["label"],
         "accuracy": outcome.accuracies,
-        "mean": mean(outcome.accuracies),
+        "mean": mean(outcome.accuracies) if outcome.accuracies else None,
         "std": stdev(outcome.accuracies) if len(outcome.accuracies) > 1 else None,
         "format_rate": [each["format_rate"] for each in metrics],
         "loss": [each["loss"] for each in metrics],

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import ClassVar, Self
 
 from embedded.sentences import generate
+from support.benchmark import ExactMatch
 from support.command_line import main
 from support.config import EMBEDDED, Rates, option
 from support.config import Config as SharedConfig
@@ -217,6 +218,11 @@ def grade(record: Record, output: str) -> tuple[bool, bool]:
     return said in task.labels, said == task.answer(record)
 
 
+def prompt(record: Record) -> str:
+    """What the model reads, in training and evaluation."""
+    return TASKS[record["task"]].prompt(record)
+
+
 RECIPE = Recipe(
     path=Path(__file__).resolve(),
     description=(__doc__ or "").partition("\n")[0],
@@ -224,10 +230,9 @@ RECIPE = Recipe(
     presets=PRESETS,
     rates=LEARNING_RATES,
     load=load_records,
-    prompt=lambda record: TASKS[record["task"]].prompt(record),
+    prompt=prompt,
     answer=lambda record: TASKS[record["task"]].answer(record),
-    grade=grade,
-    measure="Accuracy",
+    benchmark=ExactMatch("Accuracy", prompt, grade),
     embedded="t5",
     several=("task", "method"),
     paper=paper_figures,

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import peft
 import torch
-from peft.optimizers import create_loraplus_optimizer
+from peft.optimizers import create_loraplus_optimizer, create_riemannian_optimizer
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraConfig, LoraGAConfig, preprocess_loraga
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from support.config import Config
+from support.generated import generate_pairs
 from support.loading import target_modules
 from support.methods import METHODS, Method
-from tnadapt import plan
+from support.rescaled import FILE as ALPHA_FILE
+from support.rescaled import RowSteps
+from tnadapt import TTLoraLinear, add_adapters, plan, save_adapters
 
 Batch = dict[str, torch.Tensor]
 
@@ -41,6 +44,10 @@ def attach(
     """
     if method.adapter is None:
         return model.requires_grad_(True)
+    if method.tensor_train:
+        layers = targeted_layers(config, model)
+        add_adapters(model, layers, kind=TTLoraLinear, rank=config.rank, alpha=config.alpha / config.rank)
+        return model
     adapter = adapter_config(method, config, steps, model)
     if method.gradient_init:
         assert batches is not None
@@ -51,6 +58,8 @@ def attach(
         for module in model.modules():
             if isinstance(module, LoraLinear):
                 init_from_gradient(module)
+    if method.generated:
+        generate_pairs(model)
     return model
 
 
@@ -80,6 +89,15 @@ def every_linear(model: Any) -> list[str]:
     return [
         name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and module is not output
     ]
+
+
+def targeted_layers(config: Config, model: Any) -> list[str]:
+    """The names of the linear layers that ``--targets`` means."""
+    targets = target_modules(config, model)
+    every = every_linear(model)
+    if isinstance(targets, str):
+        return every
+    return [name for name in every if any(name == each or name.endswith(f".{each}") for each in targets)]
 
 
 def equal_rank(config: Config, model: torch.nn.Module) -> int:
@@ -138,9 +156,23 @@ def init_from_gradient(module: LoraLinear, adapter: str = "default") -> None:
 
 
 def make_optimizer(model: Any, method: Method, config: Config) -> torch.optim.Optimizer:
-    """AdamW with the betas of LoRA-Over; for LoRA+ with a higher rate of B."""
+    """AdamW with the betas of LoRA-Over, or the method's own optimizer."""
     assert config.lr is not None
     betas = (0.9, 0.999)
+    settings: dict[str, Any] = {"lr": config.lr, "betas": betas, "weight_decay": config.weight_decay}
+    if method.optimizer == "riemannian":
+        return cast("torch.optim.Optimizer", create_riemannian_optimizer(model, torch.optim.AdamW, **settings))
+    if method.optimizer == "rite":
+        from pytorch_optimizer import LoRARite
+
+        # pairs in turn, A [r, d_in] before B [d_out, r]: the dimensions of the rank are the first and the last
+        pairs = [
+            m.get_parameter(f"lora_{side}.default.weight")
+            for m in model.modules()
+            if isinstance(m, LoraLinear)
+            for side in "AB"
+        ]
+        return cast("torch.optim.Optimizer", LoRARite(pairs, lora_l_dim=0, lora_r_dim=-1, **settings))
     if method.b_ratio is not None:
         optimizer: torch.optim.Optimizer = create_loraplus_optimizer(
             model,
@@ -152,7 +184,7 @@ def make_optimizer(model: Any, method: Method, config: Config) -> torch.optim.Op
         )
         return optimizer
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return torch.optim.AdamW(trainable, lr=config.lr, betas=betas, weight_decay=config.weight_decay)
+    return torch.optim.AdamW(trainable, **settings)
 
 
 class AdaLoraBudget(TrainerCallback):
@@ -199,9 +231,16 @@ class AdaLoraBudget(TrainerCallback):
         return Path(args.output_dir) / f"checkpoint-{state.global_step}" / self.FILE
 
 
-def callbacks_of(model: Any, method: Method) -> list[TrainerCallback]:
-    """What the Trainer has to call while ``method`` trains."""
-    return [AdaLoraBudget(model)] if method.adapter == "AdaLoraConfig" else []
+def callbacks_of(model: Any, method: Method, training: Any) -> list[TrainerCallback]:
+    """What the Trainer has to call while ``method`` trains on the examples of ``training``."""
+    if method.adapter == "AdaLoraConfig":
+        return [AdaLoraBudget(model)]
+    if method.rescaled:
+        config = training.config
+        rows = RowSteps(model, lambda rng: training.draw(rng, model.device), config.lr, config.seed)
+        model.row_rescale = rows.rescale  # which save_trained writes
+        return [rows]
+    return []
 
 
 # -- saving -----------------------------------------------------------------------------------------------------------
@@ -230,12 +269,19 @@ def save_initial(model: Any, method: Method, folder: Path) -> None:
 def save_trained(model: Any, method: Method, work: Path) -> None:
     """Write ``model/`` after full fine-tuning and ``adapter/`` else; an adapter fits the base model as it was.
 
+    α-LoRA has the scales of the rows beside its adapter. TT-LoRA is no adapter of PEFT's: ``tnadapt.load_adapters`` reads it.
+
     PiSSA, OLoRA and LoRA-GA changed the base, so their adapter is written as plain LoRA of twice the rank.
     """
     if method.adapter is None:
         model.save_pretrained(work / "model")
+    elif method.tensor_train:
+        (work / "adapter").mkdir(exist_ok=True)
+        save_adapters(model, work / "adapter" / "tt_lora.safetensors", kind=TTLoraLinear)
     elif method.changes_base:
         initial = str(work / "initial")
         model.save_pretrained(work / "adapter", path_initial_model_for_weight_conversion=initial)
     else:
         model.save_pretrained(work / "adapter")
+        if method.rescaled:
+            model.row_rescale.save(work / "adapter" / ALPHA_FILE)

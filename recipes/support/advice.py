@@ -16,14 +16,16 @@ def noise(accuracy: float, total: int) -> float:
 def advise(result: Mapping[str, Any]) -> list[str]:
     """What the result of one run suggests, most urgent first."""
     metrics, config, curve = result["metrics"], result["config"], result["curve"]
-    accuracy, base, total = metrics["accuracy"], metrics["base_accuracy"], metrics["problems"]
-    error = noise(accuracy, total)
-    advice = [*_about_loss(curve)]
+    accuracy, base, total = metrics.get("accuracy"), metrics.get("base_accuracy"), metrics["problems"]
+    advice = [*_about_loss(curve), *_about_expansion(result)]
     if metrics["format_rate"] < 0.95:
         advice.append(
             f"Only {100 * metrics['format_rate']:.0f} % of the answers are well formed. Look at predictions.jsonl:"
             " if answers are cut off, raise --max-new-tokens; if not, train longer (--train-size, --max-steps)."
         )
+    if accuracy is None:
+        return advice
+    error = noise(accuracy, total)
     if accuracy <= base + error:
         advice.append(
             "The trained model is not better than the base model beyond noise. Raise --lr or train for more steps."
@@ -32,7 +34,6 @@ def advise(result: Mapping[str, Any]) -> list[str]:
         advice.append(
             "The task is nearly solved, so methods can hardly differ here; take fewer steps or a harder task."
         )
-    advice += _about_expansion(result)
     advice.append(
         f"With {total} problems the accuracy is known to ± {100 * error:.1f} points (one standard error); smaller "
         "differences between two runs are noise. Compare methods over several seeds: recipes/ablate.py seeds."

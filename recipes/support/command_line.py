@@ -106,7 +106,7 @@ def _run_all(recipe: Recipe, configs: Sequence[Config], options: argparse.Namesp
     for title, group in itertools.groupby(zip(configs, results, strict=True), lambda pair: recipe.title(pair[0])):
         pairs = list(group)
         first = pairs[0][0]
-        measure = f"{recipe.measure}, {title}" if len(recipe.several) > 1 else recipe.measure
+        measure = f"{recipe.benchmark.measure}, {title}" if len(recipe.several) > 1 else recipe.benchmark.measure
         table = committed_table(recipe, first)
         picture = compare([result for _, result in pairs], options.runs, measure, table, recipe.paper(first))
         print(f"comparison: {picture}")

@@ -75,6 +75,8 @@ class Config:
     #: The smallest value of whole numbers where that is not 1, and the numbers with decimals that may be 0.
     LEAST: ClassVar[Mapping[str, int]] = {"order": 2, "max_steps": 0, "seed": 0}
     MAY_BE_ZERO: ClassVar[tuple[str, ...]] = ("weight_decay", "clip", "temperature")
+    #: Fields that say how answers are scored. They are no part of a run's identity: its answers can be scored later.
+    SCORING: ClassVar[tuple[str, ...]] = ()
     #: Fields that name data.
     PLACES: ClassVar[tuple[str, ...]] = ("data",)
 
@@ -122,18 +124,30 @@ class Config:
         """The command line that finds this method's rate, with every option that differs from the preset."""
         words = ["python", "recipes/ablate.py", "tune", "--recipe", script, "--methods", self.method]
         words += ["--lrs", *TUNING_GRID, "--eval-split", "validation"]
-        own = ("method", "lr", "core_lr", "eval_split", "seed")
+        own = ("method", "lr", "core_lr", "eval_split", "seed", *self.SCORING)
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.name not in own and (field.name == "preset" or value != getattr(preset, field.name)):
                 words += [f"--{field.name.replace('_', '-')}", str(value)]
         return shlex.join(words)
 
+    def decodings(self) -> dict[str, tuple[float, float] | None]:
+        """How the model answers: temperature and top-p, or None for greedy, by what the figures' names begin with."""
+        return {"": None}
+
+    def scoring(self) -> dict[str, Any]:
+        """How answers are scored."""
+        return {name: getattr(self, name) for name in self.SCORING}
+
     def settings(self) -> dict[str, Any]:
         """What tells one run from another."""
         default = {field.name: field.default for field in dataclasses.fields(self)}
         fields = dataclasses.asdict(self)
-        return {name: value for name, value in fields.items() if name not in self.LATER or value != default[name]}
+        return {
+            name: value
+            for name, value in fields.items()
+            if name not in self.SCORING and (name not in self.LATER or value != default[name])
+        }
 
     def base(self) -> Self:
         """A configuration with only those fields that the scores of the base model depend on."""
@@ -152,13 +166,21 @@ class GenerationConfig(Config):
     temperature: float = option(0.0, "of sampling; 0: greedy")
     top_p: float = option(1.0, "sample from the most probable tokens that have this share together")
 
-    DECIDE_BASE: ClassVar[tuple[str, ...]] = (*Config.DECIDE_BASE, "test_data", "temperature", "top_p")
+    greedy_beside: bool = option(False, "where answers are sampled, answer greedily too, into a figure of its own")
+
+    DECIDE_BASE: ClassVar[tuple[str, ...]] = (*Config.DECIDE_BASE, "test_data", "temperature", "top_p", "greedy_beside")
+    LATER: ClassVar[tuple[str, ...]] = (*Config.LATER, "greedy_beside")
     PLACES: ClassVar[tuple[str, ...]] = ("data", "test_data")
 
     def check(self) -> None:
         if self.top_p > 1:
             raise ValueError(f"--top-p is {self.top_p}: give a share of at most 1")
         super().check()
+
+    def decodings(self) -> dict[str, tuple[float, float] | None]:
+        if not self.temperature:
+            return {"": None}
+        return {"": (self.temperature, self.top_p)} | ({"greedy_": None} if self.greedy_beside else {})
 
 
 def check_fields(config: Config) -> None:

@@ -1,14 +1,13 @@
-"""Training examples: token ids, and labels on the answer alone."""
+"""The training examples that a run takes from its records."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from support.evaluation import tokenization
+from support.evaluation.prompts import Example
 from support.recipe import Record
-
-IGNORED = -100
-"""The label that the loss leaves out."""
 
 
 def encode(
@@ -20,22 +19,16 @@ def encode(
     max_length: int,
     encoder_decoder: bool = False,
 ) -> list[dict[str, list[int]]]:
-    """The first ``size`` records that fit into ``max_length`` tokens; only answers and their end carry a label.
-
-    A decoder reads prompt and answer as one sequence; an encoder-decoder encodes the prompt, and its labels are the answer.
+    """The first ``size`` records that fit into ``max_length`` tokens, as ``tokenization.encode`` makes examples of them.
 
     Raises:
         ValueError: no record fits.
     """
     examples: list[dict[str, list[int]]] = []
     for record in records:
-        question = tokenizer(prompt(record))["input_ids"]
-        reply = tokenizer(answer(record), add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-        if encoder_decoder:
-            example = {"input_ids": question, "labels": reply}
-        else:
-            example = {"input_ids": question + reply, "labels": [IGNORED] * len(question) + reply}
-        if len(example["input_ids"]) <= max_length:
+        pair = Example(prompt(record), answer(record))
+        example = tokenization.encode(tokenizer, pair, max_length, encoder_decoder)
+        if example is not None:
             examples.append(example)
         if len(examples) == size:
             break

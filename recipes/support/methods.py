@@ -6,8 +6,9 @@ method is used.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -25,11 +26,26 @@ class Over:
 
     factorization: str
     choice: str = "all"
+    which: str | None = None
+    """With ``all``: a pattern of the names of the matrices that are expanded, in place of every one."""
+    sites: Callable[[int, int], tuple[tuple[int, int], ...]] | None = None
+    """The sites of an MPO for rows and columns of a matrix, in place of those that the options ask for."""
 
-    def make_factorization(self, config: Config) -> Factorization:
-        """The factorization that the options ask for, or else the method's own."""
+    def make_factorization(self, config: Config, shapes: Iterable[tuple[int, int]] = ()) -> Factorization:
+        """The factorization that the options ask for, or else the method's own.
+
+        Args:
+            config: the options.
+            shapes: of the model's LoRA matrices; ``sites`` needs them.
+        """
         from tnadapt import CP, MPO, SVD, Tucker
 
+        if self.sites is not None:
+            if config.factorization or config.expansion is not None:
+                given = "--factorization" if config.factorization else "--expansion"
+                raise ValueError(f"{given} is given: {config.method} has a structure of its own; leave the option out")
+            own = {shape: self.sites(*shape) for shape in shapes}
+            return MPO(sites=own or None, order=2, gauge=config.gauge, backend=config.backend)
         kind = config.factorization or self.factorization
         if kind == "svd" and config.expansion is not None:
             raise ValueError(
@@ -56,7 +72,7 @@ class Over:
         if self.choice == "predefined":
             assert scores is not None
             return LossAblation(scores, top_n=config.top_n)
-        return Static()
+        return Static(self.which)
 
 
 @dataclass(frozen=True)
@@ -78,6 +94,14 @@ class Method:
     """The initialization takes the adapter's product out of the base weight, so that the adapter alone does not say it all."""
     over: Over | None = None
     """LoRA-Over: what trains through tensor networks."""
+    optimizer: str = "adamw"
+    """``adamw``, ``riemannian`` (AdamW behind PEFT's preconditioner) or ``rite`` (LoRA-RITE)."""
+    generated: bool = False
+    """OP-LoRA: an MLP for each layer writes the pair and is dropped after training."""
+    rescaled: bool = False
+    """α-LoRA: the rows of the frozen weights are scaled too."""
+    tensor_train: bool = False
+    """TT-LoRA: the update itself is a tensor train, with ``--rank`` as its rank; no adapter of PEFT's."""
 
     @property
     def two_rates(self) -> bool:
@@ -95,6 +119,10 @@ class Method:
                 self.over.make_factorization(config)
             except ImportError as error:  # the library of a backend
                 raise ValueError(str(error)) from error
+        if self.optimizer == "rite" and find_spec("pytorch_optimizer") is None:
+            raise ValueError(
+                f"--method is {config.method}, which needs the package pytorch_optimizer: pip install pytorch_optimizer"
+            )
 
 
 METHODS = {
@@ -118,6 +146,12 @@ METHODS = {
     "adalora": Method("AdaLoRA", adapter="AdaLoraConfig"),
     "loha": Method("LoHa", adapter="LoHaConfig"),
     "lokr": Method("LoKr", adapter="LoKrConfig"),
+    "tt-lora": Method("TT-LoRA", adapter="TTLoraLinear", tensor_train=True),
+    "alpha-lora": Method("α-LoRA", rescaled=True),
+    "deep-lora": Method("Deep LoRA", over=Over("mpo", which=r"\.A$", sites=lambda rows, cols: ((rows, 1), (1, cols)))),
+    "op-lora": Method("OP-LoRA", generated=True),
+    "riemannian": Method("Riemannian LoRA", optimizer="riemannian"),
+    "lora-rite": Method("LoRA-RITE", optimizer="rite"),
     "lora-over-svd": Method("LoRA-Over-SVD", over=Over("svd")),
     "lora-over-mpo": Method("LoRA-Over-MPO", over=Over("mpo")),
     "lora-over-mpo-p": Method("LoRA-Over-MPO_P", over=Over("mpo", "predefined")),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from .tables import percent
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -53,15 +55,22 @@ def expansion_map(path: Path, matrices: Sequence[Mapping[str, Any]], steps: int,
     return _save(figure, path)
 
 
-def comparison(path: Path, scores: Mapping[str, float], curves: Mapping[str, Curve], score: str = "accuracy") -> Path:
+def comparison(
+    path: Path,
+    scores: Mapping[str, float],
+    curves: Mapping[str, Curve],
+    score: str = "accuracy",
+    shown: Callable[[float], str] = percent,
+) -> Path:
     """Draw a bar per score, in the colour of the curve of that name, and the loss curves beside the bars."""
     figure, axes = _figure(2, (11, 4.2))
     colours = {name: f"C{index}" for index, name in enumerate(curves)}
     for index, (name, value) in enumerate(scores.items()):
-        axes[0].bar(index, 100 * value, color=colours.get(name, "0.6"), width=0.6)
-        axes[0].text(index, 100 * value, f"{100 * value:.1f}", ha="center", va="bottom")
+        axes[0].bar(index, value, color=colours.get(name, "0.6"), width=0.6)
+        axes[0].text(index, value, shown(value), ha="center", va="bottom")
     axes[0].set_xticks(range(len(scores)), list(scores), rotation=15, ha="right")
-    axes[0].set_ylabel(f"{score} in %")
+    axes[0].set_ylabel(score)
+    axes[0].yaxis.set_major_formatter(lambda value, _: shown(value))
     axes[0].set_ylim(bottom=0)
     axes[0].set_title(score.capitalize())
     _draw_curves(axes[1], curves, "Training loss")

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from support.benchmark import Benchmark, Record
 from support.config import Config, Rates
 
-Record = dict[str, Any]
+__all__ = ["Recipe", "Record"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,13 +28,11 @@ class Recipe:
     load: Callable[[Any], tuple[list[Record], list[Record]]]
     """The records to train on (more than needed, as long ones are left out) and those to evaluate on."""
     prompt: Callable[[Record], str]
-    """What the model reads."""
+    """What the model reads in training."""
     answer: Callable[[Record], str]
     """What it learns to write after the prompt; the loss is on this and on the end-of-sequence token."""
-    grade: Callable[[Record, str], tuple[bool, bool]]
-    """Whether an output is well formed, and whether it is right."""
-    measure: str
-    """What the accuracy is a share of, as a table's title."""
+    benchmark: Benchmark
+    """How the trained model is examined."""
     default_methods: Sequence[str] = ("lora", "lora-over-mpo-r")
     embedded: str = "model"
     """The folder under ``recipes/embedded`` of the model that ``embedded`` stands for."""
@@ -72,5 +71,6 @@ class Recipe:
         if config.preset not in self.presets:
             raise ValueError(f"--preset is {config.preset!r}: choose one of {', '.join(self.presets)}")
         config.check()
+        self.benchmark.check(config)
         config = config.completed()
         return config.with_rates(self.presets, self.rates, f"recipes/{self.path.name}")

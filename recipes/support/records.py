@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from support.evaluation.records import read_records
 from support.recipe import Record
 
 
@@ -67,3 +68,23 @@ def hold_out(
     evaluation = list(train[-size:])
     held = {identity(record) for record in evaluation}
     return [record for record in train if identity(record) not in held], evaluation
+
+
+def read_rows(option: str, place: str, split: str, columns: Mapping[str, type]) -> Sequence[Record]:
+    """The rows of a file, of ``<split>.jsonl`` in a folder, or of a split of a hub data set.
+
+    Args:
+        option: the option that names ``place``.
+        place: where the rows are.
+        split: which of them.
+        columns: names and types that every row of a file must have.
+
+    Raises:
+        ValueError: there are none, or a row lacks a column.
+    """
+    if file := local_file(place, split):
+        return read_records(file, columns)
+    if Path(place).expanduser().is_dir():
+        raise ValueError(f"--{option} is {place}, which has no {split}.jsonl with {', '.join(columns)}")
+    rows: Sequence[Record] = load_hub(option, place, split=split)
+    return rows

@@ -5,14 +5,14 @@ A result is a dictionary with ``label``, ``config``, ``metrics``, ``curve`` and 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from . import pictures
 from .advice import advise
 from .provenance import config_hash, write_text
-from .tables import Table, percent, percent_over_seeds, rate
+from .tables import Table, grade, percent, percent_over_seeds, rate
 
 Result = Mapping[str, Any]
 
@@ -32,6 +32,19 @@ def expansions(over: Any) -> list[dict[str, Any]]:
     ]
 
 
+#: The figures that a benchmark may give, the main one first, with the heading of their column and how they are written.
+FIGURES: dict[str, tuple[str, Callable[[float | None], str]]] = {
+    "grade": ("grade, 1st turn", grade),
+    "grade_both_turns": ("both turns", grade),
+    "accuracy": ("accuracy", percent),
+    "greedy_accuracy": ("greedy", percent),
+}
+
+
+def _figures(metrics: Mapping[str, Any], names: Sequence[str], prefix: str = "") -> list[str]:
+    return [FIGURES[name][1](metrics.get(f"{prefix}{name}")) for name in names]
+
+
 def result_table(
     results: Sequence[Result],
     measure: str,
@@ -47,14 +60,25 @@ def result_table(
         paper: the paper's own figures by label, which are nobody's measurement here; a column of their own, too.
     """
     first = results[0]["metrics"]
-    columns = ["method", "accuracy", "format", "loss", "lr", "core lr", "trained", "train s"]
-    rows = [["base model", percent(first["base_accuracy"]), percent(first["base_format_rate"]), *"–––––"]]
+    figures = [name for name in FIGURES if any(result["metrics"].get(name) is not None for result in results)]
+    figures = figures or ["accuracy"]
+    columns = [
+        "method",
+        *(FIGURES[name][0] for name in figures),
+        "format",
+        "loss",
+        "lr",
+        "core lr",
+        "trained",
+        "train s",
+    ]
+    rows = [["base model", *_figures(first, figures, "base_"), percent(first["base_format_rate"]), *"–––––"]]
     for result in results:
         config, metrics = result["config"], result["metrics"]
         rows.append(
             [
                 result["label"],
-                percent(metrics["accuracy"]),
+                *_figures(metrics, figures),
                 percent(metrics["format_rate"]),
                 f"{metrics['loss']:.4f}",
                 rate(config["lr"]),
@@ -75,7 +99,7 @@ def result_table(
             f"{committed['steps']} steps, not this run."
         )
     if paper:
-        columns.append("paper's %")
+        columns.append("paper's" if figures[0] == "grade" else "paper's %")
         rows[0].append("–")
         for row, result in zip(rows[1:], results, strict=True):
             row.append(paper.get(result["label"], "–"))
@@ -101,9 +125,9 @@ def write_report(result: Result, folder: Path, measure: str) -> None:
         result_table([result], measure).markdown(),
         *shown,
         "## What next\n",
-        *(f"- {sentence}" for sentence in advise(result)),
+        *(f"- {sentence}" for sentence in filter(None, [result.get("note"), *advise(result)])),
         "\nThe adapter is one of PEFT's: `PeftModel.from_pretrained(base, 'adapter')`; full fine-tuning leaves `model` instead. "
-        "All answers are in `predictions.jsonl`, all figures in `result.json`.\n",
+        "All answers are in `answers/`, those of the trained model with its verdicts in `predictions.jsonl`, all figures in `result.json`.\n",
         *([f"## Plan\n\n```\n{result['plan']}\n```\n"] if result["plan"] else []),
         "## Configuration\n",
         settings.markdown(),
@@ -120,8 +144,11 @@ def compare(
 ) -> Path:
     """Print the results in one table and draw them in one picture below ``root``, whose path is returned."""
     result_table(results, measure, committed, paper).show()
-    scores = {"base model": results[0]["metrics"]["base_accuracy"]}
-    scores |= {result["label"]: result["metrics"]["accuracy"] for result in results}
+    metrics = [result["metrics"] for result in results]
+    figure = next((name for name in FIGURES if all(each.get(name) is not None for each in metrics)), None)
+    heading, shown = FIGURES[figure or "accuracy"]
+    scores = {} if figure is None else {"base model": metrics[0][f"base_{figure}"]}
+    scores |= {result["label"]: result["metrics"][figure] for result in results if figure}
     curves = {result["label"]: result["curve"] for result in results}
     path = root / f"comparison-{config_hash({result['name']: '' for result in results})}.png"
-    return pictures.comparison(path, scores, curves)
+    return pictures.comparison(path, scores, curves, heading, shown)

@@ -7,24 +7,26 @@ import logging
 import shutil
 import time
 import warnings
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns when imported, of kernels that nothing here uses
 
+from tqdm import tqdm  # noqa: E402
 from transformers import logging as transformers_logging  # noqa: E402
 from transformers.trainer_utils import set_seed  # noqa: E402
 
 from support.adapters import attach, save_initial, save_trained  # noqa: E402
+from support.benchmark import Scores  # noqa: E402
 from support.config import Config  # noqa: E402
 from support.encoding import encode  # noqa: E402
+from support.evaluation.generate import Generator, Sampling  # noqa: E402
 from support.folders import RunFolder  # noqa: E402
-from support.generation import generate  # noqa: E402
 from support.loading import load_model, load_shape, target_modules  # noqa: E402
 from support.methods import METHODS  # noqa: E402
-from support.provenance import config_hash, environment, write_text  # noqa: E402
+from support.provenance import config_hash, environment, write_json, write_text  # noqa: E402
 from support.recipe import Recipe, Record  # noqa: E402
 from support.results import write_report  # noqa: E402
 from support.training import Training, train  # noqa: E402
@@ -65,14 +67,22 @@ def run(
     if not quiet and (notice := folder.notice(resume)):
         print(notice)
     if done and resume:
+        known = done.get("scoring", {})
+        if recipe.benchmark.scores(config) and (done.get("note") or known != config.scoring()):
+            score_again(recipe, config, done, folder.final)
         return {**done, "folder": str(folder.final)}
     target_modules(config, load_shape(recipe, config))
     records, evaluation = recipe.load(config)
     method = METHODS[config.method]
-    result = {"name": name, "label": method.label, "config": settings, "environment": environment(recipe.path.parent)}
+    result: dict[str, Any] = {
+        "name": name,
+        "label": method.label,
+        "config": settings,
+        "environment": environment(recipe.path.parent),
+    }
     start = time.perf_counter()
     with folder.working(result, keep=resume) as work:
-        base = evaluate_base(recipe, config.base(), quiet)
+        base = evaluate_base(recipe, config, evaluation, work, quiet)
         model, tokenizer = load_model(recipe, config)
         examples = encode(
             tokenizer,
@@ -88,43 +98,105 @@ def run(
         model = attach(model, method, config, training.steps, lambda size: training.batches(size, model.device))
         save_initial(model, method, work / "initial")
         result |= train(model, method, training)
-        scores = evaluate(recipe, model, tokenizer, evaluation, config, quiet)
+        scores = evaluate(recipe, config, evaluation, lambda: (model, tokenizer), work, TRAINED, quiet)
+        record_scores(result, config, work, scores, base)
         result["metrics"] |= {
-            "accuracy": scores["accuracy"],
-            "format_rate": scores["format_rate"],
-            "base_accuracy": base["accuracy"],
-            "base_format_rate": base["format_rate"],
             "problems": len(evaluation),
             "training_examples": len(examples),
             "seconds": time.perf_counter() - start,
         }
         save_trained(model, method, work)
-        write_text(work / "predictions.jsonl", "".join(json.dumps(answer) + "\n" for answer in scores["answers"]))
-        write_report(result, work, recipe.measure)
+        write_report(result, work, recipe.benchmark.measure)
         for leftover in ("checkpoints", "initial"):
             shutil.rmtree(work / leftover, ignore_errors=True)
     return {**result, "folder": str(folder.final)}
 
 
+TRAINED, BASE = "trained", "base"
+#: Who answers: the name of a file in ``answers/`` begins with it.
+
+
 def evaluate(
-    recipe: Recipe, model: Any, tokenizer: Any, records: Sequence[Record], config: Config, quiet: bool
-) -> dict[str, Any]:
-    """Answer all records and grade the answers."""
-    outputs = generate(model, tokenizer, [recipe.prompt(record) for record in records], config, quiet)
-    grades = [recipe.grade(record, output) for record, output in zip(records, outputs, strict=True)]
-    answers = [
-        {**record, "output": output, "correct": right}
-        for record, output, (_, right) in zip(records, outputs, grades, strict=True)
-    ]
-    return {
-        "accuracy": sum(right for _, right in grades) / len(grades),
-        "format_rate": sum(formed for formed, _ in grades) / len(grades),
-        "answers": answers,
-    }
+    recipe: Recipe,
+    config: Config,
+    records: Sequence[Record],
+    load: Callable[[], tuple[Any, Any]],
+    work: Path,
+    who: str,
+    quiet: bool = True,
+) -> Scores:
+    """Answer all records in every way that ``config`` asks for, and score the answers.
+
+    Args:
+        recipe: whose benchmark.
+        config: how to decode.
+        records: what to answer.
+        load: gives model and tokenizer; called only where an answer is missing.
+        work: the run's folder; answers go to ``answers/`` in it.
+        who: ``TRAINED`` or ``BASE``.
+        quiet: without a progress bar.
+
+    Returns:
+        The figures of all decodings, those of further ones with their prefix; rows of the first.
+    """
+    (work / "answers").mkdir(exist_ok=True)
+    all_scores = []
+    for prefix, drawn in config.decodings().items():
+        stem = work / "answers" / "-".join(filter(None, (who, prefix.strip("_"))))
+
+        @cache
+        def generator(drawn: tuple[float, float] | None = drawn) -> Generator:
+            model, tokenizer = load()
+            return Generator(model, tokenizer, config.max_new_tokens, drawn and Sampling(config.seed, *drawn))
+
+        with tqdm(desc=f"answers, {stem.name}", unit="prompt", disable=quiet) as bar:
+
+            def generate(prompts: Sequence[str], number: int, made: Any = generator, bar: Any = bar) -> list[str]:
+                answers: list[str] = made()(prompts, number)
+                bar.update(len(prompts))
+                return answers
+
+            answers = recipe.benchmark.answer(config, records, generate, stem.with_name(f"{stem.name}.jsonl"))
+        all_scores.append((prefix, recipe.benchmark.score(config, records, answers, stem)))
+    figures = {f"{prefix}{name}": value for prefix, scores in all_scores for name, value in scores.figures.items()}
+    return Scores(figures, all_scores[0][1].rows, all_scores[0][1].note)
 
 
-@lru_cache(maxsize=1)
-def evaluate_base(recipe: Recipe, config: Config, quiet: bool) -> dict[str, Any]:
-    """The base model's scores before any training; ``config`` is one that ``Config.base`` made, so they come once."""
-    model, tokenizer = load_model(recipe, config)
-    return evaluate(recipe, model, tokenizer, recipe.load(config)[1], config, quiet)
+_base_answers: dict[tuple[str, Config], dict[str, bytes]] = {}
+
+
+def evaluate_base(recipe: Recipe, config: Config, records: Sequence[Record], work: Path, quiet: bool) -> Scores:
+    """The base model's scores before any training. It answers once for all methods of a command."""
+    key = (recipe.name, config.base())
+    (work / "answers").mkdir(exist_ok=True)
+    for name, content in _base_answers.get(key, {}).items():
+        (work / "answers" / name).write_bytes(content)
+    scores = evaluate(recipe, config, records, cache(lambda: load_model(recipe, config)), work, BASE, quiet)
+    _base_answers.clear()
+    _base_answers[key] = {path.name: path.read_bytes() for path in (work / "answers").glob(f"{BASE}*.jsonl")}
+    return scores
+
+
+def record_scores(result: dict[str, Any], config: Config, work: Path, scores: Scores, base: Scores) -> None:
+    """Put the figures into ``result`` and the answers with their verdicts into ``predictions.jsonl``."""
+    result["metrics"] |= {**scores.figures, **{f"base_{name}": value for name, value in base.figures.items()}}
+    result["scoring"] = config.scoring()
+    result["note"] = scores.note or (f"Base model: {base.note}" if base.note else "")
+    write_text(work / "predictions.jsonl", "".join(json.dumps(row) + "\n" for row in scores.rows))
+
+
+def score_again(recipe: Recipe, config: Config, result: dict[str, Any], folder: Path) -> None:
+    """Score the answers of a finished run, which was not scored or in part only, and write its result and report anew.
+
+    Raises:
+        ValueError: an answer is missing.
+    """
+
+    def no_model() -> Any:
+        raise ValueError(f"{folder}/answers lacks an answer; delete the folder and start the run again")
+
+    records = recipe.load(config)[1]
+    scores, base = (evaluate(recipe, config, records, no_model, folder, who) for who in (TRAINED, BASE))
+    record_scores(result, config, folder, scores, base)
+    write_report(result, folder, recipe.benchmark.measure)
+    write_json(folder / "result.json", {name: value for name, value in result.items() if name != "folder"})

@@ -60,6 +60,11 @@ def percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f} %"
 
 
+def grade(value: float | None) -> str:
+    """A judge's grade from 1 to 10 with two decimals; a dash where there is none."""
+    return "–" if value is None else f"{value:.2f}"
+
+
 def percent_over_seeds(values: Sequence[float]) -> str:
     """Mean ± sample standard deviation of shares, as percentages; the mean alone for a single value."""
     if not values:

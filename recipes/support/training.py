@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 import time
 from collections.abc import Sequence
@@ -9,16 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from support.adapters import callbacks_of, make_optimizer
 from support.config import Config
-from support.encoding import IGNORED
+from support.evaluation.tokenization import IGNORED, collator
+from support.generated import drop_generators
 from support.methods import Method
 from support.provenance import read_json, write_json
 from support.results import expansions
-from tnadapt import LoraOver, plan, predefined
+from tnadapt import LoraOver, find_lora_matrices, plan, predefined
 from tnadapt.integrations.transformers import last_complete_checkpoint
 
 
@@ -28,12 +30,11 @@ class Training:
     def __init__(
         self, tokenizer: Any, examples: Sequence[dict[str, list[int]]], config: Config, work: Path, quiet: bool
     ) -> None:
-        tokenizer.padding_side = "right"
         self.examples = list(examples)
         self.config = config
         self.work = work
         self.quiet = quiet
-        self.collate = DataCollatorForSeq2Seq(tokenizer)
+        self.collate = collator(tokenizer)
         self.steps = config.max_steps or config.epochs * -(-len(self.examples) // config.batch)
 
     def batches(self, size: int, device: Any = None) -> list[dict[str, torch.Tensor]]:
@@ -41,6 +42,11 @@ class Training:
         chosen, step = self.examples[:size], self.config.micro_batch
         made = [self.collate(chosen[start : start + step]) for start in range(0, len(chosen), step)]
         return [{name: tensor.to(device) for name, tensor in batch.items()} for batch in made]
+
+    def draw(self, rng: random.Random, device: Any = None) -> dict[str, torch.Tensor]:
+        """A batch of ``micro_batch`` examples that are drawn at random."""
+        chosen = rng.sample(self.examples, min(self.config.micro_batch, len(self.examples)))
+        return {name: tensor.to(device) for name, tensor in self.collate(chosen).items()}
 
     def trainer(self, model: Any, optimizer: torch.optim.Optimizer, callbacks: Sequence[Any], name: str) -> Trainer:
         """An unmodified Trainer whose checkpoints go to the folder ``name``."""
@@ -98,13 +104,20 @@ def train(model: Any, method: Method, training: Training) -> dict[str, Any]:
     optimizer = make_optimizer(model, method, config)
     over, table = None, ""
     if method.over is not None:
-        factorization, scheduler = method.over.make_factorization(config), method.over.make_scheduler(config, scores)
-        table = str(plan(model, factorization, top_n=getattr(scheduler, "top_n", None)))
+        shapes = {
+            (matrix.parameter.shape[0], matrix.parameter.shape[1]) for matrix in find_lora_matrices(model)[0].values()
+        }
+        factorization, scheduler = (
+            method.over.make_factorization(config, shapes),
+            method.over.make_scheduler(config, scores),
+        )
+        # the table is of whole groups
+        table = "" if method.over.which else str(plan(model, factorization, top_n=getattr(scheduler, "top_n", None)))
         if not training.quiet:
             print(table)
         over = LoraOver(model, optimizer, factorization, scheduler, core_lr=config.core_lr)
     start = time.perf_counter()
-    state = training.run(model, optimizer, callbacks_of(model, method))
+    state = training.run(model, optimizer, callbacks_of(model, method, training))
     curve = [(entry["step"], entry["loss"]) for entry in state.log_history if "loss" in entry]
     tail = [loss for _, loss in curve[-5:]]
     result = {
@@ -122,6 +135,8 @@ def train(model: Any, method: Method, training: Training) -> dict[str, Any]:
     }
     if over:
         over.fold()
+    if method.generated:
+        drop_generators(model)
     return result
 
 

@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
-from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +25,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from support import running, training
 from support.encoding import encode
-from support.records import read_jsonl
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recipes import ablate
 from recipes import llama31_gsm8k as recipe
@@ -44,27 +42,6 @@ def run(config: recipe.Config, root: Path, **settings: Any) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
-
-
-@pytest.fixture(scope="module")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> str:
-    """A random Llama of two layers, in a folder."""
-    folder = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=48,
-        max_position_embeddings=512,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
 
 
 def tiny(model: str, **changes: Any) -> recipe.Config:
@@ -90,34 +67,20 @@ def tiny(model: str, **changes: Any) -> recipe.Config:
 
 
 @pytest.mark.parametrize(
-    ("text", "number"),
+    ("output", "graded"),
     [
-        ("so it is 3.\n#### 18", "18"),
-        ("#### 1,234", "1234"),
-        ("#### 1,234,567.50", "1234567.50"),
-        ("#### -5", "-5"),
-        ("#### −5", "-5"),
-        ("#### -$5", "-5"),
-        ("#### $-5", "-5"),
-        ("#### $3.50 for each", "3.50"),
-        ("#### .5", "0.5"),
-        ("#### 12.", "12"),
-        ("#### 70%", "70"),
-        ("#### 4\n#### 5\n#### 6", "6"),
-        ("#### 4\n#### none", "4"),
-        ("####18", "18"),
-        ("#### 18.0", "18"),
-        ("<<4*6=24>>24 pens", None),
-        ("#### ", None),
-        ("", None),
-        ("18", None),
-        ("#### 1/2", None),
-        ("#### 12,34", None),
-        ("#### 1.2.3", None),
+        ("so it is 3.\n#### 1,234", (True, True)),
+        ("#### $1234.00", (True, True)),
+        ("#### -1234", (True, False)),
+        ("#### 1234\n#### 5", (True, True)),
+        ("#### 5\n#### 1234", (True, False)),
+        ("1234", (False, False)),
+        ("#### ", (False, False)),
+        ("", (False, False)),
     ],
 )
-def test_final_number(text: str, number: str | None) -> None:
-    assert recipe.final_number(text) == (None if number is None else Decimal(number))
+def test_the_number_behind_the_first_mark_is_graded(output: str, graded: tuple[bool, bool]) -> None:
+    assert recipe.grade({"answer": "1,200 + 34 = <<1200+34=1234>>1,234\n#### 1,234"}, output) == graded
 
 
 # -- data -------------------------------------------------------------------------------------------------------------
@@ -182,16 +145,16 @@ def test_a_folder_without_validation_split_lends_the_end_of_its_training_problem
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", r"train\.jsonl, line 2: not an object"),
-        ('{"question": "q"}', r"line 2: not an object with question and answer"),
-        ('{"question": "q", "answer": "7"}', r"line 2: the answer does not end in '#### number'"),
+        ("{", r"train\.jsonl, line 2: not valid JSON"),
+        ('{"question": "q"}', r"line 2: no column answer"),
+        ('{"question": "q", "answer": "7"}', r"problem 2: a reference answer should end in '#### number'"),
     ],
 )
 def test_broken_lines_are_named(tmp_path: Path, line: str, message: str) -> None:
     path = tmp_path / "train.jsonl"
     path.write_text('{"question": "q", "answer": "#### 7"}\n' + line + "\n")
     with pytest.raises(ValueError, match=message):
-        read_jsonl(path, ("question", "answer"), recipe.problem_with)
+        recipe.load_problems(recipe.Config(data=str(path)))
 
 
 # -- end to end -------------------------------------------------------------------------------------------------------
@@ -215,6 +178,48 @@ def test_three_steps_leave_a_whole_run_folder(tmp_path: Path, tiny_model: str, m
     assert "## What next" in (folder / "report.md").read_text()
     base = AutoModelForCausalLM.from_pretrained(tiny_model)
     assert PeftModel.from_pretrained(base, folder / "adapter").peft_config["default"].peft_type == "LORA"
+
+
+def test_an_interrupted_examination_asks_only_for_what_is_missing(
+    tmp_path: Path, tiny_model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny(tiny_model, max_steps=1, eval_batch=2, seed=5)
+    whole = run(config, tmp_path / "whole")
+    asked = []
+
+    class Counting(running.Generator):
+        def __call__(self, prompts: Sequence[str], number: int = 0) -> list[str]:
+            if len(asked) == 1:
+                asked.append(number)
+                raise KeyboardInterrupt
+            asked.append(number)
+            return super().__call__(prompts, number)
+
+    monkeypatch.setattr(running, "Generator", Counting)
+    monkeypatch.setattr(running, "_base_answers", {})
+    with pytest.raises(KeyboardInterrupt):
+        run(config, tmp_path, name="run")
+    kept = tmp_path / "unfinished" / "run" / "answers" / "base.jsonl"
+    assert len(kept.read_text().splitlines()) == 2
+    resumed = run(config, tmp_path, name="run", resume=True)
+    assert asked == [0, 1, 1, 0, 1], "the first batch of the base model's answers is not asked for again"
+    for name in ("base", "trained"):
+        texts = [(Path(each["folder"]) / "answers" / f"{name}.jsonl").read_text() for each in (whole, resumed)]
+        assert texts[0] == texts[1]
+
+
+def test_sampled_answers_have_greedy_ones_beside_them(tmp_path: Path, tiny_model: str) -> None:
+    config = tiny(tiny_model, temperature=0.8, top_p=0.95, greedy_beside=True, max_steps=1)
+    result = run(config, tmp_path)
+    assert {"accuracy", "greedy_accuracy", "base_accuracy", "base_greedy_accuracy"} <= result["metrics"].keys()
+    answers = Path(result["folder"]) / "answers"
+    names = {"trained.jsonl", "trained-greedy.jsonl", "base.jsonl", "base-greedy.jsonl"}
+    assert {path.name for path in answers.iterdir()} == names
+    assert "| greedy |" in (answers.parent / "report.md").read_text()
+    greedy = run(dataclasses.replace(config, temperature=0.0), tmp_path)
+    texts = [(answers / "base-greedy.jsonl").read_text(), (Path(greedy["folder"]) / "answers/base.jsonl").read_text()]
+    assert texts[0] == texts[1], "the greedy answers are those of a greedy run"
+    assert texts[0] != (answers / "base.jsonl").read_text()
 
 
 def test_an_interrupted_run_resumes_to_the_same_adapter(

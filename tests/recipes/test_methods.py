@@ -17,7 +17,9 @@ pytest.importorskip("rich")
 from peft import PeftModel
 from safetensors.torch import load_file
 from support import adapters, running, training
-from support.encoding import IGNORED, encode
+from support.encoding import encode
+from support.evaluation.generate import Generator
+from support.evaluation.tokenization import IGNORED
 from support.methods import METHODS
 from support.recipe import Recipe
 from transformers import (
@@ -30,6 +32,7 @@ from transformers import (
 )
 
 from recipes import llama31_gsm8k, t5_glue
+from tnadapt import RowRescale, TTLoraLinear, find_adapters, load_adapters
 
 pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning"), pytest.mark.filterwarnings("ignore::FutureWarning")]
 
@@ -135,16 +138,26 @@ def test_a_method_trains_and_loads_on_the_untouched_base(
     tmp_path: Path, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch, kind: str, method: str
 ) -> None:
     run = trained(KINDS[kind], configuration(kind, models[kind], method), tmp_path, monkeypatch)
-    moved = [n for n, p in run.model.named_parameters() if p.requires_grad and not torch.equal(p, run.before[n])]
+    now = {name: p for name, p in run.model.named_parameters() if name in run.before}
+    if method == "op-lora":  # whose parameters are others after training than during it
+        now = {name: p for name, p in now.items() if not p.requires_grad}
+        moved = layers(run.model)
+    else:
+        moved = [name for name, p in now.items() if p.requires_grad and not torch.equal(p, run.before[name])]
     assert moved
-    assert all(torch.equal(p, run.before[n]) for n, p in run.model.named_parameters() if not p.requires_grad)
+    assert all(torch.equal(p, run.before[name]) for name, p in now.items() if not p.requires_grad)
     assert run.result["label"] == METHODS[method].label
     run.model.eval()
     if method == "full":
         assert not (run.folder / "adapter").exists()
         loaded = type(run.base).from_pretrained(run.folder / "model")
+    elif method == "tt-lora":
+        load_adapters(run.base, run.folder / "adapter" / "tt_lora.safetensors", kind=TTLoraLinear)
+        loaded = run.base
     else:
         loaded = PeftModel.from_pretrained(run.base, run.folder / "adapter")
+    if method == "alpha-lora":
+        RowRescale.from_file(loaded, run.folder / "adapter" / "alpha.safetensors")
     with torch.no_grad():
         there = run.model(**run.batch).logits
         torch.testing.assert_close(loaded.eval()(**run.batch).logits, there, rtol=1e-4, atol=1e-5)
@@ -245,6 +258,43 @@ def predefined(run: Trained) -> None:
     assert not (run.folder / "ablation").exists()
 
 
+def tensor_train(run: Trained) -> None:
+    adapters = find_adapters(run.model, TTLoraLinear).values()
+    assert {adapter.rank for adapter in adapters} == {SMALL["rank"]}
+    assert run.result["metrics"]["trained_parameters"] == sum(adapter.num_parameters for adapter in adapters)
+
+
+def rescaled(run: Trained) -> None:
+    alphas = run.model.row_rescale.alphas
+    assert len(alphas) == len(layers(run.model))
+    assert all(not torch.equal(alpha, torch.ones_like(alpha)) for alpha in alphas.values())
+
+
+def three_factors(run: Trained) -> None:
+    expanded = {
+        m["kind"]: {each["expanded_at"] for each in run.result["matrices"] if each["kind"] == m["kind"]}
+        for m in run.result["matrices"]
+    }
+    assert expanded == {"A": {0}, "B": {None}}
+    # a square core of rank x rank for every A, beside the core of A's own size
+    added = run.result["metrics"]["trained_parameters"] - run.result["metrics"]["lora_parameters"]
+    assert added == len(layers(run.model)) * SMALL["rank"] ** 2
+
+
+def generated(run: Trained) -> None:
+    pairs = {name: p for name, p in run.model.named_parameters() if p.requires_grad}
+    assert all("lora_" in name and "parametrizations" not in name for name in pairs), "the MLPs are dropped"
+    assert run.result["metrics"]["trained_parameters"] > 32 * sum(p.numel() for p in pairs.values())
+    assert all(module.lora_B["default"].weight.abs().sum() > 0 for module in layers(run.model))
+
+
+def optimizer_called(name: str) -> Any:
+    def check(run: Trained) -> None:
+        assert type(run.optimizer).__name__ == name
+
+    return check
+
+
 SIGNATURES: dict[str, Any] = {
     "full": full,
     "lora-equal": equal,
@@ -258,7 +308,13 @@ SIGNATURES: dict[str, Any] = {
     "adalora": adalora,
     "loha": of_type("LOHA"),
     "lokr": of_type("LOKR"),
+    "tt-lora": tensor_train,
+    "alpha-lora": rescaled,
+    "op-lora": generated,
+    "riemannian": optimizer_called("RiemannianPreconditionedOptimizer"),
+    "lora-rite": optimizer_called("LoRARite"),
     **{name: over for name, method in METHODS.items() if method.over is not None},
+    "deep-lora": three_factors,
     "lora-over-mpo-p": predefined,
 }
 
@@ -303,6 +359,87 @@ def test_lora_ga_refuses_layers_that_are_too_small(models: dict[str, Path]) -> N
         adapters.attach(base, METHODS["lora-ga"], config, 4, lambda size: [batch])
 
 
+def pair_model(models: dict[str, Path], method: str, scale: float = 1.0, **changes: Any) -> tuple[Any, Any]:
+    """A Llama in float64 whose pairs are random and rescaled, A by ``scale`` and B by its inverse; and its optimizer."""
+    config = configuration("llama", models["llama"], method, weight_decay=0.0, **changes)
+    torch.manual_seed(3)
+    base = LlamaForCausalLM.from_pretrained(models["llama"]).double()
+    model = adapters.attach(base, METHODS[method], config, 4).double()
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for module in layers(model):
+            for side, factor in (("lora_A", scale), ("lora_B", 1 / scale)):
+                weight = getattr(module, side)["default"].weight
+                weight.copy_(torch.randn(weight.shape, generator=generator, dtype=torch.float64) * 0.3 * factor)
+    return model, adapters.make_optimizer(model, METHODS[method], config)
+
+
+def steps_of(model: Any, optimizer: Any, count: int) -> list[torch.Tensor]:
+    """The products of all pairs after ``count`` steps on one batch."""
+    ids = torch.arange(5, 25).view(2, 10)
+    for _ in range(count):
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    return [(m.lora_B["default"].weight @ m.lora_A["default"].weight).detach() for m in layers(model)]
+
+
+@pytest.mark.parametrize(("method", "invariant"), [("lora-rite", True), ("lora", False)])
+def test_rite_does_not_see_how_a_product_is_shared_by_its_pair(
+    models: dict[str, Path], method: str, invariant: bool
+) -> None:
+    """Yen et al. 2024 (arXiv:2410.20625): the product moves alike for (A, B) and (sA, B/s). With AdamW it does not."""
+    plain, rescaled = (steps_of(*pair_model(models, method, scale), count=3) for scale in (1.0, 8.0))
+    start = steps_of(*pair_model(models, method), count=0)
+    moved = sum(float((after - before).norm()) for after, before in zip(plain, start, strict=True))
+    apart = sum(float((one - other).norm()) for one, other in zip(plain, rescaled, strict=True))
+    assert moved > 0
+    assert (apart < 1e-3 * moved) == invariant
+
+
+def test_riemannian_gradients_are_preconditioned_by_the_other_factor(models: dict[str, Path]) -> None:
+    """Zhang and Pilanci 2024 (arXiv:2402.02347): (BᵀB + δ)⁻¹ ∂A and ∂B (AAᵀ + δ)⁻¹, with PEFT's δ of 0.01."""
+    model, optimizer = pair_model(models, "riemannian")
+    ids = torch.arange(5, 25).view(2, 10)
+    model(input_ids=ids, labels=ids).loss.backward()
+    pairs = [(m.lora_A["default"].weight, m.lora_B["default"].weight) for m in layers(model)]
+    damping = 0.01 * torch.eye(SMALL["rank"], dtype=torch.float64)
+    expected = [
+        (torch.linalg.solve(b.T @ b + damping, a.grad), torch.linalg.solve(a @ a.T + damping, b.grad.T).T)
+        for a, b in pairs
+    ]
+    optimizer.step()
+    for (a, b), (grad_a, grad_b) in zip(pairs, expected, strict=True):
+        torch.testing.assert_close(a.grad, grad_a)
+        torch.testing.assert_close(b.grad, grad_b)
+
+
+def test_op_lora_starts_as_lora_and_differentiates_through_its_mlp(models: dict[str, Path]) -> None:
+    config = configuration("llama", models["llama"], "op-lora", targets="q_proj")
+    torch.manual_seed(0)
+    model = adapters.attach(LlamaForCausalLM.from_pretrained(models["llama"]), METHODS["op-lora"], config, 4)
+    (layer,) = layers(model)
+    a, b = layer.lora_A["default"], layer.lora_B["default"]
+    assert torch.equal(b.weight, torch.zeros_like(b.weight))
+    assert a.weight.abs().sum() > 0
+    written = a.parametrizations.weight[0]
+    assert written.hidden is b.parametrizations.weight[0].hidden, "one MLP writes both"
+    with torch.no_grad():
+        for matrix in (a, b):
+            matrix.parametrizations.weight[0].head.normal_()
+    h = torch.relu(written.hidden.inner.weight @ written.hidden.z + written.hidden.inner.bias)
+    torch.testing.assert_close(a.weight, a.parametrizations.weight.original + (written.head @ h).view(4, 32))
+    ids = torch.arange(5, 25).view(2, 10)
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert written.hidden.z.grad.abs().sum() > 0
+
+
+def test_a_structure_of_its_own_takes_no_other(models: dict[str, Path]) -> None:
+    config = configuration("llama", models["llama"], "deep-lora", factorization="cp")
+    with pytest.raises(ValueError, match="--factorization is given: deep-lora has a structure of its own"):
+        KINDS["llama"].resolve(config)
+
+
 @pytest.mark.parametrize(
     ("sizes", "changes", "rank"),
     [
@@ -321,7 +458,10 @@ def test_equal_rank_is_the_one_that_the_paper_compares_with(
     assert adapters.equal_rank(config, model) == rank
 
 
-@pytest.mark.parametrize("method", ["adalora", "lora-over-mpo-p", "lora-ga", "lora+"])
+@pytest.mark.parametrize(
+    "method",
+    ["adalora", "lora-over-mpo-p", "lora-ga", "lora+", "tt-lora", "alpha-lora", "deep-lora", "op-lora", "lora-rite"],
+)
 def test_an_interrupted_run_ends_where_a_whole_one_does(
     tmp_path: Path, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
@@ -341,10 +481,11 @@ def test_an_interrupted_run_ends_where_a_whole_one_does(
         with pytest.raises(KeyboardInterrupt):
             running.run(recipe, config, tmp_path, "run", quiet=True)
     resumed = running.run(recipe, config, tmp_path, "run", resume=True, quiet=True)
-    first, second = (
-        load_file(Path(run["folder"]) / "adapter" / "adapter_model.safetensors") for run in (whole, resumed)
-    )
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    adapters_of = [sorted((Path(run["folder"]) / "adapter").glob("*.safetensors")) for run in (whole, resumed)]
+    assert adapters_of[0]
+    for one, other in zip(*adapters_of, strict=True):
+        first, second = load_file(one), load_file(other)
+        assert all(torch.equal(first[name], second[name]) for name in first)
     assert resumed["curve"] == whole["curve"]
 
 
@@ -390,15 +531,14 @@ def test_padding_and_masks_change_no_loss(tmp_path: Path, models: dict[str, Path
 
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_a_batch_of_prompts_answers_as_each_alone(models: dict[str, Path], kind: str) -> None:
-    from support.generation import generate
-
     recipe = KINDS[kind]
     tokenizer = AutoTokenizer.from_pretrained(recipe.embedded_model)
     model = (T5ForConditionalGeneration if kind == "t5" else LlamaForCausalLM).from_pretrained(recipe.embedded_model)
-    config = dataclasses.replace(recipe.presets["laptop"], max_new_tokens=12, eval_batch=5, **UNEVEN[kind])
+    config = dataclasses.replace(recipe.presets["laptop"], **UNEVEN[kind])
     prompts = [recipe.prompt(record) for record in recipe.load(config)[1][:5]]
     assert len({len(tokenizer(prompt)["input_ids"]) for prompt in prompts}) > 1
-    together = generate(model, tokenizer, prompts, config, quiet=True)
-    alone = [generate(model, tokenizer, [prompt], config, quiet=True)[0] for prompt in prompts]
+    generate = Generator(model, tokenizer, max_new_tokens=12)
+    together = generate(prompts)
+    alone = [generate([prompt])[0] for prompt in prompts]
     assert together == alone
     assert any(text.strip() for text in together)

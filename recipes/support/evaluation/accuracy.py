@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from scipy.stats import binomtest  # type: ignore[import-untyped]
-
 
 @dataclass(frozen=True)
 class Accuracy:
@@ -30,6 +28,9 @@ class Accuracy:
 
         Source: E. B. Wilson, "Probable inference, the law of succession, and statistical inference", JASA 22, 1927.
         """
+        # imported here: it takes as long as all else that the command line of a recipe needs
+        from scipy.stats import binomtest  # type: ignore[import-untyped]
+
         found = binomtest(self.right, self.total).proportion_ci(confidence, method="wilson")
         return float(found.low), float(found.high)
 
