@@ -142,7 +142,7 @@ def test_every_public_name_is_in_the_reference() -> None:
     import tnadapt
 
     page = (DOCS / "api.md").read_text(encoding="utf-8")
-    assert set(tnadapt.__all__) <= set(re.findall(r":: tnadapt\.(\w+)$", page, re.MULTILINE))  # modules too
+    assert set(tnadapt.__all__) <= set(re.findall(r":: tnadapt\.(\w+)$", page, re.MULTILINE))
 
 
 @pytest.mark.slow
