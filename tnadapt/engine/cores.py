@@ -28,7 +28,11 @@ from tnadapt.engine import ranks
 from tnadapt.factorizations import Factorization, site_axes
 from tnadapt.matrices import TrainedMatrix
 
-__all__ = ["Cohort", "Key", "Member", "Piece", "matrix_view_shape", "state_signature"]
+__all__ = ["STACK_BYTES", "Cohort", "Key", "Member", "Piece", "matrix_view_shape", "state_signature"]
+
+#: Bytes of cores that one cohort stacks at most, and of matrices that are unfolded as one batch; a matrix whose cores are
+#: larger is alone. It bounds the scratch of a step. Below a hundredth of it, launches cost more than arithmetic.
+STACK_BYTES = 2**28
 
 #: relative accuracy to which a capped update ends at its cap, and a matched one at the length that it is matched to; rounding
 #: of the matrix permitting
@@ -48,6 +52,11 @@ class Key(NamedTuple):
     device: torch.device
     #: index of the optimizer group that holds the matrices
     group: int
+
+    @property
+    def capacity(self) -> int:
+        """How many matrices may be stacked, see `STACK_BYTES`."""
+        return max(1, STACK_BYTES // (self.dtype.itemsize * sum(map(math.prod, self.fused_shapes))))
 
 
 @dataclass(eq=False)

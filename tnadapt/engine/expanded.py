@@ -114,7 +114,8 @@ class Expanded:
             alike.setdefault((matrix.shape, self._key(matrix)), []).append(matrix)
         added: dict[Key, list[Member]] = {}
         for (_, key), matrices in alike.items():
-            added.setdefault(key, []).extend(self._unfold(matrices, fresh))
+            for stack in _batched(matrices, key.capacity):
+                added.setdefault(key, []).extend(self._unfold(stack, fresh))
         cohorts = list(self.now.cohorts)
         for key, members in added.items():
             for past in _by_past(members, self.elementwise).values():
@@ -293,8 +294,17 @@ class Expanded:
                 state = [{**one, "step": one["step"].to(key.device)} if "step" in one else one for one in state]
             member = Member(matrix, entry["cores"], None, state, entry["residual"], scale=entry["scale"])
             grouped.setdefault((entry["cohort"], key), []).append(member)
-        cohorts = tuple(Cohort(key, self.elementwise, members) for (_, key), members in grouped.items())
+        cohorts = tuple(
+            Cohort(key, self.elementwise, stack)
+            for (_, key), members in grouped.items()
+            for stack in _batched(members, key.capacity)
+        )
         self.now = Roster(step, cohorts, tuple(waiting), tuple(history))
+
+
+def _batched(items: Sequence[Any], size: int) -> Iterable[Sequence[Any]]:
+    """Runs of at most `size` items, in order."""
+    return (items[start : start + size] for start in range(0, len(items), size))
 
 
 def _by_past(members: Sequence[Member], elementwise: bool) -> dict[Any, list[Member]]:
@@ -307,12 +317,16 @@ def _by_past(members: Sequence[Member], elementwise: bool) -> dict[Any, list[Mem
 
 
 def _join_in(cohorts: list[Cohort], key: Key, elementwise: bool, members: Sequence[Member]) -> None:
-    """Add members of one past to the cohort that they can be stepped with; a new one where there is none."""
+    """Add members of one past to the cohorts that they can be stepped with, as far as these have room; make new ones of the
+    others."""
+    (past,) = _by_past(members, elementwise)
+    rest = list(members)
     for k, present in enumerate(cohorts):
-        if present.key == key and present.signature() in _by_past(members, elementwise):
-            cohorts[k] = Cohort(key, elementwise, [*present.members(), *members])
-            return
-    cohorts.append(Cohort(key, elementwise, members))
+        room = key.capacity - len(present.matrices)
+        if rest and room > 0 and present.key == key and present.signature() == past:
+            cohorts[k] = Cohort(key, elementwise, [*present.members(), *rest[:room]])
+            rest = rest[room:]
+    cohorts += [Cohort(key, elementwise, stack) for stack in _batched(rest, key.capacity)]
 
 
 def _converted(member: Member, old: torch.dtype, new: torch.dtype) -> Member:
