@@ -76,11 +76,6 @@ def _wrapped(seed: int, wrapper: str) -> Any:
     return DistributedDataParallel(model) if wrapper == "ddp" else shard(model, cpu_mesh())
 
 
-def _outcome(model: Any, over: LoraOver) -> dict[str, Any]:
-    over.consolidate()
-    return outcome(model, over)
-
-
 def _runtime(start: Callable[[], None], wrapper: str, kind: str, options: dict[str, Any]) -> dict[str, Any]:
     start()
     rank, world = place()
@@ -90,7 +85,7 @@ def _runtime(start: Callable[[], None], wrapper: str, kind: str, options: dict[s
     over = LoraOver(model, optimizer, MPO(order=4), scheduler(), shard=True, **options)
     train(model, optimizer, STEPS_OF_RUN, rank, world)
     held = [m.name for cohort in over._expanded.now.cohorts for m in cohort.matrices]
-    return {**_outcome(model, over), "initial": initial, "held": held, "expanded": over.expanded}
+    return {**outcome(model, over), "initial": initial, "held": held, "expanded": over.expanded}
 
 
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
@@ -205,7 +200,7 @@ def _save(start: Callable[[], None], folder: str, wrapper: str) -> dict[str, Any
         if rank == 0:
             torch.save({"values": whole_values(model), "optimizer": optimizer.state_dict()}, f"{folder}.pt")
     train(model, optimizer, range(SAVED_AT + 1, STEPS + 1), rank, world)
-    return {**_outcome(model, over), "initial": initial}
+    return {**outcome(model, over), "initial": initial}
 
 
 def _state(model: Any, optimizer: Any, over: LoraOver) -> dict[str, Any]:
@@ -235,7 +230,7 @@ def _resume(start: Callable[[], None], folder: str, wrapper: str) -> dict[str, A
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         train(model, optimizer, range(SAVED_AT + 1, STEPS + 1), rank, world)
-    return _outcome(model, over)
+    return outcome(model, over)
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
@@ -382,7 +377,7 @@ def _edited(start: Callable[[], None], wrapper: str) -> dict[str, Any]:
         warnings.simplefilter("always")
         train(model, optimizer, range(4, 7), rank, world)
     said = [str(w.message) for w in caught if "changed outside" in str(w.message)]
-    return {**_outcome(model, over), "initial": initial, "said": said}
+    return {**outcome(model, over), "initial": initial, "said": said}
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
@@ -428,7 +423,7 @@ def _died(start: Callable[[], None], wrapper: str) -> dict[str, Any]:
     except MemoryError:
         pass
     train(model, optimizer, range(4, 6), rank, world)
-    return {**_outcome(model, over), "initial": initial}
+    return {**outcome(model, over), "initial": initial}
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
@@ -479,7 +474,7 @@ def _idle(start: Callable[[], None]) -> dict[str, Any]:
         if step in (2, 5):
             model.head.lora_A.weight.grad = model.head.lora_B.weight.grad = None
         optimizer.step()
-    return {**_outcome(ddp, over), "initial": initial}
+    return {**outcome(ddp, over), "initial": initial}
 
 
 def test_matrices_that_rest(two: Ranks) -> None:
