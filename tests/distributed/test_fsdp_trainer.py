@@ -150,8 +150,11 @@ def _trained(
 
 def _on_ranks(start: Callable[[], None], folder: str, seed: int = 0, **options: Any) -> dict[str, Any]:
     start()
-    # accelerate knows DDP on the CPU
-    with fresh() if options.get("ddp") else on_cpu_ranks(), warnings.catch_warnings():
+    # accelerate knows DDP on the CPU; the process group is there already, so nobody meets at that address
+    with (
+        fresh(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500") if options.get("ddp") else on_cpu_ranks(),
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")
         return _trained(folder, seed + dist.get_rank(), **options)
 
