@@ -65,7 +65,7 @@ def test_ranks_of_scaling_leave_no_threads(tmp_path):
 import sys
 from pathlib import Path
 import scaling
-scaling.ddp_worker(0, 1, sys.argv[1], 1, True)
+scaling.ddp_worker(0, 1, sys.argv[1], "ranks", 1, True)
 print(sorted(file.read_text().strip() for file in Path("/proc/self/task").glob("*/comm")))
 """
     done = subprocess.run(
