@@ -25,7 +25,7 @@ LAYERS = [
     {"testing"},
     {"finders", "assignment"},
     {"engine"},
-    {"state"},
+    {"state", "costs"},
     {"lora_over", "planning"},
     {"card"},
     {"integrations", "pictures"},
