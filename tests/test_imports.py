@@ -23,7 +23,7 @@ LAYERS = [
     {"row_rescale", "tt_lora"},
     {"schedulers"},
     {"testing"},
-    {"finders", "assignment"},
+    {"finders", "assignment", "counting"},
     {"engine"},
     {"state", "costs"},
     {"lora_over", "planning"},

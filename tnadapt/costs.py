@@ -1,7 +1,6 @@
 """What training through cores costs: memory of a rank, what ranks send, arithmetic of a step, and the time to expand.
 
-All but that time follow from shapes. What a factorization multiplies and keeps is not written down a second time: its kernel is
-run on tensors without data, and counted.
+All but that time follow from shapes. What a factorization multiplies and keeps is not written down a second time: `counting` runs it.
 
 Letters: C = numbers in all cores of expanded matrices, M = numbers in these matrices, s = numbers that the optimizer keeps for each
 that it steps, R = ranks. A flop is a multiplication or an addition.
@@ -11,21 +10,17 @@ from __future__ import annotations
 
 import heapq
 import math
-import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
-from torch.utils.flop_counter import FlopCounterMode
 
 from tnadapt.factorizations import Factorization, Structure, core_dtype
+
+if TYPE_CHECKING:
+    from tnadapt.counting import StepWork
 
 __all__ = ["ENGINES", "Alike", "Costs", "Expansion", "Memory", "ModelSize", "Sent", "costs_of", "owners"]
 
@@ -311,7 +306,7 @@ def costs_of(
     several = ranks > 1
     gathered, broadcast = several and sharded, several and shard
     parameters = model.trained_bytes // (ranks if sharded else 1)
-    flops = sum(count * _step(one).flops for count, one in zip(mine, matrices, strict=True))
+    flops = sum(count * _work(one).flops for count, one in zip(mine, matrices, strict=True))
     return Costs(
         ranks=ranks,
         engine=engine,
@@ -364,7 +359,7 @@ def _memory(matrices: Sequence[Alike], counts: Sequence[int], state: int) -> dic
     found = dict.fromkeys(("cores", "gradients_and_prefixes", "residuals", "scratch"), 0)
     cohorts: dict[Any, list[tuple[int, int]]] = {}
     for count, one in zip(counts, matrices, strict=True):
-        step, width = _step(one), core_dtype(one.dtype).itemsize
+        step, width = _work(one), core_dtype(one.dtype).itemsize
         found["cores"] += count * one.core_bytes
         found["gradients_and_prefixes"] += count * width * step.kept
         found["residuals"] += 0 if one.structure.exact else count * width * one.numel
@@ -381,92 +376,21 @@ def _memory(matrices: Sequence[Alike], counts: Sequence[int], state: int) -> dic
     return {**found, "optimizer_state": state * found["cores"]}
 
 
-# -- counting by running ----------------------------------------------------------------------------------------------
+def _work(one: Alike) -> StepWork:
+    from tnadapt.counting import step_work  # it takes a fifth of a second to import
+
+    return step_work(one.factorization, one.structure)
 
 
-@dataclass(frozen=True)
-class _Step:
-    """Of one matrix in one step: flops of refolding and pulling back; numbers kept from one to the other or for core gradients,
-    whichever is more; further numbers that are needed while pulling back."""
-
-    flops: int
-    kept: int
-    scratch: int
-
-
-class _Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Bytes of all tensors that operations made and that are still there; the most at any time."""
-
-    def __init__(self, known: Sequence[Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._before = {tensor.untyped_storage()._cdata for tensor in known}
-        self._made: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.peak = 0
-
-    def alive(self) -> int:
-        self._made = {key: made for key, made in self._made.items() if not made[0].expired()}  # type: ignore[no-untyped-call]
-        return sum(size for _, size in self._made.values())
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_iter(out):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                if storage._cdata not in self._before:
-                    made = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
-                    self._made.setdefault(storage._cdata, (made, storage.nbytes()))
-        self.peak = max(self.peak, self.alive())
-        return out
-
-
-def _step(one: Alike) -> _Step:
-    return _run_step(one.factorization, one.structure)
-
-
-@lru_cache(maxsize=256)
-def _run_step(factorization: Factorization, structure: Structure) -> _Step:
-    shapes = factorization.fused_shapes(structure.core_shapes)
-    cores = [torch.empty(1, *shape, dtype=torch.float32, device="meta") for shape in shapes]
-    grad = torch.empty(1, math.prod(structure.shape), dtype=torch.float32, device="meta")
-    with FlopCounterMode(display=False) as counter, _Allocations([*cores, grad]) as memory:
-        kernel = factorization.kernel(cores)
-        kernel.contract()
-        prefixes = memory.alive()
-        memory.peak = prefixes
-        kernel.pull_back(grad)
-        peak = memory.peak
-    width = torch.float32.itemsize
-    kept = max(structure.num_parameters, prefixes // width)
-    return _Step(counter.get_total_flops(), kept, max(0, peak // width - kept))
-
-
-def _svd_flops(shape: Sequence[int], *_: Any, **__: Any) -> int:
-    *batch, rows, cols = shape
-    long, short = max(rows, cols), min(rows, cols)
-    return math.prod(batch) * (6 * long * short**2 + 20 * short**3)
-
-
-@lru_cache(maxsize=256)
-def _decomposition(factorization: Factorization, structure: Structure) -> tuple[int, float]:
-    """Flops of the singular value decompositions that one matrix needs, and seconds that they take here: the best of three times, as
-    others may use the machine too."""
-    generator = torch.Generator().manual_seed(0)
-    matrix = torch.randn(structure.shape, generator=generator)
-    gradient = torch.randn(structure.shape, generator=generator) if factorization.needs_gradient else None
-    flops, seconds = 0, math.inf
-    for _ in range(3):
-        with FlopCounterMode(display=False, custom_mapping={torch.ops.aten._linalg_svd: _svd_flops}) as counter:
-            started = time.perf_counter()
-            factorization.unfold(matrix, gradient)
-            seconds = min(seconds, time.perf_counter() - started)
-        flops = counter.get_flop_counts().get("Global", {}).get(torch.ops.aten._linalg_svd, 0)
-    return flops, seconds
+# -- expanding --------------------------------------------------------------------------------------------------------
 
 
 def _expansion(matrices: Sequence[Alike], counts: Sequence[int], rate: float | None) -> Expansion:
-    made = [_decomposition(one.factorization, one.structure) for one in matrices]
+    from tnadapt.counting import decomposition_work
+
+    made = [decomposition_work(one.factorization, one.structure) for one in matrices]
     flops = sum(count * work for count, (work, _) in zip(counts, made, strict=True))
     seconds = sum(count * taken for count, (_, taken) in zip(counts, made, strict=True))
-    handover = sum(count * _HANDOVER_PULL_BACKS * _step(one).flops for count, one in zip(counts, matrices, strict=True))
+    handover = sum(count * _HANDOVER_PULL_BACKS * _work(one).flops for count, one in zip(counts, matrices, strict=True))
     measured = flops / seconds if flops else math.inf
     return Expansion(flops, measured if rate is None else rate, rate is None, handover)
