@@ -62,6 +62,7 @@ class _Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 @lru_cache(maxsize=256)
 def step_work(factorization: Factorization, structure: Structure) -> StepWork:
+    """What a step works on one matrix of this structure."""
     shapes = factorization.fused_shapes(structure.core_shapes)
     cores = [torch.empty(1, *shape, dtype=torch.float32, device="meta") for shape in shapes]
     grad = torch.empty(1, math.prod(structure.shape), dtype=torch.float32, device="meta")
