@@ -19,7 +19,7 @@ from tqdm import tqdm
 from support.folders import UNFINISHED
 from support.provenance import config_hash
 
-__all__ = ["LOCAL", "run_on_cluster"]
+__all__ = ["LOCAL", "connected", "require_gpus", "run_on_cluster"]
 
 LOCAL = "local"
 #: How often a run is begun again on another node before it counts as failed.
@@ -47,8 +47,8 @@ def run_on_cluster(
     """
     if gpus_per_run < 0 or (gpus_per_run > 1 and gpus_per_run % 1):
         raise ValueError(f"--gpus-per-run is {gpus_per_run:g}: give a share of one GPU, or a whole number")
-    with _connected(address, workers) as ray:
-        _require_gpus(ray, address, gpus_per_run)
+    with connected(address, workers) as ray:
+        require_gpus(ray, address, gpus_per_run)
         # workers have yet to find the recipes, so the function goes to them whole and not by its name
         ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
         task = ray.remote(num_cpus=1, num_gpus=gpus_per_run, max_retries=RETRIES)(_in_worker)
@@ -98,14 +98,23 @@ def _in_worker(here: tuple[str, str], recipe: str, settings: dict[str, Any], roo
 
 
 @contextmanager
-def _connected(address: str, workers: int) -> Iterator[Any]:
-    """Ray, connected to the cluster; disconnected afterwards, which ends a new local one."""
+def connected(address: str, workers: int, shown: bool = False) -> Iterator[Any]:
+    """Ray, connected to the cluster; disconnected afterwards, which ends a new local one.
+
+    Args:
+        address: see `run_on_cluster`.
+        workers: CPUs of a new local cluster.
+        shown: whether what workers print is printed here.
+
+    Raises:
+        ValueError: there is no Ray, or nothing answers at the address.
+    """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         import ray
     except ImportError as error:
         raise ValueError("--cluster needs Ray, which is not installed: pip install 'tnadapt[cluster]'") from error
-    quiet = {"log_to_driver": False, "logging_level": "ERROR"}
+    quiet = {"log_to_driver": shown, "logging_level": "ERROR"}
     if address == LOCAL:
         ray.init(num_cpus=workers, include_dashboard=False, **quiet)
     else:
@@ -142,7 +151,7 @@ def _unreachable(address: str, reason: str) -> str:
     )
 
 
-def _require_gpus(ray: Any, address: str, wanted: float) -> None:
+def require_gpus(ray: Any, address: str, wanted: float) -> None:
     """Ray would wait for such a node for ever."""
     found = [node["Resources"].get("GPU", 0.0) for node in ray.nodes() if node["Alive"]]
     if wanted > max(found, default=0.0):

@@ -66,7 +66,7 @@ class Training:
         """
         config, world = self.config, ranks.world()
         share = config.batch // world
-        size = min(config.micro_batch, share)
+        size = min(config.micro_batch, max(share, 1))
         if config.batch % world or share % size:
             raise ValueError(
                 f"--batch is {config.batch}: {world} ranks cannot have equal shares of it in batches of --micro-batch "

@@ -14,9 +14,9 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "recipes"), str(ROOT)]
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
-from support.command_line import main
+from support.command_line import main  # noqa: E402
 
-from tests.distributed.accelerated import on_cpu_ranks
+from tests.distributed.accelerated import on_cpu_ranks  # noqa: E402
 
 with on_cpu_ranks():
     main(importlib.import_module(sys.argv[1]).RECIPE, sys.argv[2:])

@@ -177,10 +177,10 @@ def test_more_gpus_than_a_node_has(capsys: Any, tmp_path: Path) -> None:
             gone = {"Alive": False, "Resources": {"GPU": 8.0}}
             return [gone, {"Alive": True, "Resources": {"CPU": 4.0}}, {"Alive": True, "Resources": {"GPU": 2.0}}]
 
-    cluster._require_gpus(Ray, "there:1", 2.0)
-    cluster._require_gpus(Ray, "there:1", 0.5)
+    cluster.require_gpus(Ray, "there:1", 2.0)
+    cluster.require_gpus(Ray, "there:1", 0.5)
     with pytest.raises(ValueError, match=r"--gpus-per-run is 3: no node of the cluster 'there:1' .*\(they have 2, 0\)"):
-        cluster._require_gpus(Ray, "there:1", 3.0)
+        cluster.require_gpus(Ray, "there:1", 3.0)
 
 
 @pytest.mark.slow
