@@ -104,7 +104,9 @@ def training_together(work: Path) -> Iterator[None]:
 
 
 def whole(model: Any) -> dict[str, Any]:
-    """All values of a model that is sharded over the ranks, on the CPU of the first one; all ranks call it."""
+    """What was trained of a model that is sharded over the ranks, on the CPU of the first one; all ranks call it."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    return get_model_state_dict(
+        model, options=StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+    )

@@ -107,7 +107,8 @@ def run_alone(recipe: Recipe, config: Config, root: Path, name: str, resume: boo
                 values = ranks.whole(model)
         if ranks.sharded():
             model, tokenizer, _ = adapted(recipe, config, records, work, quiet)
-            model.load_state_dict(values)
+            unknown = model.load_state_dict(values, strict=False).unexpected_keys
+            assert not unknown, f"{unknown[0]} was trained, and the model has no such parameter"
         scores = evaluate(recipe, config, evaluation, lambda: (model, tokenizer), work, TRAINED, quiet)
         record_scores(result, config, work, scores, base)
         result["metrics"] |= {

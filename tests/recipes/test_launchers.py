@@ -122,6 +122,27 @@ def _placed(how: str, folder: Path) -> tuple[list[str], Path, dict[str, str]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["torchrun, DDP", "torchrun, FSDP2"])
+def test_a_base_of_four_bits(how: str, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    one, two = tmp_path / "one", tmp_path / "two"
+    finished([sys.executable, RECIPE], one, {}, "--quantize", "4bit")
+    finished(*_placed(how, two), "--quantize", "4bit")
+    (first, first_adapter, _), (result, adapter, _) = result_of(one), result_of(two)
+    assert [loss for _, loss in result["curve"]] == pytest.approx([loss for _, loss in first["curve"]], rel=1e-3)
+    for name, value in adapter.items():
+        torch.testing.assert_close(value, first_adapter[name], rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("method", ["full", "pissa", "lora-ga", "alpha-lora", "tt-lora", "lokr"])
+def test_methods_that_need_the_numbers_of_the_base(method: str) -> None:
+    config = recipe.Config(method=method, quantize="4bit", lr=1e-3)
+    with pytest.raises(ValueError, match=f"--quantize is 4bit, and --method is {method}"):
+        config.check()
+    recipe.Config(method="lora-over-mpo-r", quantize="4bit").check()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["torchrun, DDP", "torchrun, FSDP2"])
 def test_ranks_that_are_killed_go_on_to_the_same_bits(how: str, tmp_path: Path) -> None:
     longer = ("--max-steps", "12", "--save-every", "2", "--resume")
     whole, broken = tmp_path / "whole", tmp_path / "broken"
