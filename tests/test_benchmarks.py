@@ -139,3 +139,35 @@ def test_import_time(load, monkeypatch, tmp_path, capsys):
     rows = result(tmp_path / "import_time.json")["rows"]
     assert all(series["quartiles"][0] <= series["quartiles"][1] for series in rows.values())
     assert "<!-- import-time -->" in capsys.readouterr().out
+
+
+def test_the_page_on_scale_has_the_numbers_of_its_results(load):
+    at_scale = load("at_scale")
+    found, page = result(BENCHMARKS / "results" / "at_scale.json"), at_scale.PAGE.read_text(encoding="utf-8")
+    blocks = {
+        "models": at_scale.model_table(found["plans"]),
+        "plans": at_scale.plan_table(found["plans"]),
+        "measured": at_scale.measured_table(found["measurements"]),
+    }
+    assert at_scale.renewed(page, blocks) == page
+    assert {row["ranks"] for row in found["measurements"]} == {1, 2, 4}
+    for row in found["measurements"]:
+        assert row["ratio"] == pytest.approx(1.0, abs=0.05)
+        assert row["sent"] == row["formula_sent"]
+    with pytest.raises(ValueError, match="lacks the marks <!-- plans -->"):
+        at_scale.renewed(page.replace("<!-- plans -->", ""), blocks)
+
+
+@pytest.mark.slow
+def test_plans_at_scale_and_what_ranks_allocate_and_send(load, monkeypatch, tmp_path):
+    pytest.importorskip("peft")
+    at_scale = load("at_scale")
+    page = tmp_path / "page.md"
+    page.write_text("".join(f"<!-- {name} -->\n<!-- /{name} -->\n" for name in ("models", "plans", "measured")))
+    run(at_scale, monkeypatch, "--output", str(tmp_path), "--page", str(page))
+    found = result(tmp_path / "at_scale.json")
+    assert len(found["plans"]) == 6
+    for row in found["measurements"]:
+        assert row["ratio"] == pytest.approx(1.0, abs=0.05)
+        assert row["sent"] == row["formula_sent"]
+    assert at_scale.plan_table(found["plans"]) in page.read_text()

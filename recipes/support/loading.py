@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
+from support import quantized
 from support.config import EMBEDDED, Config, is_hub_id
 from support.recipe import Recipe
 
@@ -44,13 +45,13 @@ def _kind(model_config: Any) -> Any:
 
 def load_model(recipe: Recipe, config: Config) -> tuple[Any, Any]:
     """The base model, on the GPU if there is one, and its tokenizer."""
-    place = place_of(recipe, config)
+    place, device = place_of(recipe, config), "cuda" if torch.cuda.is_available() else "cpu"
     with reaching("model", config.model):
         tokenizer = AutoTokenizer.from_pretrained(place)
         kind = _kind(AutoConfig.from_pretrained(place))
-        model = kind.from_pretrained(place, dtype=getattr(torch, config.dtype))
+        model = kind.from_pretrained(place, dtype=getattr(torch, config.dtype), **quantized.loading(config, device))
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+    return model.to(device), tokenizer
 
 
 def load_shape(recipe: Recipe, config: Config) -> Any:

@@ -29,7 +29,12 @@ pytest.importorskip("transformers")
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from tnadapt.integrations.transformers import LoraOverCallback, checkpoint_fault, last_complete_checkpoint
+from tnadapt.integrations.transformers import (
+    LoraOverCallback,
+    LoraOverOptimizer,
+    checkpoint_fault,
+    last_complete_checkpoint,
+)
 
 from .accelerated import OPTIONS, fresh, on_cpu_ranks
 
@@ -93,9 +98,13 @@ def _trained(
     initial: dict[str, Tensor] | None = None,
     cores: dict[str, Any] | None = None,
     ddp: bool = False,
+    factory: bool = False,
     **fsdp: Any,
 ) -> dict[str, Any]:
-    """One run of Trainer, on the ranks that there are; from adapters of `seed`, from `initial` or from the checkpoint."""
+    """One run of Trainer, on the ranks that there are; from adapters of `seed`, from `initial` or from the checkpoint.
+
+    `LoraOver` is attached by the callback, or with `factory` where the trainer makes its own optimizer.
+    """
     world = dist.get_world_size() if dist.is_initialized() else 1
     model = _model(seed)
     if initial is not None:
@@ -129,16 +138,24 @@ def _trained(
     )
     if offload is not None:
         args.fsdp_plugin_args["cpu_offload"] = offload
-    callback = LoraOverCallback(MPO(order=4), choice(), **(cores or {}))
+    settings = {"factorization": MPO(order=4), "scheduler": choice(), "lr": args.learning_rate, "weight_decay": 0.0}
+    callback = LoraOverCallback() if factory else LoraOverCallback(MPO(order=4), choice(), **(cores or {}))
     watching = _Watching(callback)
-    trainer = Trainer(model, args, train_dataset=_data(), eval_dataset=_data()[:4], callbacks=[callback, watching])
+    trainer = Trainer(
+        model,
+        args,
+        train_dataset=_data(),
+        eval_dataset=_data()[:4],
+        callbacks=[callback, watching],
+        optimizer_cls_and_kwargs=(LoraOverOptimizer, settings) if factory else None,
+    )
     trainer._get_train_sampler = lambda *_: SequentialSampler(_data())  # the same global batches in every world
     trainer.train(resume_from_checkpoint=str(Path(folder) / CHECKPOINT) if resume else None)
     assert trainer.is_fsdp_enabled == sharded
     assert trainer.state.global_step == STEPS
     trained = [p for p in trainer.model.parameters() if p.requires_grad]
     assert all(isinstance(p, DTensor) == sharded for p in trained)
-    assert callback.report is not None
+    assert (callback.report is None) == factory
     end = whole_values(trainer.model)
     if best:
         return {"end": end, "last": watching.last["values"], "best": trainer.state.best_model_checkpoint}
@@ -205,6 +222,24 @@ def test_cores_that_are_dealt_out_come_together_in_a_checkpoint(two: Ranks, tmp_
     assert drift([*whole, *resumed]) == 0
     alone = _trained(str(tmp_path / "alone"), initial=whole[0]["initial"])
     assert difference(whole[0], alone) < 1e-9
+
+
+@pytest.mark.parametrize(
+    "choice", [pytest.param(_rounds, id="runtime"), pytest.param(Static, id="static", marks=pytest.mark.slow)]
+)
+def test_the_trainers_own_optimizer_resumes_with_nothing_said(
+    two: Ranks, tmp_path: Path, kind: str, choice: Any
+) -> None:
+    """To the same bits as the run that was not broken off, and as the callback that attaches."""
+    run = partial(_on_ranks, choice=choice, state_dict_type=kind)
+    attached = two.run(run, str(tmp_path / "callback"))
+    initial = attached[0]["initial"]
+    whole = two.run(partial(run, factory=True, initial=initial), str(tmp_path / "factory"))
+    resumed = two.run(partial(run, factory=True, resume=True), str(tmp_path / "factory"), 50)
+    for results in (whole, resumed):
+        assert drift(results) == 0
+        assert difference(results[0], attached[0]) == 0
+        assert _expansions(results[0]) == _expansions(attached[0])
 
 
 @pytest.fixture(scope="module")
