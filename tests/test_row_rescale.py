@@ -90,6 +90,38 @@ def test_output_is_that_of_the_scaled_weight_and_the_same_bias(d_in, d_out, batc
     assert torch.allclose(model(x).double(), expected, rtol=0, atol=DTYPES[dtype] * 4)
 
 
+@given(
+    batch=st.lists(st.integers(1, 3), max_size=3),
+    dtype=st.sampled_from(list(DTYPES)),
+    bias=st.booleans(),
+)
+def test_gradient_of_the_input_is_that_of_the_scaled_weight(batch, dtype, bias):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 4, bias=bias, dtype=dtype)).requires_grad_(False)
+    alpha = scattered(RowRescale(model, EVERY_LAYER)).alphas["0"]
+    x = torch.randn(*batch, 5, dtype=dtype, requires_grad=True)
+    direction = torch.randn(*batch, 4, dtype=dtype)
+    (got,) = torch.autograd.grad((direction * model(x).tanh()).sum(), x)
+    y = nn.functional.linear(
+        x.double(), alpha.double()[:, None] * model[0].weight.double(), model[0].bias.double() if bias else None
+    )
+    (expected,) = torch.autograd.grad((direction.double() * y.tanh()).sum(), x)
+    assert torch.allclose(got.double(), expected.double(), rtol=0, atol=DTYPES[dtype] * 4)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_scaling_takes_no_memory_between_the_steps_of_alpha(bias):
+    """The output of the layer is scaled where it lies. A step of α keeps it, since the gradient of α needs it."""
+    model = net(bias=bias)
+    outputs = []
+    model.second.register_forward_hook(lambda layer, inputs, output: outputs.append(output))
+    rescale = scattered(RowRescale(model, "second", optimizer=sgd()))
+    x = X.clone().requires_grad_()
+    assert model(x).data_ptr() == outputs[-1].data_ptr()
+    rescale.step(lambda: outputs.append(model(x)) or outputs[-1].sum())
+    assert outputs[-1].data_ptr() != outputs[-2].data_ptr()
+
+
 @given(seed=st.integers(0, 100), bias=st.booleans())
 def test_gradient_of_alpha_equals_autograd_through_the_scaled_weight(seed, bias):
     model = net(bias=bias)

@@ -305,11 +305,17 @@ class _Scaling:
             )
         alpha = self.alpha.to(output.device)
         bias: Tensor | None = layer.bias  # type: ignore[assignment]
+        # Between α's steps nobody needs the unscaled output: F.linear does not keep it for its backward. Scaling in place
+        # saves a second tensor of its size, whose allocation takes longer than the product. Other kinds of layers may
+        # return views that autograd cannot change in place, and a low-precision sum with a bias would be rounded twice.
+        in_place = (
+            type(layer) is nn.Linear and not alpha.requires_grad and (bias is None or output.dtype == alpha.dtype)
+        )
         # α stays in its own dtype and the product is rounded once; α rounded to bfloat16 would lose its small steps
-        scaled = output * alpha
+        scaled = output.mul_(alpha) if in_place else output * alpha
         if bias is not None:
             # α (y - b) + b without the cancellation; exact at α = 1
-            scaled = scaled + bias * (1 - alpha)
+            scaled.add_(bias * (1 - alpha))
         return scaled.to(output.dtype)
 
 
