@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -617,27 +615,3 @@ def test_examples_of_the_pages_run(page, tmp_path, monkeypatch):
     assert blocks, f"{page} has no example"
     for block in blocks:
         exec(compile(block, page, "exec"), namespace)
-
-
-def test_benchmark_of_the_layers_runs(tmp_path, monkeypatch, capsys):
-    pytest.importorskip("rich")
-    pytest.importorskip("tqdm")
-    monkeypatch.syspath_prepend(str(DOCS.parent / "benchmarks"))
-    layers = importlib.import_module("layers")
-    arguments = ["layers.py", "--quick", "--threads", str(torch.get_num_threads()), "--output", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", arguments)
-    layers.main()
-    found = json.loads((tmp_path / "layers.json").read_text())
-    rows = {row["variant"]: row for row in found["rows"]}
-    assert list(rows) == [
-        "LoRA",
-        "α-LoRA, T = 20",
-        "α-LoRA, T = 1",
-        "TT-LoRA, 2 + 2 modes",
-        "TT-LoRA, 3 + 3 modes",
-    ]
-    assert found["provenance"]["packages"]["torch"]
-    assert all(row["peak_bytes"] > 0 and row["seconds"] > 0 for row in rows.values())
-    assert rows["LoRA"]["step_ratio"] == 1
-    assert rows["α-LoRA, T = 20"]["trained_parameters"] > rows["LoRA"]["trained_parameters"]
-    assert "<!-- layers -->" in capsys.readouterr().out
