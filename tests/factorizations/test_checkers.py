@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from tnadapt import Budget, LossAblation, Scheduler, Static, TaylorRuntime
-from tnadapt.backends import Backend
-from tnadapt.backends.autograd_backend import AutogradKernel
+from tnadapt.backends import AutogradKernel, Backend
 from tnadapt.factorizations import CP, MPO, SVD, Factorization, TensorRing
 from tnadapt.testing import LawBroken, check_backend, check_factorization, check_scheduler, example_matrices
 
