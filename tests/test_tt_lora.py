@@ -168,8 +168,8 @@ def test_what_the_first_core_sees_varies_as_in_lora(shape):
 )
 def test_parameter_counts_follow_the_formula_of_the_paper(shape, rank, count):
     """The TT format of arXiv:2408.01008 with TT ranks [1, r, ..., r, 1] has `sum of r_{k-1} k_i r_k` parameters. The shapes
-    here are examples of ours with the counts worked out by hand from that formula; the paper's own tables of counts were not
-    at hand to compare with. All modes at the ends are at least r, so no bond is smaller than r."""
+    here are examples of ours with the counts worked out by hand. All modes at the ends are at least r, so no bond is smaller
+    than r."""
     base = nn.Linear(math.prod(shape[1]), math.prod(shape[0]), device="meta")
     made = TTLoraLinear.from_linear(base, rank, shape)
     ranks = [1, *[rank] * (len(shape[0]) + len(shape[1]) - 1), 1]
@@ -177,6 +177,65 @@ def test_parameter_counts_follow_the_formula_of_the_paper(shape, rank, count):
     assert count == sum(a * k * b for a, k, b in zip(ranks[:-1], modes, ranks[1:], strict=True))
     assert made.num_parameters == count == sum(p.numel() for p in made.parameters() if p.requires_grad)
     assert made.cores[0].is_meta
+
+
+#: Tensor shapes of 768 x 768, where they are cut between the two sides, and the trainable parameters that the authors counted:
+#: RoBERTa-base, query, key and value of 12 layers, TT rank 6, nothing else trained. Source: all_runs_export.csv in
+#: phases/2.1.ttlora_core_count_study of github.com/kunwarpradip/characterize_ttlora, commit dbb0fb5.
+ROBERTA = [
+    ((768, 768), 1, 331_776),
+    ((768, 12, 64), 1, 195_264),
+    ((64, 12, 12, 64), 2, 58_752),
+    ((64, 12, 6, 4, 32), 2, 49_248),
+    ((32, 4, 6, 6, 4, 32), 3, 39_744),
+    ((32, 4, 6, 4, 4, 3, 16), 3, 37_584),
+    ((16, 3, 4, 4, 4, 4, 3, 16), 4, 35_424),
+    ((16, 3, 4, 4, 4, 3, 2, 2, 16), 4, 35_424),
+    ((16, 3, 4, 4, 3, 2, 2, 2, 2, 16), 4, 35_424),
+    ((16, 2, 2, 3, 4, 3, 2, 2, 2, 2, 16), 5, 35_424),
+    ((16, 2, 2, 2, 2, 3, 3, 2, 2, 2, 2, 16), 6, 35_424),
+    ((16, 2, 2, 2, 2, 3, 2, 2, 2, 2, 2, 2, 12), 6, 35_856),
+    ((12, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 12), 7, 36_288),
+    ((12, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 6), 7, 37_584),
+    ((6, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 6), 8, 38_880),
+]
+
+
+def meta_layer(d_out: int, d_in: int, rank: int, shape) -> TTLoraLinear:
+    return TTLoraLinear.from_linear(nn.Linear(d_in, d_out, device="meta"), rank, shape)
+
+
+@pytest.mark.parametrize(("modes", "cut", "published"), ROBERTA)
+def test_parameter_counts_are_those_that_the_authors_published(modes, cut, published):
+    made = meta_layer(768, 768, 6, (modes[:cut], modes[cut:]))
+    assert 36 * made.num_parameters == published
+
+
+@pytest.mark.parametrize(
+    ("modes", "cut", "published", "without_effect"),
+    [
+        # one bond has full rank 3: 6-rank cores 3 x 6 and 6 x 2 x 6 have 54 numbers there, 3 x 3 and 3 x 2 x 6 have 45
+        ((6, *(2,) * 15, 3), 8, 40_824, 36 * 45),
+        ((3, *(2,) * 16, 3), 9, 42_768, 2 * 36 * 45),
+    ],
+)
+def test_published_counts_above_full_rank_are_larger(modes, cut, published, without_effect):
+    """The authors give every bond the TT rank. Beside a mode of 3 that is 6 where full rank is 3; ours stops there."""
+    made = meta_layer(768, 768, 6, (modes[:cut], modes[cut:]))
+    assert 36 * made.num_parameters == published - without_effect
+    assert made.cores[-1].shape == (3, 1, 3, 1)
+
+
+def test_two_percent_of_loras_parameters():
+    """Abstract of arXiv:2504.21190: experts of TT-LoRA have 2 % of LoRA's parameters. Llama-3.2-1B, query and value of 16
+    layers, TT rank 5 against LoRA's rank 16; shapes from Artifact_1.2/single_TTLoRA_training.py of github.com/lanl/TTLoRAMoE."""
+    query = meta_layer(2048, 2048, 5, ((16, 8, 4, 4), (4, 4, 8, 16)))
+    # the authors list the modes of d_in first; read from the other end, a train is the same
+    value = meta_layer(512, 2048, 5, ((16, 16, 2), (2, 4, 16, 16)))
+    trains = 16 * (query.num_parameters + value.num_parameters)
+    lora = 16 * 16 * ((2048 + 2048) + (512 + 2048))
+    assert (trains, lora) == (33_920, 1_703_936)
+    assert round(trains / lora, 2) == 0.02
 
 
 def test_bonds_stop_at_full_rank():
