@@ -7,7 +7,6 @@ adapter around an adapter, the inner one is called after the outer one, `proj.ba
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, overload
@@ -154,8 +153,6 @@ def merge_adapters(model: nn.Module) -> list[str]:
 def save_adapters(model: nn.Module, file: str | Path, kind: type[LinearAdapter] = OverParamAdapter) -> None:
     """Write the adapters of a class to a safetensors file, with what is needed to make them anew.
 
-    Factorizations of `OverParamAdapter` are not written yet, and a warning says so.
-
     Raises:
         ValueError: the model has no adapters of that class, or one around (or inside of) an adapter of another class.
         ImportError: safetensors is not installed.
@@ -173,12 +170,6 @@ def save_adapters(model: nn.Module, file: str | Path, kind: type[LinearAdapter] 
             f"{named(mixed)} has an adapter of one class around one of another, which files of one class cannot say; merge "
             "the inner one first, and save the base with it"
         )
-    noted = [name for name, a in adapters.items() if any(getattr(a, "factorization", {}).values())]
-    if noted:
-        warnings.warn(
-            f"the factorizations of {named(noted)} are not written to adapter files; give them again after loading",
-            stacklevel=2,
-        )
     tensors = {
         _join(name, entry): tensor
         for name, adapter in adapters.items()
@@ -190,7 +181,7 @@ def save_adapters(model: nn.Module, file: str | Path, kind: type[LinearAdapter] 
 
 def load_adapters(model: nn.Module, file: str | Path, kind: type[A] = OverParamAdapter) -> dict[str, A]:  # type: ignore[assignment]
     """Read what `save_adapters` wrote. Linear layers get their adapters and everything else is frozen, as in `add_adapters`;
-    a model that has exactly these adapters already has their values replaced, in place.
+    a model that has exactly these adapters already has their values replaced, in place, and keeps its own factorizations.
 
     Returns:
         The adapters by the name of their layer.
@@ -273,10 +264,13 @@ def _load_values(
         )
     copies: list[tuple[nn.Parameter, Tensor]] = []
     for name, adapter in present.items():
-        if adapter.settings() != layers[name]:
+        own, its = (
+            {key: value for key, value in settings.items() if key not in adapter.notes}
+            for settings in (adapter.settings(), layers[name])
+        )
+        if own != its:
             raise ValueError(
-                f"{name} has the settings {adapter.settings()}, in {source} it has {dict(layers[name])}; load it into a "
-                "model without adapters"
+                f"{name} has the settings {own}, in {source} it has {its}; load it into a model without adapters"
             )
         for entry, parameter in _matched(name, adapter, tensors[name], source):
             value = tensors[name][entry]
