@@ -165,6 +165,20 @@ def test_three_modes_of_step_overhead(load):
     assert [modes(n) for n in (768, 3072, 64, 7, 1)] == [(8, 8, 12), (12, 16, 16), (4, 4, 4), (1, 1, 7), (1, 1, 1)]
 
 
+def test_gauges(load, monkeypatch, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    gauges = load("gauges")
+    run(gauges, monkeypatch, "--output", str(tmp_path))
+    rows = result(tmp_path / "gauge_updates.json")["rows"]
+    assert {row["gauge"] for row in rows} == set(gauges.GAUGES)
+    assert all(len(row["update"]) == 20 and min(row["update"]) > 0 for row in rows)
+    # from W = 0 the first update of the gauge svd is plain LoRA's: the core that moves is the matrix in a frame
+    first = {(row["gauge"], row["start"], row["gradient"]): row["update"][0] for row in rows}
+    assert math.isclose(first["svd", "zero", "steady"], 1.0, rel_tol=1e-3)
+    assert (tmp_path / "gauges.png").stat().st_size > 0
+    assert "| 2, `gradient` |" in capsys.readouterr().out
+
+
 def test_import_time(load, monkeypatch, tmp_path, capsys):
     import_time = load("import_time")
     run(import_time, monkeypatch, "--output", str(tmp_path))
