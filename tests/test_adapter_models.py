@@ -182,7 +182,7 @@ def test_bad_targets_are_refused_and_change_nothing():
     before = [p.requires_grad for p in model.parameters()]
     with pytest.raises(ValueError, match=r"'k_proj' matches none of the 7 linear layers.*layers\.0\.q_proj"):
         add_adapters(model, "k_proj", rank=2)
-    with pytest.raises(ValueError, match="empty list of names matches none"):
+    with pytest.raises(ValueError, match="targets is an empty list of names"):
         add_adapters(model, [], rank=2)
     with pytest.raises(ValueError, match=r"no linear layer called layers\.0, tail"):
         add_adapters(model, ["head", "layers.0", "tail"], rank=2)

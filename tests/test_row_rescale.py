@@ -656,6 +656,9 @@ def test_states_of_other_runs_are_refused_and_change_nothing():
         (net(), {"targets": "third"}, "'third' matches none of the 2 linear layers, whose names look like first, second"),
         (net(), {"targets": ["first", "third"]}, "no linear layer called third"),
         (net(), {"targets": []}, "an empty list"),
+        (net(), {"targets": "("}, r"targets='\(' is not a regular expression"),
+        (nn.Sequential(nn.Conv1d(2, 2, 1)).requires_grad_(False), {"targets": "0"}, "the model has no linear layers"),
+        (net(), {"targets": "first", "optimizer": "adamw"}, "optimizer is a str; give a function that makes"),
         (net(), {"targets": ["first", "first"]}, "names first more than once"),
         (net(), {"targets": "first", "every": 0}, "every=0: the period"),
         (net(), {"targets": "first", "every": True}, "every=True"),
@@ -669,6 +672,18 @@ def test_bad_arguments_are_refused_and_change_nothing(model, options, message):
     with pytest.raises(ValueError, match=message):
         RowRescale(model, **options)
     assert not any(m._forward_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("targets", [3, [3], [nn.Linear(2, 2)]])
+def test_targets_that_are_no_names_are_refused(targets):
+    with pytest.raises(TypeError, match="give a regular expression or names of linear layers, which look like first"):
+        RowRescale(net(), targets)
+
+
+def test_a_weight_without_values_is_not_merged():
+    rescale = RowRescale(net().to("meta"), "first")
+    with pytest.raises(TypeError, match="first: its weight is on the meta device and has no values; load the weights"):
+        rescale.merge()
 
 
 def test_a_layer_has_one_alpha():
@@ -706,6 +721,9 @@ def test_steps_that_cannot_work_are_errors_and_change_nothing():
         (lambda: net()(X).sum(), RuntimeError, "does not depend on any α"),
         (lambda: model(X * float("nan")).sum(), RuntimeError, "gradient of α of first is not finite"),
         (broken, KeyError, "no batch"),
+        (model(X).sum(), TypeError, "a function that draws a mini-batch and returns its loss, got a Tensor"),
+        (lambda: 1.0, TypeError, "returned a float; it has to return the loss"),
+        (lambda: model(X), TypeError, r"returned a tensor of shape \(6, 4\)"),
     ):
         with pytest.raises(error, match=message):
             rescale.step(loss)

@@ -6,7 +6,6 @@ adapter around an adapter, the inner one is called after the outer one, `proj.ba
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, overload
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from tnadapt.adapter.base import LinearAdapter, check_base
 from tnadapt.adapter.files import named, read_tensors, write_tensors
 from tnadapt.adapter.pair import OverParamAdapter
+from tnadapt.adapter.targets import chosen_names, is_adapter
 from tnadapt.matrices import canonical_name
 
 __all__ = ["add_adapters", "chosen_layers", "find_adapters", "load_adapters", "merge_adapters", "save_adapters"]
@@ -72,46 +72,27 @@ def chosen_layers(model: nn.Module, targets: str | Iterable[str]) -> dict[str, n
     """The linear layers that `targets` means, by canonical name.
 
     Raises:
-        ValueError: none is meant, a name is not that of a linear layer or is given twice, or a layer has an adapter.
+        TypeError, ValueError: see `chosen_names`; a layer that has an adapter.
     """
     if isinstance(model, nn.Linear):
         raise ValueError(
             "the model is a linear layer itself, which cannot be replaced inside of itself; wrap it with from_linear"
         )
-    inside = {id(part) for owner in model.modules() if _is_adapter(owner) for part in list(owner.modules())[1:]}
-    linear = {
+    inside = {id(part) for owner in model.modules() if is_adapter(owner) for part in list(owner.modules())[1:]}
+    adapted = {canonical_name(path) for path, module in model.named_modules() if is_adapter(module)}
+    layers = {
         canonical_name(path): layer
         for path, layer in model.named_modules()
-        if isinstance(layer, nn.Linear) and id(layer) not in inside
+        if is_adapter(layer) or (isinstance(layer, nn.Linear) and id(layer) not in inside)
     }
-    adapted = {canonical_name(path) for path, module in model.named_modules() if _is_adapter(module)}
-    if isinstance(targets, str):
-        names = [name for name in linear if re.search(targets, name)]
-        taken = [name for name in adapted if re.search(targets, name)]
-        wanted = f"the pattern {targets!r}"
-    else:
-        given = list(targets)
-        twice = sorted({name for name in given if given.count(name) > 1})
-        if twice:
-            raise ValueError(f"targets names {named(twice)} more than once")
-        taken = [name for name in given if name in adapted]
-        missing = [name for name in given if name not in linear and name not in adapted]
-        if missing:
-            raise ValueError(
-                f"the model has no linear layer called {named(missing)}; the names of its {len(linear)} linear layers look "
-                f"like {named(linear)}"
-            )
-        names, wanted = [name for name in linear if name in set(given)], "an empty list of names"
+    names = chosen_names(targets, layers)
+    taken = [name for name in names if name in adapted]
     if taken:
         raise ValueError(
             f"{named(sorted(taken))} has an adapter already; merge it first (merge_adapters), or put another one around it "
             "by hand with from_linear"
         )
-    if not names:
-        raise ValueError(
-            f"{wanted} matches none of the {len(linear)} linear layers of the model, whose names look like {named(linear)}"
-        )
-    return {name: linear[name] for name in names}
+    return {name: layers[name] for name in names}
 
 
 @overload
@@ -301,11 +282,6 @@ def _matched(
                 f"layer, which maps {adapter.in_features} -> {adapter.out_features}"
             )
     return list(own.items())
-
-
-def _is_adapter(module: nn.Module) -> bool:
-    """Whether layers inside of `module` belong to an adapter: ours, one of PEFT, or a pair of somebody's own."""
-    return isinstance(module, LinearAdapter) or hasattr(module, "lora_A") or hasattr(module, "get_base_layer")
 
 
 def _inside(name: str, other: str) -> bool:
