@@ -10,17 +10,16 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from tnadapt.adapter.files import named, read_tensors, write_tensors
-from tnadapt.adapter.targets import chosen_names, is_adapter
+from tnadapt.adapter.targets import BaseLayer, base_layers, chosen_names
 from tnadapt.factorizations import core_dtype
 from tnadapt.factorizations.structure import is_count
-from tnadapt.matrices import canonical_name
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -94,12 +93,7 @@ class RowRescale:
                 otherwise as the class. Nothing is changed.
         """
         values, _ = read_tensors(file, _KIND)
-        for name, layer in _chosen(model, list(values)).items():
-            if values[name].shape != (layer.module.out_features,):
-                raise ValueError(
-                    f"α of {name} has shape {tuple(values[name].shape)} in {file}, but the layer has "
-                    f"{layer.module.out_features} rows"
-                )
+        _check_shapes(values, _chosen(model, list(values)), f"in {file}")
         rescale = cls(model, list(values), optimizer=optimizer, every=every)
         rescale._set(values)
         return rescale
@@ -258,11 +252,7 @@ class RowRescale:
                 f"the state is of other layers, or has them in another order: without {named(missing) or 'none'} of the {len(self.alphas)} here, and with "
                 f"{named(other) or 'none'} that are not; make the RowRescale with the targets of that run"
             )
-        for name, alpha in self.alphas.items():
-            if values[name].shape != alpha.shape:
-                raise ValueError(
-                    f"α of {name} has shape {tuple(values[name].shape)} in the state, here {tuple(alpha.shape)}"
-                )
+        _check_shapes(values, self._layers, "in the state")
         if (state["optimizer"] is None) != (self.optimizer is None):
             raise ValueError(
                 "the state was saved with an optimizer and there is none here"
@@ -319,38 +309,9 @@ class _Scaling:
         return scaled.to(output.dtype)
 
 
-class _Layer(NamedTuple):
-    module: nn.Linear
-    owner: nn.Module | None  # the innermost adapter around it
-
-
-def _frozen_linears(model: nn.Module) -> dict[str, _Layer]:
-    """Linear layers of `model` that are not part of an adapter's own matrices, by the name that a RowRescale gives them: the
-    canonical path without the adapters on it."""
-    found: dict[str, _Layer] = {}
-    for path, module in model.named_modules():
-        if not isinstance(module, nn.Linear):
-            continue
-        parts: list[str] = []
-        owner: nn.Module | None = None
-        parent: nn.Module = model
-        for part in path.split(".") if path else ():
-            adapter = is_adapter(parent)
-            if (adapter and part.startswith("lora_")) or part == "original_module":
-                break
-            if adapter:
-                owner = parent
-            if not (adapter and part in ("base", "base_layer")):
-                parts.append(part)
-            parent = parent.get_submodule(part)
-        else:
-            found[canonical_name(".".join(parts))] = _Layer(module, owner)
-    return found
-
-
-def _chosen(model: nn.Module, targets: str | Iterable[str] | None) -> dict[str, _Layer]:
+def _chosen(model: nn.Module, targets: str | Iterable[str] | None) -> dict[str, BaseLayer]:
     """The layers that `targets` means, in the order of the model, each fit to be scaled."""
-    layers = _frozen_linears(model)
+    layers = base_layers(model)
     if targets is not None:
         chosen = {name: layers[name] for name in chosen_names(targets, layers)}
     else:
@@ -364,7 +325,15 @@ def _chosen(model: nn.Module, targets: str | Iterable[str] | None) -> dict[str, 
     return chosen
 
 
-def _check_scalable(name: str, layer: _Layer) -> None:
+def _check_shapes(values: Mapping[str, Tensor], layers: Mapping[str, BaseLayer], where: str) -> None:
+    for name, layer in layers.items():
+        if values[name].shape != (layer.module.out_features,):
+            raise ValueError(
+                f"α of {name} has shape {tuple(values[name].shape)} {where}, but the layer has {layer.module.out_features} rows"
+            )
+
+
+def _check_scalable(name: str, layer: BaseLayer) -> None:
     """Raise ValueError where α on this layer would mean nothing, or would do nothing."""
     if layer.module.weight.requires_grad:
         raise ValueError(
@@ -384,7 +353,7 @@ def _check_scalable(name: str, layer: _Layer) -> None:
         )
 
 
-def _check_mergeable(model: nn.Module, name: str, layer: _Layer) -> None:
+def _check_mergeable(model: nn.Module, name: str, layer: BaseLayer) -> None:
     weight = layer.module.weight
     if type(layer.module) is not nn.Linear or not weight.is_floating_point() or type(weight) is not nn.Parameter:
         raise TypeError(

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable
+from typing import NamedTuple
 
 from torch import nn
 
 from tnadapt.adapter.base import LinearAdapter
 from tnadapt.adapter.files import named
+from tnadapt.matrices import canonical_name
 
-__all__ = ["chosen_names", "is_adapter"]
+__all__ = ["BaseLayer", "base_layers", "chosen_names", "is_adapter"]
 
 
 def chosen_names(targets: str | Iterable[str], layers: Collection[str]) -> list[str]:
@@ -49,7 +51,43 @@ def chosen_names(targets: str | Iterable[str], layers: Collection[str]) -> list[
             f"the model has no linear layer called {named(missing)}; the names of its {len(layers)} linear layers look like "
             f"{named(layers)}"
         )
-    return [name for name in layers if name in given]
+    meant = set(given)
+    return [name for name in layers if name in meant]
+
+
+class BaseLayer(NamedTuple):
+    """A linear layer that is not part of an adapter's own matrices.
+
+    Attributes:
+        module: the layer.
+        owner: the innermost adapter around it, or None.
+    """
+
+    module: nn.Linear
+    owner: nn.Module | None
+
+
+def base_layers(model: nn.Module) -> dict[str, BaseLayer]:
+    """The linear layers of `model` by the canonical path without the adapters on it: a layer has one name, adapted or not."""
+    found: dict[str, BaseLayer] = {}
+    for path, module in model.named_modules():
+        if not isinstance(module, nn.Linear):
+            continue
+        parts: list[str] = []
+        owner: nn.Module | None = None
+        parent: nn.Module = model
+        for part in path.split(".") if path else ():
+            adapter = is_adapter(parent)
+            if (adapter and part.startswith("lora_")) or part == "original_module":
+                break
+            if adapter:
+                owner = parent
+            if not (adapter and part in ("base", "base_layer")):
+                parts.append(part)
+            parent = parent.get_submodule(part)
+        else:
+            found[canonical_name(".".join(parts))] = BaseLayer(module, owner)
+    return found
 
 
 def is_adapter(module: nn.Module) -> bool:
