@@ -300,6 +300,16 @@ class Memory:
     peak: int = 0
 
 
+@dataclass
+class Built:
+    """A variant that has made some steps; bytes that it keeps, and the peaks of one step, and of one of α, above these."""
+
+    variant: Variant
+    kept: int
+    peak: int
+    alpha_peak: int
+
+
 @contextmanager
 def watched_memory(case: Case) -> Iterator[Memory]:
     """Fills in what it yields at the end of the block."""
@@ -325,8 +335,8 @@ def watched_memory(case: Case) -> Iterator[Memory]:
 
 def build(
     names: list[str], case: Case, base: PreTrainedModel, targets: list[str], task: str, steps: int
-) -> list[tuple[Variant, Memory]]:
-    """The variants after some steps, each with what it keeps and the peak of one step above that."""
+) -> list[Built]:
+    """The variants after some steps."""
     batch = make_batch(case, base.config.vocab_size)
     built = []
     for name in tqdm(names, desc="build", unit="variant"):
@@ -335,10 +345,11 @@ def build(
             for _ in range(steps):
                 variant.step(batch)
                 variant.alpha_step(batch)
-        with watched_memory(case) as one:
+        with watched_memory(case) as step:
             variant.step(batch)
+        with watched_memory(case) as alpha_step:
             variant.alpha_step(batch)
-        built.append((variant, Memory(whole.kept, one.peak)))
+        built.append(Built(variant, whole.kept, step.peak, alpha_step.peak))
     return built
 
 
@@ -355,14 +366,15 @@ def run_case(name: str, case: Case, variants: list[str], repeats: int, warmup: i
     with tqdm(total=repeats * len(built), desc=name, unit="step") as bar:
         for k in range(repeats):
             turn = k % len(built)
-            for variant, _ in built[turn:] + built[:turn]:
-                times[variant.name].append(variant.step(batch))
-                alpha_times[variant.name].append(variant.alpha_step(batch))
+            for one in built[turn:] + built[:turn]:
+                times[one.variant.name].append(one.variant.step(batch))
+                alpha_times[one.variant.name].append(one.variant.alpha_step(batch))
                 bar.update()
     rows = []
-    for variant, memory in built:
-        beside = BESIDE.get(variant.name, "plain")
-        for label, seconds in labelled(variant, times[variant.name], alpha_times[variant.name]):
+    for one in built:
+        own_name = one.variant.name
+        beside = BESIDE.get(own_name, "plain")
+        for label, seconds, peak in labelled(one, times[own_name], alpha_times[own_name]):
             ratios = sorted(t / p for t, p in zip(seconds, times[beside], strict=True))
             quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [ratios[0]] * 3
             rows.append(
@@ -373,26 +385,28 @@ def run_case(name: str, case: Case, variants: list[str], repeats: int, warmup: i
                     "ratio_quartiles": [quartiles[0], quartiles[2]],
                     "seconds": statistics.median(seconds),
                     "tokens_per_second": case.batch * case.sequence / statistics.median(seconds),
-                    "trained_parameters": variant.trained,
-                    "kept_bytes": memory.kept,
-                    "peak_bytes": memory.peak,
+                    "trained_parameters": one.variant.trained,
+                    "kept_bytes": one.kept,
+                    "peak_bytes": peak,
                 }
             )
     return {"case": name, **asdict(case), "repeats": repeats, "threads": torch.get_num_threads(), "rows": rows}
 
 
-def labelled(variant: Variant, own: list[float], alpha: list[float]) -> list[tuple[str, list[float]]]:
-    """The rows that a variant has in the table: one, or for α-LoRA those that the head of this file lists."""
-    if variant.rescale is None:
-        return [(variant.name, own)]
-    share = variant.case.micro / variant.case.batch  # α's mini-batch, in mini-batches of the adapter
+def labelled(one: Built, own: list[float], alpha: list[float]) -> list[tuple[str, list[float], int]]:
+    """Name, seconds and peak of the rows that a variant has in the table: one, or for α-LoRA those that the head of this file
+    lists."""
+    name, case = one.variant.name, one.variant.case
+    if one.variant.rescale is None:
+        return [(name, own, one.peak)]
+    share = case.micro / case.batch  # α's mini-batch, in mini-batches of the adapter
+    a_step = [s + a / PERIOD for s, a in zip(own, alpha, strict=True)]
+    a_mini_batch = [(PERIOD * s + a) / (PERIOD + share) for s, a in zip(own, alpha, strict=True)]
+    larger = max(one.peak, one.alpha_peak)
     return [
-        (f"{variant.name}, between α's steps", own),
-        (f"{variant.name}, T = {PERIOD}", [s + a / PERIOD for s, a in zip(own, alpha, strict=True)]),
-        (
-            f"{variant.name}, T = {PERIOD}, by mini-batch",
-            [(PERIOD * s + a) / (PERIOD + share) for s, a in zip(own, alpha, strict=True)],
-        ),
+        (f"{name}, between α's steps", own, one.peak),
+        (f"{name}, T = {PERIOD}", a_step, larger),
+        (f"{name}, T = {PERIOD}, by mini-batch", a_mini_batch, larger),
     ]
 
 

@@ -157,6 +157,9 @@ def test_step_overhead(load, monkeypatch, tmp_path, capsys):
     # the cores' contractions are kept, too (docs/performance.md), and a copy of the weights
     assert kept["opf"] >= 3 * numbers["opf"] + numbers["full"]
     assert all(row["peak_bytes"] > 0 for row in rows.values())
+    # scaling where the outputs lie takes nothing; α's own step keeps them
+    assert rows["α-lora, between α's steps"]["peak_bytes"] == pytest.approx(rows["plain"]["peak_bytes"], rel=0.02)
+    assert rows["α-lora, T = 20"]["peak_bytes"] > rows["plain"]["peak_bytes"]
     assert "goal: α-lora, T = 20, by mini-batch, at most 1.05" in capsys.readouterr().out
 
 
