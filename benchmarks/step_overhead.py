@@ -228,7 +228,8 @@ class Variant:
             "mpo": (MPO(order=case.order), Static()),
             "mpo, matched": (MPO(order=case.order), Static()),
             "mpo-r": (MPO(order=case.order), TaylorRuntime(top_n=case.layers, split=case.rounds, every=1)),
-            "opf": (MPO(order=2), Static()),
+            # the cost of a step does not depend on the gauge, and this one needs no SVD of the large weights
+            "opf": (MPO(order=2, gauge="identity"), Static()),
         }
         if name in schedule:
             finder = finders.full_weights() if name == "opf" else None
