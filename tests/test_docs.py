@@ -17,7 +17,7 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-GUIDES = [DOCS / "guides" / f"{name}.md" for name in ("plain_loop", "trainer", "trl")]
+GUIDES = [DOCS / "guides" / f"{name}.md" for name in ("plain_loop", "trainer", "trl", "ablation")]
 NOTEBOOKS = [DOCS / name for name in ("index.md", "quickstart.md", "guides/pictures.md")]
 
 
@@ -50,6 +50,22 @@ def test_examples_of_the_guides(page: Path, tmp_path: Path) -> None:
     run(page, {"__name__": "__main__"})
     if page.stem in ("quickstart", "trainer"):
         assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_the_ablation_is_a_loop_of_five_lines() -> None:
+    """Five variants of a model with four factorizations, each trained through what its adapters bring."""
+    page = DOCS / "guides" / "ablation.md"
+    loops = [node for _, code in blocks(page) for node in ast.parse(code).body if isinstance(node, ast.For)]
+    (loop,) = [node for node in loops if "LoraOver" in ast.unparse(node)]
+    assert loop.end_lineno is not None
+    assert loop.end_lineno - loop.lineno + 1 == 5
+    namespace: dict[str, Any] = {}
+    run(page, namespace)
+    losses, numbers = zip(*namespace["results"].values(), strict=True)
+    assert len(set(losses)) == len(losses) == 5
+    assert max(losses) < torch.nn.functional.mse_loss(namespace["build"]({})(namespace["x"]), namespace["target"])
+    # the mixed model has more numbers than that with the SVD in the layer of A's MPO
+    assert numbers[0] > numbers[2]
 
 
 def test_the_adapter_of_the_quickstart_is_plain(tmp_path: Path) -> None:
