@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import doctest
 import importlib
 import os
-import pkgutil
 import re
 import shlex
 import subprocess
@@ -18,6 +18,7 @@ import torch
 import tnadapt
 from tests.pages import DOCS, ROOT, as_script, blocks, run
 from tnadapt.cli import _parser
+from tnadapt.engine.checks import REFUSED
 
 PAGES = sorted([*DOCS.rglob("*.md"), *ROOT.glob("*.md")])
 
@@ -81,13 +82,22 @@ def test_several_ranks_as_the_page_says(tmp_path: Path) -> None:
     assert done.stdout.count("the checkpoint was read") == 2
 
 
+def docstrings(path: Path) -> list[str]:
+    kinds = ast.Module | ast.ClassDef | ast.FunctionDef
+    nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    return [ast.get_docstring(node) or "" for node in nodes if isinstance(node, kinds)]
+
+
 def test_examples_in_docstrings_run() -> None:
     """Examples in docstrings are doctests, which run here; code in another form would not, so there is none."""
-    found = [one.name for one in pkgutil.walk_packages(tnadapt.__path__, "tnadapt.") if "__main__" not in one.name]
-    for module in map(importlib.import_module, found):
-        assert doctest.testmod(module).failed == 0, module.__name__
-        for one in doctest.DocTestFinder().find(module):
-            assert not re.search(r"^\s*```|::\s*$", one.docstring, re.MULTILINE), f"{one.name} has code that is not run"
+    for path in (ROOT / "tnadapt").rglob("*.py"):
+        found = docstrings(path)
+        assert not any(re.search(r"^\s*```|::\s*$", text, re.MULTILINE) for text in found), (
+            f"{path}: code that is not run"
+        )
+        if any(">>>" in text for text in found):
+            module = importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
+            assert doctest.testmod(module).failed == 0, path
 
 
 # -- commands --------------------------------------------------------------------------------------------------------------
@@ -117,6 +127,53 @@ def test_commands_exist() -> None:
             assert words[1] in targets, f"{page}: make {words[1]}"
         elif words[1] != "-m":
             assert (ROOT / words[1]).is_file(), f"{page}: {words[1]}"
+
+
+# -- what pages say of the code --------------------------------------------------------------------------------------------
+
+
+def template(node: ast.AST) -> str:
+    """A text of the source with … for what is put in."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node.value
+    if isinstance(node, ast.JoinedStr):
+        return "".join(template(part) for part in node.values)
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        return template(node.left) + template(node.right)
+    return "…"
+
+
+def test_messages_of_the_troubleshooting_page_exist() -> None:
+    """Each entry is a piece of a text in the source; `…` at an end stands for the rest."""
+    sources = "\n".join(
+        template(node)
+        for path in (ROOT / "tnadapt").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.JoinedStr | ast.Constant | ast.BinOp)
+    )
+    page = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
+    entries = re.findall(r"^`(.+)`\n: ", page, re.MULTILINE)
+    assert len(entries) > 40
+    for entry in entries:
+        assert entry.strip("… ") in sources, f"no message reads: {entry}"
+
+
+def test_every_refused_optimizer_is_in_the_table() -> None:
+    page = (DOCS / "limits.md").read_text(encoding="utf-8")
+    assert all(f"`{name}`" in page for name in REFUSED)
+
+
+def test_the_laws_of_depth_hold() -> None:
+    """What the page on mathematics derives of a middle core is what it does, within a fifth; and the factors that it names."""
+    depth = importlib.import_module("depth")
+    for steady in (True, False):
+        far = depth.walk(8, steady).distances
+        for step in (1, 5, 10, 20, 30):
+            assert far[step - 1] == pytest.approx(depth.predicted(step, steady), rel=0.2)
+    plain = depth.walk(1, False, steps=1).updates[0]
+    first = [depth.walk(order, False, steps=1).updates[0] / plain for order in (4, 8, 16)]
+    assert [round(ratio, 1) for ratio in first] == [1.4, 2.3, 4.2]
+    assert 14 * depth.predicted(1, True) == pytest.approx(0.095, abs=5e-4)
 
 
 # -- links and the site ----------------------------------------------------------------------------------------------------
