@@ -187,6 +187,16 @@ def test_links_lead_to_files_that_are_there(page: Path) -> None:
             assert (page.parent / target).exists(), f"{page.name} links to {target}, which is not there"
 
 
+def test_files_that_pages_name_are_there() -> None:
+    for page in PAGES:
+        if page.stem in ("mutation", "CHANGELOG"):  # of the code as it was
+            continue
+        for file in re.findall(
+            r"`((?:tests|tnadapt|benchmarks|recipes|docs)/[\w/.-]+)`", page.read_text(encoding="utf-8")
+        ):
+            assert (ROOT / file).exists(), f"{page.name} names {file}, which is not there"
+
+
 def test_every_page_is_in_the_contents() -> None:
     listed = re.findall(r"^([a-z_]+(?:/[a-z_]+)?)$", (DOCS / "index.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert {str(page.relative_to(DOCS).with_suffix("")) for page in DOCS.rglob("*.md")} == {"index", *listed}
