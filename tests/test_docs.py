@@ -10,12 +10,15 @@ import re
 import shlex
 import subprocess
 import sys
+from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import pytest
 import torch
 
 import tnadapt
+from tests.browser import chromium, faults
 from tests.pages import DOCS, ROOT, as_script, blocks, run
 from tnadapt.cli import _parser
 from tnadapt.engine.checks import REFUSED
@@ -207,21 +210,64 @@ def test_every_public_name_is_in_the_reference() -> None:
     assert set(tnadapt.__all__) <= set(re.findall(r":: tnadapt\.(\w+)$", page, re.MULTILINE))
 
 
-@pytest.mark.slow
-def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "sphinx",
-        "-W",
-        "--keep-going",
-        "-q",
-        "-b",
-        "html",
-        str(DOCS),
-        str(tmp_path / "site"),
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    built = subprocess.run(command, capture_output=True, text=True, env=environment)
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The site as `make docs` builds it, in which a warning is an error."""
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", str(DOCS), str(folder)]
+    built = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert built.returncode == 0, built.stderr
-    assert (tmp_path / "site" / "api.html").is_file()
+    return folder
+
+
+def read_html(page: Path) -> tuple[set[str], set[str]]:
+    """The places that links of a page lead to, and the names that links to it may have after `#`."""
+    parser = HTMLParser()
+    links, names = set[str](), set[str]()
+
+    def start(tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        given = dict(attributes)
+        links.update(value for key in ("href", "src") if (value := given.get(key)))
+        names.update(value for key in ("id", "name") if (value := given.get(key)))
+
+    parser.handle_starttag = start  # type: ignore[method-assign]
+    parser.feed(page.read_text(encoding="utf-8"))
+    return links, names
+
+
+@pytest.mark.slow
+def test_links_of_the_site_lead_somewhere(site: Path) -> None:
+    pages = {page: read_html(page) for page in site.rglob("*.html")}
+    assert len(pages) > 30
+    for page, (links, _) in pages.items():
+        for link in links:
+            address = urlsplit(link)
+            if address.scheme or address.netloc:
+                continue
+            target = (page.parent / unquote(address.path)).resolve() if address.path else page
+            assert target.is_file(), f"{page.name}: {link}"
+            if address.fragment and target in pages:
+                assert unquote(address.fragment) in pages[target][1], f"{page.name}: {link}"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(chromium() is None, reason="no Chromium is installed")
+def test_the_site_in_a_browser_on_a_phone(site: Path) -> None:
+    """Nothing is missing, no formula is broken, nothing is asked of the network, and no page scrolls sideways."""
+    pages = [page for page in sorted(site.rglob("*.html")) if "_modules" not in page.parts]
+    assert faults(pages) == {}
+
+
+@pytest.mark.skipif(chromium() is None, reason="no Chromium is installed")
+def test_what_a_browser_shows_is_looked_at(tmp_path: Path) -> None:
+    """The look finds a page that is too wide, a picture that is not there, and one that needs the network."""
+    head = '<!doctype html><meta name="viewport" content="width=device-width">'
+    bad, good = tmp_path / "bad.html", tmp_path / "good.html"
+    bad.write_text(
+        head + '<div style="width: 800px">wide</div><img src="none.png"><img src="http://127.0.0.1:9/x.png">'
+    )
+    good.write_text(head + '<div style="overflow-x: auto"><div style="width: 800px">wide</div></div>')
+    found = faults([bad, good])
+    assert found.keys() == {"bad.html"}
+    text = "; ".join(found["bad.html"])
+    assert all(piece in text for piece in ("sideways", "DIV", "a picture is not there", "asks the network"))
