@@ -47,8 +47,17 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(DOCS / "figures"))
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page) and page.stem not in TOLD], ids=name)
+HERE = [page for page in PAGES if blocks(page) and page.stem not in TOLD]
+
+
+@pytest.mark.parametrize("page", [page for page in HERE if page.parent.name != "notebooks"], ids=name)
 def test_examples_run(page: Path) -> None:
+    run(page)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [page for page in HERE if page.parent.name == "notebooks"], ids=name)
+def test_notebooks_run(page: Path) -> None:
     run(page)
 
 
