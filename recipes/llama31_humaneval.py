@@ -120,6 +120,7 @@ class HumanEval:
     """One program for each problem; pass@1 where code may be executed."""
 
     measure = "HumanEval, pass@1"
+    answered = False
 
     def check(self, config: Config) -> None:
         if config.execute:

@@ -129,6 +129,7 @@ class MTBench:
     """Answers to both turns of every question, and a judge's grades of them."""
 
     measure = "MT-Bench"
+    answered = False
 
     def check(self, config: Config) -> None:
         if config.judge:

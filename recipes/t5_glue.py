@@ -61,7 +61,7 @@ PUBLISHED = {
 class Config(SharedConfig):
     """The shared settings for an encoder-decoder and one task; the defaults are the laptop preset."""
 
-    task: str = option("cola", "task of GLUE", tuple(TASKS))
+    task: str = option("sst2", "task of GLUE", tuple(TASKS))
     train_size: int | None = option(3200, "training records; None: all of the task")
     eval_size: int | None = option(500, "records to evaluate on; None: all of the task")
     max_length: int = option(128, "longest prompt in tokens; longer ones are left out, not cut")

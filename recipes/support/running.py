@@ -22,7 +22,10 @@ from support.adapters import attach, save_initial, save_trained  # noqa: E402
 from support.benchmark import Scores  # noqa: E402
 from support.config import Config  # noqa: E402
 from support.encoding import encode  # noqa: E402
+from support.evaluation import tokenization  # noqa: E402
 from support.evaluation.generate import Generator, Sampling  # noqa: E402
+from support.evaluation.loss import answer_loss  # noqa: E402
+from support.evaluation.prompts import Example  # noqa: E402
 from support.folders import RunFolder  # noqa: E402
 from support.loading import load_model, load_shape, target_modules  # noqa: E402
 from support.methods import METHODS  # noqa: E402
@@ -100,6 +103,8 @@ def run(
         result |= train(model, method, training)
         scores = evaluate(recipe, config, evaluation, lambda: (model, tokenizer), work, TRAINED, quiet)
         record_scores(result, config, work, scores, base)
+        if recipe.benchmark.answered:
+            result["metrics"]["eval_loss"] = loss_on(recipe, config, evaluation, model, tokenizer)
         result["metrics"] |= {
             "problems": len(evaluation),
             "training_examples": len(examples),
@@ -110,6 +115,15 @@ def run(
         for leftover in ("checkpoints", "initial"):
             shutil.rmtree(work / leftover, ignore_errors=True)
     return {**result, "folder": str(folder.final)}
+
+
+def loss_on(recipe: Recipe, config: Config, records: Sequence[Record], model: Any, tokenizer: Any) -> float | None:
+    """The loss on the answers of the records that fit into ``--max-length`` tokens; None where none does."""
+    pairs = [Example(recipe.prompt(record), recipe.answer(record)) for record in records]
+    encoder_decoder = model.config.is_encoder_decoder
+    examples = [tokenization.encode(tokenizer, pair, config.max_length, encoder_decoder) for pair in pairs]
+    fitting = [example for example in examples if example]
+    return answer_loss(model, tokenizer, fitting, config.micro_batch) if fitting else None
 
 
 TRAINED, BASE = "trained", "base"
