@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -20,7 +21,7 @@ from support.loading import target_modules
 from support.methods import METHODS, Method
 from support.rescaled import FILE as ALPHA_FILE
 from support.rescaled import RowSteps
-from tnadapt import TTLoraLinear, add_adapters, plan, save_adapters
+from tnadapt import TTLoraLinear, add_adapters, finders, plan, save_adapters
 
 Batch = dict[str, torch.Tensor]
 
@@ -98,6 +99,13 @@ def targeted_layers(config: Config, model: Any) -> list[str]:
     if isinstance(targets, str):
         return every
     return [name for name in every if any(name == each or name.endswith(f".{each}") for each in targets)]
+
+
+def finder_of(method: Method, config: Config, model: Any) -> finders.Finder | None:
+    """Which matrices can have cores: None for LoRA's, which is what ``LoraOver`` finds by itself."""
+    if method.over is None or not method.over.weights:
+        return None
+    return finders.full_weights(f"^({'|'.join(map(re.escape, targeted_layers(config, model)))})$")
 
 
 def equal_rank(config: Config, model: torch.nn.Module) -> int:

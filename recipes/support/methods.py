@@ -28,6 +28,8 @@ class Over:
     choice: str = "all"
     which: str | None = None
     """With ``all``: a pattern of the names of the matrices that are expanded, in place of every one."""
+    weights: bool = False
+    """Expand the weights of the layers that ``--targets`` means themselves, and not LoRA's matrices."""
     sites: Callable[[int, int], tuple[tuple[int, int], ...]] | None = None
     """The sites of an MPO for rows and columns of a matrix, in place of those that the options ask for."""
 
@@ -36,7 +38,7 @@ class Over:
 
         Args:
             config: the options.
-            shapes: of the model's LoRA matrices; ``sites`` needs them.
+            shapes: of the matrices that have cores; ``sites`` needs them.
         """
         from tnadapt import CP, MPO, SVD, Tucker
 
@@ -127,6 +129,7 @@ class Method:
 
 METHODS = {
     "full": Method("Full fine-tuning", adapter=None),
+    "opf": Method("OPF", adapter=None, over=Over("mpo", weights=True)),
     "lora": Method("LoRA"),
     "lora-equal": Method("LoRA, equal parameters", equal_parameters=True),
     "pissa": Method("PiSSA", settings={"init_lora_weights": "pissa"}, changes_base=True),

@@ -13,14 +13,14 @@ import torch
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from support.adapters import callbacks_of, make_optimizer
+from support.adapters import callbacks_of, finder_of, make_optimizer
 from support.config import Config
 from support.evaluation.tokenization import IGNORED, collator
 from support.generated import drop_generators
 from support.methods import Method
 from support.provenance import read_json, write_json
 from support.results import expansions
-from tnadapt import LoraOver, find_lora_matrices, plan, predefined
+from tnadapt import LoraOver, finders, plan, predefined
 from tnadapt.integrations.transformers import last_complete_checkpoint
 
 
@@ -102,20 +102,19 @@ def train(model: Any, method: Method, training: Training) -> dict[str, Any]:
         scores = scores_of_ablation(model, method, training)
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     optimizer = make_optimizer(model, method, config)
-    over, table = None, ""
+    over, table, beside = None, "", trainable
     if method.over is not None:
-        shapes = {
-            (matrix.parameter.shape[0], matrix.parameter.shape[1]) for matrix in find_lora_matrices(model)[0].values()
-        }
-        factorization, scheduler = (
-            method.over.make_factorization(config, shapes),
-            method.over.make_scheduler(config, scores),
-        )
-        # the table is of whole groups
-        table = "" if method.over.which else str(plan(model, factorization, top_n=getattr(scheduler, "top_n", None)))
+        finder = finder_of(method, config, model)
+        matrices = finders.collect(model, finder)[0].values()
+        beside -= sum(matrix.parameter.numel() for matrix in matrices)
+        shapes = {(matrix.parameter.shape[0], matrix.parameter.shape[1]) for matrix in matrices}
+        factorization = method.over.make_factorization(config, shapes)
+        scheduler = method.over.make_scheduler(config, scores)
+        if not method.over.which:  # the table is of whole groups
+            table = str(plan(model, factorization, top_n=getattr(scheduler, "top_n", None), matrices=finder))
         if not training.quiet:
             print(table)
-        over = LoraOver(model, optimizer, factorization, scheduler, core_lr=config.core_lr)
+        over = LoraOver(model, optimizer, factorization, scheduler, core_lr=config.core_lr, matrices=finder)
     start = time.perf_counter()
     state = training.run(model, optimizer, callbacks_of(model, method, training))
     curve = [(entry["step"], entry["loss"]) for entry in state.log_history if "loss" in entry]
@@ -127,7 +126,7 @@ def train(model: Any, method: Method, training: Training) -> dict[str, Any]:
             "tokens": int(state.num_input_tokens_seen),
             "training_seconds": time.perf_counter() - start,
             "lora_parameters": trainable,
-            "trained_parameters": over.trained_parameters if over else trainable,
+            "trained_parameters": beside + over.trained_parameters if over else trainable,
         },
         "curve": curve,
         "plan": table,

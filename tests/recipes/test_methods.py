@@ -148,7 +148,7 @@ def test_a_method_trains_and_loads_on_the_untouched_base(
     assert all(torch.equal(p, run.before[name]) for name, p in now.items() if not p.requires_grad)
     assert run.result["label"] == METHODS[method].label
     run.model.eval()
-    if method == "full":
+    if METHODS[method].adapter is None:
         assert not (run.folder / "adapter").exists()
         loaded = type(run.base).from_pretrained(run.folder / "model")
     elif method == "tt-lora":
@@ -198,6 +198,14 @@ def unchanged_function(run: Trained) -> None:
 
 def full(run: Trained) -> None:
     assert sum(p.numel() for p in run.model.parameters()) == run.result["metrics"]["trained_parameters"]
+
+
+def whole_weights(run: Trained) -> None:
+    over(run)
+    weights = {name for name, module in run.model.named_modules() if isinstance(module, torch.nn.Linear)}
+    expanded = {matrix["name"].removesuffix(".W") for matrix in run.result["matrices"]}
+    assert weights - expanded == {"lm_head"}, "all that --targets means, which is never the output layer"
+    assert all(p.requires_grad for p in run.model.parameters())
 
 
 def mutated(run: Trained) -> None:
@@ -314,6 +322,7 @@ SIGNATURES: dict[str, Any] = {
     "riemannian": optimizer_called("RiemannianPreconditionedOptimizer"),
     "lora-rite": optimizer_called("LoRARite"),
     **{name: over for name, method in METHODS.items() if method.over is not None},
+    "opf": whole_weights,
     "deep-lora": three_factors,
     "lora-over-mpo-p": predefined,
 }
