@@ -23,7 +23,6 @@ from transformers import AutoTokenizer
 from recipes import ablate
 from recipes import t5_glue as recipe
 from recipes.embedded import sentences
-from tnadapt import MPO, TaylorRuntime
 
 pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning"), pytest.mark.filterwarnings("ignore::FutureWarning")]
 
@@ -203,32 +202,7 @@ def test_a_folder_without_records_to_evaluate_on_says_which_files_it_looked_for(
         recipe.load_records(small(task="sst2", data=str(tmp_path)))
 
 
-# -- the paper's settings ---------------------------------------------------------------------------------------------
-
-#: LoRA-Over, appendix: T5-Base. Split number and eval step of MPO_R by task.
-ROUNDS = {"mnli": (5, 100), "qnli": (7, 80), "cola": (8, 5), "sst2": (7, 50), "mrpc": (8, 5)}
-
-
-@EACH_TASK
-def test_the_paper_preset_has_the_papers_settings(task: str) -> None:
-    config = dataclasses.replace(recipe.PRESETS["paper"], task=task, method="lora-over-mpo-r")
-    resolved = recipe.RECIPE.resolve(config)
-    assert (resolved.lr, resolved.core_lr) == (5e-4, 4.9e-4)
-    assert (resolved.split, resolved.every) == ROUNDS[task]
-    assert (resolved.rank, resolved.alpha, resolved.epochs) == (8, 16, 1)
-    assert (resolved.max_length, resolved.batch, resolved.weight_decay) == (128, 32, 0.0)
-    assert (resolved.order, resolved.top_n, resolved.targets) == (16, 9, "all-linear")
-    over = running.METHODS["lora-over-mpo-r"].over
-    assert over is not None
-    assert over.make_factorization(resolved) == MPO(order=16)
-    scheduler = over.make_scheduler(resolved)
-    assert isinstance(scheduler, TaylorRuntime)
-    assert (scheduler.top_n, scheduler.split, scheduler.every) == (9, *ROUNDS[task])
-    for method, rates in (("lora-over-svd", (4.9e-4, None)), ("lora-over-mpo", (4.9e-4, None))):
-        resolved = recipe.RECIPE.resolve(dataclasses.replace(config, method=method))
-        assert (resolved.lr, resolved.core_lr) == rates
-    resolved = recipe.RECIPE.resolve(dataclasses.replace(config, method="lora-over-mpo-p"))
-    assert (resolved.lr, resolved.core_lr) == (5e-4, 4.9e-4)
+# -- rates -----------------------------------------------------------------------------------------------------------
 
 
 def test_a_method_without_a_tuned_rate_is_refused_with_the_command_that_tunes_it() -> None:
