@@ -16,7 +16,6 @@ pytest.importorskip("rich")
 
 from hypothesis import given
 from hypothesis import strategies as st
-from support import running
 from support.glue import TASKS
 from transformers import AutoTokenizer
 
