@@ -69,9 +69,10 @@ def load_recipe(path: Path) -> Recipe:
     module = importlib.util.module_from_spec(specification)
     sys.modules[name] = module  # dataclasses look their module up
     specification.loader.exec_module(module)
-    if not isinstance(getattr(module, "RECIPE", None), Recipe):
+    recipe = getattr(module, "RECIPE", None)
+    if not isinstance(recipe, Recipe):
         raise ValueError(f"--recipe is {path}, which has no RECIPE; the recipes lie in {HERE}")
-    return module.RECIPE
+    return recipe
 
 
 def run_one(recipe: Path, settings: dict[str, Any], root: Path, quiet: bool) -> dict[str, Any]:
@@ -498,13 +499,18 @@ def add_to_tuned(outcomes: Sequence[Outcome], options: argparse.Namespace) -> No
     path = options.tuned / f"{recipe.table_name(config)}.json"
     common = ("method", "lr", "core_lr", "seed", *recipe.config.SCORING)
     settings = {name: value for name, value in config.settings().items() if name not in common}
-    known = read_json(path) if path.exists() else {"settings": settings, "rows": []}
+    command = environment(HERE)["command"]
+    known: dict[str, Any] = {"settings": settings, "commands": [], "rows": []}
+    if path.exists():
+        known = read_json(path)
     if known["settings"] != settings:
         differing = ", ".join(sorted(k for k in settings if settings[k] != known["settings"].get(k)))
         raise ValueError(f"{path} was made with other settings ({differing}); give another --tuned, or delete it")
     rows = [*known["rows"], *({**record_of(outcome), "commits": commits_of(outcome)} for outcome in outcomes)]
     rows = [*{(row["method"], row["factor"], row["value"]): row for row in rows}.values()]
-    write_json(path, {"environment": environment(HERE), "settings": settings, "rows": rows})
+    commands = [*dict.fromkeys([*known["commands"], command])]
+    where = {name: value for name, value in environment(HERE).items() if name in ("python", "packages", "hardware")}
+    write_json(path, {"commands": commands, "environment": where, "settings": settings, "rows": rows})
     write_text(path.with_suffix(".md"), tuned_page(path.stem, settings, rows))
 
 
@@ -536,8 +542,8 @@ def tuned_page(name: str, settings: dict[str, Any], rows: Sequence[dict[str, Any
     )
     return (
         f"# {name}: learning rates\n\nThe loss on the answers of the {settings['eval_split']} split, in nats a token, by method and "
-        f"rate; the lowest of each method is bold. Made by `python recipes/ablate.py tune --extend --tuned …` with {said}; every "
-        f"setting, the commit of each run and more figures are in [{name}.json]({name}.json).\n\n"
+        f"rate; the lowest of each method is bold. Made by `python recipes/ablate.py tune --extend --tuned …` with {said}; the "
+        f"commands, every setting, the commit of each run and more figures are in [{name}.json]({name}.json).\n\n"
         + Table(name, columns, cells).markdown()
     )
 

@@ -61,16 +61,17 @@ PUBLISHED = {
 class Config(SharedConfig):
     """The shared settings for an encoder-decoder and one task; the defaults are the laptop preset."""
 
+    # None stands for what the paper has for the task; ``completed`` fills it in
     task: str = option("sst2", "task of GLUE", tuple(TASKS))
-    train_size: int | None = option(3200, "training records; None: all of the task")
-    eval_size: int | None = option(500, "records to evaluate on; None: all of the task")
+    train_size: int | None = option(3200, "training records; None: all of the task")  # type: ignore[assignment]
+    eval_size: int | None = option(500, "records to evaluate on; None: all of the task")  # type: ignore[assignment]
     max_length: int = option(128, "longest prompt in tokens; longer ones are left out, not cut")
     weight_decay: float = option(0.0, "of AdamW")
     targets: str = option("all-linear", "linear layers with adapters, with commas, or all-linear")
     order: int = option(16, "sites of an MPO")
     top_n: int = option(1, "matrices to expand in each group")
-    split: int | None = option(1, "rounds in which MPO_R expands them; None: the paper's for the task")
-    every: int | None = option(10, "steps between two rounds of MPO_R; None: the paper's for the task")
+    split: int | None = option(1, "rounds in which MPO_R expands them; None: the paper's for the task")  # type: ignore[assignment]
+    every: int | None = option(10, "steps between two rounds of MPO_R; None: the paper's for the task")  # type: ignore[assignment]
     max_new_tokens: int = option(8, "longest answer in tokens")
 
     DECIDE_BASE: ClassVar[tuple[str, ...]] = (*SharedConfig.DECIDE_BASE, "task")

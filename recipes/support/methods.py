@@ -63,7 +63,8 @@ class Over:
         # the default gauge stands for that of each factorization, which CP calls otherwise
         if not (kind == "cp" and config.gauge == "svd"):
             settings["gauge"] = config.gauge
-        return {"mpo": MPO, "tucker": Tucker, "cp": CP}[kind](**settings)
+        makers: dict[str, Callable[..., Factorization]] = {"mpo": MPO, "tucker": Tucker, "cp": CP}
+        return makers[kind](**settings)
 
     def make_scheduler(self, config: Config, scores: Mapping[str, float] | None = None) -> Scheduler:
         """What chooses the matrices to expand; ``predefined`` takes the ``scores`` of the ablation."""

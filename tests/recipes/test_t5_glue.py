@@ -150,6 +150,13 @@ def test_prompts_and_labels_are_t5s(task: str, record: dict[str, Any], prompt: s
     assert (TASKS[task].prompt(record), TASKS[task].answer(record)) == (prompt, answer)
 
 
+@EACH_TASK
+@pytest.mark.parametrize("label", [-1, 3, None, "positive"])
+def test_a_label_without_a_word_is_refused(task: str, label: Any) -> None:
+    with pytest.raises(ValueError, match=f"label {label} is none of {task}'s 0 to"):
+        TASKS[task].answer({"label": label})
+
+
 def test_an_answer_is_right_word_for_word() -> None:
     record = {"sentence": "x", "label": 1, "task": "sst2"}
     assert recipe.grade(record, "positive") == (True, True)
