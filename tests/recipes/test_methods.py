@@ -158,7 +158,7 @@ PAIRS = [
     for method in METHODS
 ]
 #: The preset, for a few steps on the same few examples.
-FEW: dict[str, Any] = {"train_size": 4, "batch": 4, "micro_batch": 2, "max_steps": 6, "every": 2, "save_every": 100}
+FEW: dict[str, Any] = {"train_size": 2, "batch": 2, "micro_batch": 1, "max_steps": 6, "every": 2, "save_every": 100}
 FEW |= {"eval_size": 2, "max_new_tokens": 4}
 #: Rates at which so few steps show that a method learns.
 RATES = dict.fromkeys(("full", "opf", "lora+", "op-lora", "pissa", "olora", "lora-rite"), 1e-3) | {"adalora": 5e-2}
@@ -204,7 +204,7 @@ def test_a_method_learns_in_a_recipe_and_loads_on_the_untouched_base(
         RowRescale.from_file(loaded, run.folder / "adapter" / "alpha.safetensors")
     with torch.no_grad():
         there = run.model(**run.batch).logits
-        torch.testing.assert_close(loaded.eval()(**run.batch).logits, there, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(loaded.eval()(**run.batch).logits, there, rtol=1e-4, atol=1e-4)
     SIGNATURES.get(method, lambda run: None)(run)
 
 
