@@ -9,7 +9,8 @@ whole of each task, all linear layers::
 
     python recipes/t5_glue.py --preset paper --task mnli sst2 cola qnli mrpc --method lora lora-over-mpo-r
 
-Your own model and data: a hub id or a folder for the model; a hub id with GLUE's configurations, or a folder with
+Your own model and data: a hub id or a folder for the model, which is an encoder-decoder, a decoder, or an encoder such as BERT,
+which gets a new head and chooses the label instead of writing it; a hub id with GLUE's configurations, or a folder with
 ``train`` and ``dev`` as ``.tsv`` (GLUE's, with a header) or ``.jsonl`` for the data::
 
     python recipes/t5_glue.py --task sst2 --model FOLDER --data FOLDER --lr 3e-4 --targets all-linear
@@ -234,6 +235,7 @@ RECIPE = Recipe(
     prompt=prompt,
     answer=lambda record: TASKS[record["task"]].answer(record),
     benchmark=ExactMatch("Accuracy", prompt, grade),
+    choices=lambda config: TASKS[config.task].labels,
     embedded="t5",
     several=("task", "method"),
     paper=paper_figures,

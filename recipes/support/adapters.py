@@ -67,10 +67,12 @@ def attach(
 def adapter_config(method: Method, config: Config, steps: int, model: torch.nn.Module) -> Any:
     """PEFT's configuration of ``method``."""
     rank = equal_rank(config, model) if method.equal_parameters else config.rank
-    targets = target_modules(config, model)
-    if method.gradient_init and targets == "all-linear":  # which PEFT spells out too late for the gradients
-        targets = every_linear(model)
-    shared: dict[str, Any] = {"target_modules": targets}
+    targets: str | list[str] = target_modules(config, model)
+    if method.gradient_init or new_layers(
+        model
+    ):  # PEFT spells all-linear out too late for gradients, and adapts new layers too
+        targets = targeted_layers(config, model)
+    shared: dict[str, Any] = {"target_modules": targets, "modules_to_save": [*new_layers(model)] or None}
     if method.adapter == "AdaLoraConfig":
         # Its authors start at one and a half times the rank, warm up for a tenth and end with a fixed budget for a third.
         budget = {"tinit": steps // 10, "tfinal": steps // 3, "deltaT": max(1, steps // 100), "total_step": steps}
@@ -84,11 +86,19 @@ def adapter_config(method: Method, config: Config, steps: int, model: torch.nn.M
     return getattr(peft, str(method.adapter))(**shared, **method.settings)
 
 
+def new_layers(model: Any) -> Sequence[str]:
+    """The layers that an encoder got when it was loaded; they are trained and saved whole, and have no adapter."""
+    return getattr(model, "new_layers", ())
+
+
 def every_linear(model: Any) -> list[str]:
-    """The linear layers that PEFT means by ``all-linear``: all but the output layer."""
+    """The linear layers that PEFT means by ``all-linear``: all but the output layer, and those that are new."""
     output = model.get_output_embeddings()
+    new = new_layers(model)
     return [
-        name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and module is not output
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not output and name not in new
     ]
 
 
@@ -114,7 +124,8 @@ def equal_rank(config: Config, model: torch.nn.Module) -> int:
     assert over is not None
     with torch.device("meta"):
         copy = type(model)(model.config)
-    targets = target_modules(config, copy)
+    copy.new_layers = new_layers(model)
+    targets = targeted_layers(config, copy)
     adapted = peft.get_peft_model(copy, LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=targets))
     planned = plan(adapted, over.make_factorization(config), top_n=config.top_n)
     return round(config.rank * planned.trained_parameters / planned.lora_parameters)

@@ -23,11 +23,12 @@ from support.benchmark import Scores  # noqa: E402
 from support.config import Config  # noqa: E402
 from support.encoding import encode  # noqa: E402
 from support.evaluation import tokenization  # noqa: E402
-from support.evaluation.generate import Generator, Sampling  # noqa: E402
+from support.evaluation.answers import Generate  # noqa: E402
+from support.evaluation.generate import Chooser, Generator, Sampling  # noqa: E402
 from support.evaluation.loss import answer_loss  # noqa: E402
 from support.evaluation.prompts import Example  # noqa: E402
 from support.folders import RunFolder  # noqa: E402
-from support.loading import load_model, load_shape, target_modules  # noqa: E402
+from support.loading import choices_of, load_model, load_shape, target_modules  # noqa: E402
 from support.methods import METHODS  # noqa: E402
 from support.provenance import config_hash, environment, write_json, write_text  # noqa: E402
 from support.recipe import Recipe, Record  # noqa: E402
@@ -95,6 +96,7 @@ def run(
             config.train_size,
             config.max_length,
             model.config.is_encoder_decoder,
+            choices_of(recipe, config, model.config),
         )
         set_seed(config.seed)
         training = Training(tokenizer, examples, config, work, quiet)
@@ -120,8 +122,8 @@ def run(
 def loss_on(recipe: Recipe, config: Config, records: Sequence[Record], model: Any, tokenizer: Any) -> float | None:
     """The loss on the answers of the records that fit into ``--max-length`` tokens; None where none does."""
     pairs = [Example(recipe.prompt(record), recipe.answer(record)) for record in records]
-    encoder_decoder = model.config.is_encoder_decoder
-    examples = [tokenization.encode(tokenizer, pair, config.max_length, encoder_decoder) for pair in pairs]
+    kind = model.config.is_encoder_decoder, choices_of(recipe, config, model.config)
+    examples = [tokenization.encode(tokenizer, pair, config.max_length, *kind) for pair in pairs]
     fitting = [example for example in examples if example]
     return answer_loss(model, tokenizer, fitting, config.micro_batch) if fitting else None
 
@@ -159,8 +161,11 @@ def evaluate(
         stem = work / "answers" / "-".join(filter(None, (who, prefix.strip("_"))))
 
         @cache
-        def generator(drawn: tuple[float, float] | None = drawn) -> Generator:
+        def generator(drawn: tuple[float, float] | None = drawn) -> Generate:
             model, tokenizer = load()
+            choices = choices_of(recipe, config, model.config)
+            if choices is not None:
+                return Chooser(model, tokenizer, choices)
             return Generator(model, tokenizer, config.max_new_tokens, drawn and Sampling(config.seed, *drawn))
 
         with tqdm(desc=f"answers, {stem.name}", unit="prompt", disable=quiet) as bar:
