@@ -118,12 +118,12 @@ def finder_of(method: Method, config: Config, model: Any) -> finders.Finder | No
     return finders.full_weights(f"^({'|'.join(map(re.escape, targeted_layers(config, model)))})$")
 
 
-def equal_rank(config: Config, model: torch.nn.Module) -> int:
+def equal_rank(config: Config, model: Any) -> int:
     """The rank at which plain LoRA trains as many numbers as LoRA-Over-MPO_R does at the end with the same options."""
     over = METHODS["lora-over-mpo-r"].over
     assert over is not None
     with torch.device("meta"):
-        copy = type(model)(model.config)
+        copy: Any = type(model)(model.config)
     copy.new_layers = new_layers(model)
     targets = targeted_layers(config, copy)
     adapted = peft.get_peft_model(copy, LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=targets))
