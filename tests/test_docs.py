@@ -75,8 +75,7 @@ def test_the_ablation_is_a_loop_of_five_lines() -> None:
     (loop,) = [node for node in loops if "LoraOver" in ast.unparse(node)]
     assert loop.end_lineno is not None
     assert loop.end_lineno - loop.lineno + 1 == 5
-    namespace: dict[str, Any] = {}
-    run(page, namespace)
+    namespace = run(page)
     losses, numbers = zip(*namespace["results"].values(), strict=True)
     assert len(set(losses)) == len(losses) == 5
     assert max(losses) < torch.nn.functional.mse_loss(namespace["build"]({})(namespace["x"]), namespace["target"])
