@@ -418,7 +418,9 @@ class Run:
             self.rates.step()
         self.previous = before
 
-    def _check_nothing_to_rank(self, before: dict[str, Tensor], groups: list[tuple[int, list[int]]], count: int) -> None:
+    def _check_nothing_to_rank(
+        self, before: dict[str, Tensor], groups: list[tuple[int, list[int]]], count: int
+    ) -> None:
         """A round where every matrix that waits has rested is refused, before anything changed; the loop goes on after it."""
         assert self.over is not None
         waiting = [name for name, matrix in self.over.matrices.items() if not matrix.expanded]
