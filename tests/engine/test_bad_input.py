@@ -239,7 +239,7 @@ def test_attaching_twice():
     LoraOver(model, optimizer, SVD()).fold()
 
 
-def test_one_that_nobody_holds_any_more_is_no_obstacle():
+def test_attaching_after_the_first_handle_was_garbage_collected():
     model = Experts()
     for _ in range(3):
         LoraOver(model, torch.optim.SGD(model.parameters(), lr=0.1), SVD())
