@@ -271,6 +271,8 @@ class Run:
         assert self.over is not None
         for name, (cores, residual) in cores_of(self.over).items():
             parameter = self.over.matrices[name].parameter
+            if name in self.edited and self.gradients[self.raw_name(name)] is None:
+                continue  # it rests, and its edit may wait
             value, error = folded(self.over, cores, residual)
             allowed = error + parameter.detach().double().abs() * torch.finfo(parameter.dtype).eps
             # a decomposition has errors of its own, of the size of the largest entry
@@ -388,13 +390,12 @@ class Run:
         before, groups = self.values(), self._groups()
         count = 0 if self.over is None else self.over.step
         known = len(self.over.history) if self.over is not None else 0
-        noticed, self.edited = self.edited, {}
+        noticed = dict(self.edited)
         try:
             self._call(step)
         except ValueError as error:
             if "has had a gradient since the scores began" not in str(error):
                 raise
-            self.edited = noticed
             self._check_nothing_to_rank(before, groups, count)
             return
         # the edit of a matrix that rests may wait until the matrix is trained again
