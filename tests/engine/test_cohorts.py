@@ -164,7 +164,7 @@ def test_switching_adapters_is_said_once() -> None:
     assert not all(torch.equal(over.matrices[name].parameter, value) for name, value in kept.items())
 
 
-def test_a_switch_that_the_optimizer_does_not_step_is_nobodys_business() -> None:
+def test_no_warning_for_woken_matrices_that_the_optimizer_does_not_hold() -> None:
     model = two_adapters()
     optimizer = torch.optim.SGD([p for n, p in model.named_parameters() if "default" in n], lr=1e-2)
     over = LoraOver(model, optimizer, MPO(order=3))
