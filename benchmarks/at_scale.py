@@ -183,7 +183,8 @@ class Stack(nn.Module):
 
 
 class Collectives(TorchDispatchMode):
-    """Numbers in the tensors that collectives make or change, without the flags by which ranks agree."""
+    """Numbers in the tensors that collectives make or change, without the flags by which ranks agree. Owners send matrices as bytes,
+    four of which are a number of float32."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -197,8 +198,10 @@ class Collectives(TorchDispatchMode):
         if name.startswith(("c10d::", "_c10d_functional::")) and not name.endswith(
             ("wait_tensor", "_wrap_tensor_autograd")
         ):
-            tensors = [t for t in tree_iter(out) if isinstance(t, torch.Tensor) and t.is_floating_point()]
-            self.numbers[name] = self.numbers.get(name, 0) + sum(t.numel() for t in tensors)
+            tensors = [t for t in tree_iter(out) if isinstance(t, torch.Tensor)]
+            numbers = sum(t.numel() for t in tensors if t.is_floating_point())
+            numbers += sum(t.numel() // 4 for t in tensors if t.dtype == torch.uint8)
+            self.numbers[name] = self.numbers.get(name, 0) + numbers
         return out
 
 

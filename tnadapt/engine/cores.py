@@ -263,9 +263,7 @@ class Cohort:
         else:
             finite = torch.isfinite(grads).all()
             grads = torch.where(finite, grads, torch.zeros((), dtype=grads.dtype, device=grads.device))
-        flat = torch.empty_like(grads)
-        for run, (sizes, there, sites, _) in self._runs:
-            flat[run].view(-1, *sites).copy_(grads[run].view(-1, *sizes).permute(0, *there))
+        flat = self._reordered(grads, [(run, sizes, there) for run, (sizes, there, _, _) in self._runs])
         self.grad = self._contraction().pull_back(flat)
         if not self.elementwise:
             # torch's own optimizers copy what they keep of a gradient, others may not: its memory is not used again
@@ -290,10 +288,18 @@ class Cohort:
     def fold(self) -> Tensor:
         """All members folded, residuals added: [n, numel] in the dtype of the cores. Keeps what the next pull-back reuses."""
         flat = self._contraction().contract()
-        rows = torch.empty_like(flat)
-        for run, (sizes, _, sites, back) in self._runs:
-            rows[run].view(-1, *sizes).copy_(flat[run].view(-1, *sites).permute(0, *back))
+        rows = self._reordered(flat, [(run, sites, back) for run, (_, _, sites, back) in self._runs])
         return rows if self.residual is None else rows.add_(self.residual)
+
+    @staticmethod
+    def _reordered(rows: Tensor, runs: Sequence[tuple[slice, Sequence[int], Sequence[int]]]) -> Tensor:
+        """Rows [n, numel] with their axes permuted: for each run of members, the sizes of the axes and their new order."""
+        parts = [rows[run] if len(runs) > 1 else rows for run, _, _ in runs]
+        parts = [
+            part.view(-1, *sizes).permute(0, *order).reshape(part.shape)
+            for part, (_, sizes, order) in zip(parts, runs, strict=True)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _contraction(self) -> Kernel:
         if self._kernel is None:

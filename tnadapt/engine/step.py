@@ -293,7 +293,10 @@ class Step:
         """Follow parameters that wrappers replaced (FSDP2, `assign=True` loading) and moves between devices and dtypes."""
         owners = {id(p): k for k, group in enumerate(self.optimizer.param_groups) for p in group["params"]}
         for matrix in self.expanded.matrices.values():
-            current: Any = getattr(matrix.owner, matrix.attribute)
+            # where modules keep parameters; what a parametrization makes is no parameter, and is found by the attribute
+            current: Any = vars(matrix.owner)["_parameters"].get(matrix.attribute)
+            if current is None:
+                current = getattr(matrix.owner, matrix.attribute)
             known = matrix.parameter
             if current is not known and hasattr(known, "full_tensor") and not hasattr(current, "full_tensor"):
                 # FSDP2 holds the gathered parameter in its place (after an evaluation, say); the shard is what is trained
