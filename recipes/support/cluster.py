@@ -114,7 +114,7 @@ def connected(address: str, workers: int, shown: bool = False) -> Iterator[Any]:
         import ray
     except ImportError as error:
         raise ValueError("--cluster needs Ray, which is not installed: pip install 'tnadapt[cluster]'") from error
-    quiet = {"log_to_driver": shown, "logging_level": "ERROR"}
+    quiet: dict[str, Any] = {"log_to_driver": shown, "logging_level": "ERROR"}
     if address == LOCAL:
         ray.init(num_cpus=workers, include_dashboard=False, **quiet)
     else:

@@ -23,9 +23,13 @@ from support.adapters import attach, save_initial, save_trained  # noqa: E402
 from support.benchmark import Scores  # noqa: E402
 from support.config import Config  # noqa: E402
 from support.encoding import encode  # noqa: E402
-from support.evaluation.generate import Generator, Sampling  # noqa: E402
+from support.evaluation import tokenization  # noqa: E402
+from support.evaluation.answers import Generate  # noqa: E402
+from support.evaluation.generate import Chooser, Generator, Sampling  # noqa: E402
+from support.evaluation.loss import answer_loss  # noqa: E402
+from support.evaluation.prompts import Example  # noqa: E402
 from support.folders import RunFolder  # noqa: E402
-from support.loading import load_model, load_shape, target_modules  # noqa: E402
+from support.loading import choices_of, load_model, load_shape, target_modules  # noqa: E402
 from support.methods import METHODS  # noqa: E402
 from support.provenance import config_hash, environment, write_json, write_text  # noqa: E402
 from support.recipe import Recipe, Record  # noqa: E402
@@ -111,6 +115,8 @@ def run_alone(recipe: Recipe, config: Config, root: Path, name: str, resume: boo
             assert not unknown, f"{unknown[0]} was trained, and the model has no such parameter"
         scores = evaluate(recipe, config, evaluation, lambda: (model, tokenizer), work, TRAINED, quiet)
         record_scores(result, config, work, scores, base)
+        if recipe.benchmark.answered:
+            result["metrics"]["eval_loss"] = loss_on(recipe, config, evaluation, model, tokenizer)
         result["metrics"] |= {
             "problems": len(evaluation),
             "training_examples": len(training.examples),
@@ -136,6 +142,7 @@ def adapted(
         config.train_size,
         config.max_length,
         model.config.is_encoder_decoder,
+        choices_of(recipe, config, model.config),
     )
     set_seed(config.seed)
     training = Training(tokenizer, examples, config, work, quiet)
@@ -153,6 +160,15 @@ def train_along(recipe: Recipe, config: Config) -> dict[str, Any]:
             ranks.whole(model)
     result: dict[str, Any] = heard
     return result
+
+
+def loss_on(recipe: Recipe, config: Config, records: Sequence[Record], model: Any, tokenizer: Any) -> float | None:
+    """The loss on the answers of the records that fit into ``--max-length`` tokens; None where none does."""
+    pairs = [Example(recipe.prompt(record), recipe.answer(record)) for record in records]
+    kind = model.config.is_encoder_decoder, choices_of(recipe, config, model.config)
+    examples = [tokenization.encode(tokenizer, pair, config.max_length, *kind) for pair in pairs]
+    fitting = [example for example in examples if example]
+    return answer_loss(model, tokenizer, fitting, config.micro_batch) if fitting else None
 
 
 TRAINED, BASE = "trained", "base"
@@ -188,8 +204,11 @@ def evaluate(
         stem = work / "answers" / "-".join(filter(None, (who, prefix.strip("_"))))
 
         @cache
-        def generator(drawn: tuple[float, float] | None = drawn) -> Generator:
+        def generator(drawn: tuple[float, float] | None = drawn) -> Generate:
             model, tokenizer = load()
+            choices = choices_of(recipe, config, model.config)
+            if choices is not None:
+                return Chooser(model, tokenizer, choices)
             return Generator(model, tokenizer, config.max_new_tokens, drawn and Sampling(config.seed, *drawn))
 
         with tqdm(desc=f"answers, {stem.name}", unit="prompt", disable=quiet) as bar:

@@ -14,14 +14,14 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from support import ranks
-from support.adapters import callbacks_of, make_optimizer
+from support.adapters import callbacks_of, finder_of, make_optimizer
 from support.config import Config
 from support.evaluation.tokenization import IGNORED, collator
 from support.generated import drop_generators
 from support.methods import Method
 from support.provenance import read_json, write_json
 from support.results import expansions
-from tnadapt import LoraOver, find_lora_matrices, plan, predefined
+from tnadapt import LoraOver, finders, plan, predefined
 from tnadapt.integrations.transformers import LoraOverCallback, last_complete_checkpoint
 
 MakeOptimizer = Callable[[Any], torch.optim.Optimizer]
@@ -139,25 +139,25 @@ def train(model: Any, method: Method, training: Training) -> dict[str, Any]:
         scores = scores_of_ablation(model, method, training)
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     overs: list[LoraOver] = []
-    table, settings = "", None
+    table, settings, beside = "", None, trainable
     if method.over is not None:
-        shapes = {
-            (matrix.parameter.shape[0], matrix.parameter.shape[1]) for matrix in find_lora_matrices(model)[0].values()
-        }
-        factorization, scheduler = (
-            method.over.make_factorization(config, shapes),
-            method.over.make_scheduler(config, scores),
-        )
-        # the table is of whole groups
-        table = "" if method.over.which else str(plan(model, factorization, top_n=getattr(scheduler, "top_n", None)))
+        finder = finder_of(method, config, model)
+        matrices = finders.collect(model, finder)[0].values()
+        beside -= sum(matrix.parameter.numel() for matrix in matrices)
+        shapes = {(matrix.parameter.shape[0], matrix.parameter.shape[1]) for matrix in matrices}
+        factorization = method.over.make_factorization(config, shapes)
+        scheduler = method.over.make_scheduler(config, scores)
+        if not method.over.which:  # the table is of whole groups
+            table = str(plan(model, factorization, top_n=getattr(scheduler, "top_n", None), matrices=finder))
         if not training.quiet:
             print(table)
-        settings = (factorization, scheduler)
+        settings = (factorization, scheduler, finder)
 
     def make(model: Any) -> torch.optim.Optimizer:
         optimizer = make_optimizer(model, method, config)
         if settings is not None:
-            overs.append(LoraOver(model, optimizer, *settings, core_lr=config.core_lr))
+            factorization, scheduler, finder = settings
+            overs.append(LoraOver(model, optimizer, factorization, scheduler, core_lr=config.core_lr, matrices=finder))
         return optimizer
 
     callbacks = callbacks_of(model, method, training)
@@ -175,7 +175,7 @@ def train(model: Any, method: Method, training: Training) -> dict[str, Any]:
             "tokens": int(state.num_input_tokens_seen),
             "training_seconds": time.perf_counter() - start,
             "lora_parameters": trainable,
-            "trained_parameters": over.trained_parameters if over else trainable,
+            "trained_parameters": beside + over.trained_parameters if over else trainable,
         },
         "curve": curve,
         "plan": table,
