@@ -7,7 +7,7 @@ Plans: `tnadapt.plan` on the meta device, for Llama 3.1 as its configurations ar
 layer and every matrix expanded, on 8, 64 and 512 GPUs.
 
 Measurements: a stack of adapters on 1, 2 and 4 processes over gloo, with DDP and FSDP2. Each process records what torch's
-allocator gives out in steps with and without LoraOver; the difference is compared with `plan(...).costs().memory`. The numbers in
+allocator gives out in steps with and without LoraOver; the difference is compared with `plan(...).costs().memory`. The bytes of
 the tensors of all collectives of a step are counted and compared with `costs().sent`.
 
 Writes the numbers with their provenance to benchmarks/results/at_scale.json, and the tables between the marks of docs/scale.md.
@@ -300,8 +300,8 @@ def measured_table(rows: Sequence[dict[str, Any]]) -> str:
         "measured, MiB",
         "formula, MiB",
         "ratio",
-        "sent, measured",
-        "sent, formula",
+        "sent, bytes",
+        "formula, bytes",
     )
     return table(
         header,
