@@ -7,7 +7,7 @@ Plans: `tnadapt.plan` on the meta device, for Llama 3.1 as its configurations ar
 layer and every matrix expanded, on 8, 64 and 512 GPUs.
 
 Measurements: a stack of adapters on 1, 2 and 4 processes over gloo, with DDP and FSDP2. Each process records what torch's
-allocator gives out in steps with and without LoraOver; the difference is compared with `plan(...).costs().memory`. The numbers in
+allocator gives out in steps with and without LoraOver; the difference is compared with `plan(...).costs().memory`. The bytes of
 the tensors of all collectives of a step are counted and compared with `costs().sent`.
 
 Writes the numbers with their provenance to benchmarks/results/at_scale.json, and the tables between the marks of docs/scale.md.
@@ -183,12 +183,11 @@ class Stack(nn.Module):
 
 
 class Collectives(TorchDispatchMode):
-    """Numbers in the tensors that collectives make or change, without the flags by which ranks agree. Owners send matrices as bytes,
-    four of which are a number of float32."""
+    """Bytes of the tensors that collectives make or change, without the flags by which ranks agree, which are integers."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.numbers: dict[str, int] = {}
+        self.bytes: dict[str, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if DTensor in types:
@@ -199,9 +198,8 @@ class Collectives(TorchDispatchMode):
             ("wait_tensor", "_wrap_tensor_autograd")
         ):
             tensors = [t for t in tree_iter(out) if isinstance(t, torch.Tensor)]
-            numbers = sum(t.numel() for t in tensors if t.is_floating_point())
-            numbers += sum(t.numel() // 4 for t in tensors if t.dtype == torch.uint8)
-            self.numbers[name] = self.numbers.get(name, 0) + numbers
+            sent = sum(t.nbytes for t in tensors if t.is_floating_point() or t.dtype == torch.uint8)
+            self.bytes[name] = self.bytes.get(name, 0) + sent
         return out
 
 
@@ -244,7 +242,7 @@ def measured(engine: str, how: str, layers: int, width: int) -> dict[str, Any]:
         peak = max(peak, level)
     with Collectives() as sent:
         optimizer.step()
-    return {"rest": rest, "peak": rest + peak, "sent": sum(sent.numbers.values()), "collectives": sent.numbers}
+    return {"rest": rest, "peak": rest + peak, "sent": sum(sent.bytes.values()), "collectives": sent.bytes}
 
 
 def worker(rank: int, world: int, folder: str, ways: Sequence[tuple[str, str]], layers: int, width: int) -> None:
@@ -289,7 +287,7 @@ def measurements(worlds: Sequence[int], layers: int, width: int) -> Iterator[dic
                 "formula_bytes": costs.memory.total,
                 "ratio": above["peak"] / costs.memory.total,
                 "sent": max(found[f"{engine} {how}"]["sent"] for found in ranks),
-                "formula_sent": costs.sent.added,
+                "formula_sent": costs.sent.added_bytes,
                 "collectives": ranks[0][f"{engine} {how}"]["collectives"],
             }
 
@@ -302,8 +300,8 @@ def measured_table(rows: Sequence[dict[str, Any]]) -> str:
         "measured, MiB",
         "formula, MiB",
         "ratio",
-        "sent, measured",
-        "sent, formula",
+        "sent, bytes",
+        "formula, bytes",
     )
     return table(
         header,
