@@ -44,7 +44,7 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
-from support.command_line import config_from, options_of, preset_of
+from support.command_line import OneLine, config_from, options_of, preset_of
 from support.methods import METHODS
 from support.pictures import score_against
 from support.provenance import config_hash, environment, read_json, write_json, write_text
@@ -619,7 +619,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--recipe", type=Path, default=HERE / "llama31_gsm8k.py", help="the file of the recipe")
     known, _ = first.parse_known_args(arguments)
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = OneLine(description=(__doc__ or "").split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     try:
         recipe = load_recipe(known.recipe)
