@@ -25,7 +25,8 @@ The table over seeds that the recipe prints beside its own result, at the recipe
 
 Any option of the recipe can be added (``--max-steps 100``). A run that is finished is not made again, an interrupted one
 goes on from its last checkpoint, so the same command continues after an interruption. ``--workers 2`` makes two runs at
-once with one thread each, which takes less time than one run after the other with two threads each.
+once with one thread each, which takes less time than one run after the other with two threads each. ``--cluster`` makes the
+runs on a Ray cluster (see ``support/cluster.py``), where a run whose node is lost goes on on another one.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
+from support.cluster import LOCAL, run_on_cluster
 from support.command_line import OneLine, config_from, options_of, preset_of
 from support.methods import METHODS
 from support.pictures import score_against
@@ -88,9 +90,14 @@ def run_one(recipe: Path, settings: dict[str, Any], root: Path, quiet: bool) -> 
     return result
 
 
-def run_all(recipe: Path, configs: Sequence[Any], root: Path, workers: int) -> list[dict[str, Any]]:
+def run_all(configs: Sequence[Any], options: argparse.Namespace) -> list[dict[str, Any]]:
     """The results of all ``configs``, in their order."""
+    recipe, root, workers = options.recipe, options.runs, options.workers
     settings = [dataclasses.asdict(config) for config in configs]
+    if options.cluster is not None:
+        return run_on_cluster(options.cluster, options.gpus_per_run, recipe, settings, root, workers)
+    if options.gpus_per_run:
+        raise ValueError(f"--gpus-per-run is {options.gpus_per_run:g}, which is for runs on a cluster; add --cluster")
     if workers == 1:
         return [run_one(recipe, each, root, quiet=False) for each in tqdm(settings, desc="runs", unit="run")]
     results: list[dict[str, Any]] = [{} for _ in settings]
@@ -180,7 +187,7 @@ def run_cells(cells: Sequence[Cell], options: argparse.Namespace) -> list[Outcom
     resolve = load_recipe(options.recipe).resolve
     cells = [dataclasses.replace(cell, configs=tuple(map(resolve, cell.configs))) for cell in cells]
     distinct = list(dict.fromkeys(config for cell in cells for config in cell.configs))
-    results = dict(zip(distinct, run_all(options.recipe, distinct, options.runs, options.workers), strict=True))
+    results = dict(zip(distinct, run_all(distinct, options), strict=True))
     outcomes = []
     for cell in cells:
         mine = [results[config] for config in cell.configs]
@@ -638,6 +645,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         sub.add_argument("--workers", type=int, default=1, help="runs at once, each with one thread if above 1")
         sub.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders and tables go")
+        sub.add_argument(
+            "--cluster",
+            nargs="?",
+            const=LOCAL,
+            metavar="ADDRESS",
+            help=f"make the runs on this Ray cluster; {LOCAL}, or no address, starts one here with --workers CPUs",
+        )
+        sub.add_argument("--gpus-per-run", type=float, default=0.0, help="of each run on the cluster; 0: on the CPU")
         if name == "vary":
             sub.add_argument(
                 "--factor",

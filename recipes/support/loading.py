@@ -17,6 +17,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
+from support import quantized
 from support.config import EMBEDDED, Config, is_hub_id
 from support.methods import METHODS
 from support.recipe import Recipe
@@ -92,7 +93,7 @@ def load_model(recipe: Recipe, config: Config) -> tuple[Any, Any]:
     What an encoder lacks, a head that chooses and perhaps a pooler below it, is made anew, as the seed decides; ``new_layers`` of
     the model names it.
     """
-    place = place_of(recipe, config)
+    place, device = place_of(recipe, config), "cuda" if torch.cuda.is_available() else "cpu"
     with reaching("model", config.model):
         tokenizer = AutoTokenizer.from_pretrained(place)
         model_config = AutoConfig.from_pretrained(place)
@@ -100,12 +101,16 @@ def load_model(recipe: Recipe, config: Config) -> tuple[Any, Any]:
     with reaching("model", config.model), torch.random.fork_rng():
         torch.manual_seed(config.seed)
         model, loaded = kind.from_pretrained(
-            place, config=model_config, dtype=getattr(torch, config.dtype), output_loading_info=True
+            place,
+            config=model_config,
+            dtype=getattr(torch, config.dtype),
+            output_loading_info=True,
+            **quantized.loading(config, device),
         )
     if is_encoder(model_config):
         model.new_layers = sorted({key.rpartition(".")[0] for key in loaded["missing_keys"]})
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+    return model.to(device), tokenizer
 
 
 def load_shape(recipe: Recipe, config: Config) -> Any:
