@@ -33,7 +33,7 @@ def advise(result: Mapping[str, Any]) -> list[str]:
             "No problem was solved before or after training, so the accuracy says nothing about the method. "
             + (
                 "The embedded models know their own made-up texts alone; give a --model that can do some of the task."
-                if config.get("model") == EMBEDDED
+                if config["model"] == EMBEDDED
                 else "Give a --model that can do some of the task, or train for more steps."
             )
         )

@@ -25,7 +25,7 @@ def result_of(**changes: Any) -> dict[str, Any]:
         "problems": 100,
         "steps": 40,
     }
-    config = {"eval_split": "validation", "every": 10, "split": 2}
+    config = {"model": "embedded", "eval_split": "validation", "every": 10, "split": 2}
     curve = [(step, 2.0 - 0.04 * step) for step in range(40)]
     return {"metrics": metrics | changes.pop("metrics", {}), "config": config, "curve": curve, "matrices": []} | changes
 
