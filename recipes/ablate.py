@@ -46,12 +46,13 @@ from typing import Any
 
 import torch
 from support.cluster import LOCAL, run_on_cluster
-from support.command_line import config_from, options_of, preset_of
+from support.command_line import OneLine, config_from, options_of, preset_of
 from support.methods import METHODS
 from support.pictures import score_against
 from support.provenance import config_hash, environment, read_json, write_json, write_text
 from support.recipe import Recipe
 from support.tables import Table, percent, percent_over_seeds, rate
+from support.tuned import best_of_lane, lanes, loss_of
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
@@ -245,6 +246,7 @@ def record_of(outcome: Outcome) -> dict[str, Any]:
         "factor": outcome.cell.factor,
         "value": outcome.cell.value,
         "lr": outcome.cell.configs[0].lr,
+        "core_lr": outcome.cell.configs[0].core_lr,
         "decomposition": outcome.results[0]["plan"].partition(": ")[0] if metrics else "",
         "accuracy": outcome.accuracies,
         "eval_loss": outcome.eval_losses,
@@ -530,26 +532,22 @@ def commits_of(outcome: Outcome) -> list[str | None]:
 def tuned_page(name: str, settings: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
     """A row for each method, a column for each rate; the lowest loss of a method is bold."""
     lrs = sorted({row["value"] for row in rows})
-    lanes: dict[tuple[str, str], dict[float, dict[str, Any]]] = {}
-    for row in rows:
-        lanes.setdefault((row["method"], row["factor"]), {})[row["value"]] = row
     cells = []
-    for (method, factor), by_lr in lanes.items():
-        losses = {lr: mean(row["eval_loss"]) for lr, row in by_lr.items() if row["eval_loss"]}
-        best = min(losses, key=lambda lr: losses[lr]) if losses else None
-        written = {lr: f"{loss:.4f}" for lr, loss in losses.items()} | (
-            {} if best is None else {best: f"**{losses[best]:.4f}**"}
-        )
-        shown = [written.get(lr, "failed" if lr in by_lr else "") for lr in lrs]
-        accuracy = percent(mean(by_lr[best]["accuracy"])) if best is not None and by_lr[best]["accuracy"] else "–"
-        cells.append([method + factor.removeprefix("lr"), "–" if best is None else f"{best:g}", accuracy, *shown])
+    for (method, factor), lane in lanes(rows).items():
+        best, inside = best_of_lane(lane)
+        losses = {row["value"]: "failed" if math.isinf(loss_of(row)) else f"{loss_of(row):.4f}" for row in lane}
+        if inside:
+            losses[best["value"]] = f"**{losses[best['value']]}**"
+        accuracy = percent(mean(best["accuracy"])) if best["accuracy"] else "–"
+        known = f"{best['value']:g}" if inside else "outside"
+        cells.append([method + factor.removeprefix("lr"), known, accuracy, *(losses.get(lr, "") for lr in lrs)])
     columns = ("method", "best rate", "accuracy there", *(f"{lr:g}" for lr in lrs))
     said = ", ".join(
         f"{key} {settings[key]}" for key in ("train_size", "batch", "max_steps", "eval_size") if key in settings
     )
     return (
         f"# {name}: learning rates\n\nThe loss on the answers of the {settings['eval_split']} split, in nats a token, by method and "
-        f"rate; the lowest of each method is bold. Made by `python recipes/ablate.py tune --extend --tuned …` with {said}; the "
+        f"rate; the lowest of each method is bold, where lower and higher rates were tried. Made by `python recipes/ablate.py tune --extend --tuned …` with {said}; the "
         f"commands, every setting, the commit of each run and more figures are in [{name}.json]({name}.json).\n\n"
         + Table(name, columns, cells).markdown()
     )
@@ -626,7 +624,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--recipe", type=Path, default=HERE / "llama31_gsm8k.py", help="the file of the recipe")
     known, _ = first.parse_known_args(arguments)
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = OneLine(description=(__doc__ or "").split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     try:
         recipe = load_recipe(known.recipe)

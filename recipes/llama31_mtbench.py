@@ -4,7 +4,8 @@ On any machine, with the small model and the generated instructions that this re
 
     python recipes/llama31_mtbench.py --method lora lora-over-mpo-r --lr 1e-2
 
-No rate is tuned for the small model yet, so ``--lr`` is asked for. The setting of LoRA-Over (arXiv:2605.16470): Llama 3.1 8B,
+The small model is too small to learn this in a few minutes: it shows that everything runs, and no rate was tuned for it, so that
+``--lr`` is asked for. The setting of LoRA-Over (arXiv:2605.16470): Llama 3.1 8B,
 52k examples of WizardLM, MT-Bench, one GPU; ``--preset paper-llama2`` is the one for Llama 2 7B::
 
     python recipes/llama31_mtbench.py --preset paper --method lora lora-over-mpo-r --judge gpt-4

@@ -24,10 +24,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from embedded.descent import descend, save
 from embedded.scoring import score
 from embedded.word_problems import FAMILIES, generate
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from tqdm import tqdm
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 FOLDER = Path(__file__).parent
@@ -242,24 +242,16 @@ def pretrain(
     )
     done = load_checkpoint(checkpoint, model, optimizer, settings)
     batches = make_batches(settings, tokenizer)
-    model.train()
-    with tqdm(total=settings.steps, initial=done, unit="step") as bar:
-        for step in range(done, settings.steps):
-            loss = batch_loss(model, batches[step], settings)
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, settings)
-            optimizer.step()
-            bar.update()
-            if (step + 1) % 50 == 0:
-                bar.set_postfix(loss=f"{loss.item():.4f}")
-            if (step + 1) % checkpoint_every == 0:
-                save_checkpoint(checkpoint, step + 1, model, optimizer, settings)
-    model.eval()
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+
+    def loss_at(step: int) -> torch.Tensor:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, settings)
+        return batch_loss(model, batches[step], settings)
+
+    for step, _ in descend(model, optimizer, loss_at, settings.steps, done, settings.clip):
+        if (step + 1) % checkpoint_every == 0:
+            save_checkpoint(checkpoint, step + 1, model, optimizer, settings)
+    save(model, tokenizer, folder)
     checkpoint.unlink(missing_ok=True)
     return model, tokenizer
 

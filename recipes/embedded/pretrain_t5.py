@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from embedded.descent import descend, save
 from embedded.sentences import FAMILIES, generate
 from support.glue import TASKS
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
 FOLDER = Path(__file__).parent / "t5"
@@ -139,26 +139,23 @@ def pretrain(settings: Pretraining, folder: Path = FOLDER) -> float:
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, settings.lr, total_steps=settings.steps, pct_start=min(0.5, settings.warmup / settings.steps)
     )
-    model.train()
-    losses: list[float] = []
-    for _ in (bar := tqdm(range(settings.steps), unit="step")):
+
+    def loss_at(_: int) -> torch.Tensor:
         pairs = [corrupt(rng.choice(texts), rng) for _ in range(settings.batch // 2)]
         pairs += [rng.choice(tasks) for _ in range(settings.batch - len(pairs))]
         inputs = tokenizer([source for source, _ in pairs], padding=True, return_tensors="pt")
         labels = tokenizer([target for _, target in pairs], padding=True, return_tensors="pt")["input_ids"]
         labels[labels == tokenizer.pad_token_id] = -100
-        loss = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], labels=labels).loss
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        loss: torch.Tensor = model(
+            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], labels=labels
+        ).loss
+        return loss
+
+    losses: list[float] = []
+    for _, loss in descend(model, optimizer, loss_at, settings.steps):
         schedule.step()
-        losses.append(loss.item())
-        if len(losses) % 50 == 0:
-            bar.set_postfix(loss=f"{sum(losses[-50:]) / 50:.4f}")
-    model.eval()
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+        losses.append(loss)
+    save(model, tokenizer, folder)
     final = sum(losses[-100:]) / len(losses[-100:])
     (folder / "README.md").write_text(
         f"# The embedded encoder-decoder\n\nA T5 of {model.num_parameters():,} parameters ({settings.layers} layers a side of "

@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from .config import EMBEDDED
+
 
 def noise(accuracy: float, total: int) -> float:
     """The standard error of an accuracy over ``total`` problems, of one that is neither 0 nor 1."""
@@ -26,7 +28,16 @@ def advise(result: Mapping[str, Any]) -> list[str]:
     if accuracy is None:
         return advice
     error = noise(accuracy, total)
-    if accuracy <= base + error:
+    if accuracy == base == 0:
+        advice.append(
+            "No problem was solved before or after training, so the accuracy says nothing about the method. "
+            + (
+                "The embedded models know their own made-up texts alone; give a --model that can do some of the task."
+                if config["model"] == EMBEDDED
+                else "Give a --model that can do some of the task, or train for more steps."
+            )
+        )
+    elif accuracy <= base + error:
         advice.append(
             "The trained model is not better than the base model beyond noise. Raise --lr or train for more steps."
         )

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
+import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, NoReturn, get_type_hints
 
 from transformers.hf_argparser import HfArgumentParser
 
@@ -18,15 +19,23 @@ from support.provenance import read_json
 from support.recipe import Recipe
 
 
+class OneLine(HfArgumentParser):
+    """Says what is wrong in one line, without the list of all options, which is long; ``--help`` has it."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"error: {message}; --help lists all options", file=sys.stderr)
+        raise SystemExit(2)
+
+
 def preset_of(recipe: Recipe, arguments: Sequence[str] | None) -> str:
     """The preset that a command line asks for: the others' defaults come from it."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = OneLine(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", choices=recipe.presets, default="laptop")
     preset: str = first.parse_known_args(arguments)[0].preset
     return preset
 
 
-def options_of(recipe: Recipe, preset: str, without: Collection[str] = (), **settings: Any) -> HfArgumentParser:
+def options_of(recipe: Recipe, preset: str, without: Collection[str] = (), **settings: Any) -> OneLine:
     """A parser with an option for every field of the recipe's configuration; the defaults are the preset's.
 
     Args:
@@ -41,7 +50,7 @@ def options_of(recipe: Recipe, preset: str, without: Collection[str] = (), **set
         for field in dataclasses.fields(recipe.config)
         if field.name not in {*without, "preset"}
     ]
-    parser = HfArgumentParser(dataclasses.make_dataclass("Options", fields), allow_abbrev=False, **settings)
+    parser = OneLine(dataclasses.make_dataclass("Options", fields), allow_abbrev=False, **settings)
     parser.add_argument("--preset", choices=recipe.presets, help="laptop: small and offline; paper: that of LoRA-Over")
     parser.set_defaults(**dataclasses.asdict(recipe.presets[preset]))
     return parser

@@ -128,7 +128,7 @@ class Config:
     def tuning_command(self, preset: Self, script: str) -> str:
         """The command line that finds this method's rate, with every option that differs from the preset."""
         words = ["python", "recipes/ablate.py", "tune", "--recipe", script, "--methods", self.method]
-        words += ["--lrs", *TUNING_GRID, "--eval-split", "validation"]
+        words += ["--lrs", *TUNING_GRID, "--extend", "--eval-split", "validation"]
         own = ("method", "lr", "core_lr", "eval_split", "seed", *self.SCORING)
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)

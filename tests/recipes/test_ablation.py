@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,14 @@ pytest.importorskip("peft")
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
-from support import running
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from support import running, tuned
 from support.methods import METHODS
 from support.provenance import config_hash
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from recipes import ablate
+from recipes import ablate, t5_glue
 from recipes import llama31_gsm8k as recipe
 from tnadapt import MPO, SVD
 from tnadapt.factorizations import CP, Tucker
@@ -214,3 +217,98 @@ def test_what_the_report_says_of_a_factor() -> None:
     alike = {"svd": {0.01: 0.3, 0.02: 0.6}, "mpo": {0.01: 0.31, 0.02: 0.61}}
     assert "factorization changes nothing beyond chance" in "\n".join(ablate.verdict("factorization", alike, 500))
     assert ablate.verdict("factorization", {"svd": {0.01: 0.3}}, 500) == []
+
+
+# -- tuning -----------------------------------------------------------------------------------------------------------
+
+
+def tuning(monkeypatch: pytest.MonkeyPatch, root: Path, loss: Any, *options: str) -> tuple[list[float], Any]:
+    """``tune --extend`` where a run at a rate has the loss that is given, None for a run that fails: the rates that it tried,
+    in their order, and the table."""
+    tried: list[float] = []
+
+    def run(_: Path, settings: dict[str, Any], *__: Any, **___: Any) -> dict[str, Any]:
+        lr = settings["lr"]
+        tried.append(lr)
+        if (found := loss(lr)) is None:
+            return {"config": settings, "error": "FloatingPointError: too fast"}
+        made = fake_run(Path(), {**settings, "lr": 0.0})
+        made["config"] = settings
+        made["metrics"]["eval_loss"] = found
+        return made | {"environment": {"git": {"commit": "abc", "dirty": True}}}
+
+    monkeypatch.setattr(ablate, "run_one", run)
+    folder = root / "tuned"
+    command = ["tune", "--runs", str(root), "--methods", "lora", "--extend", "--tuned", str(folder), *options]
+    ablate.main([*command, "--eval-split", "validation"])
+    return tried, json.loads((folder / "llama31_gsm8k-laptop.json").read_text())
+
+
+@given(start=st.integers(-20, -1), optimum=st.integers(-20, -1))
+@settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_the_best_rate_is_found_wherever_the_grid_begins(
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory, start: int, optimum: int
+) -> None:
+    """Every rate tried is a power of 10^(1/4); the best one and both its neighbours are among them, and none twice."""
+    root = tmp_path_factory.mktemp("tune")
+    monkeypatch.setattr(ablate, "write_table", lambda *_: None)  # pictures
+    tried, table = tuning(
+        monkeypatch, root, lambda lr: (4 * math.log10(lr) - optimum) ** 2, "--lrs", f"{10 ** (start / 4):.2e}"
+    )
+    places = [round(4 * math.log10(lr)) for lr in tried]
+    assert all(math.isclose(lr, 10 ** (place / 4), rel_tol=0.01) for lr, place in zip(tried, places, strict=True))
+    assert {optimum - 1, optimum, optimum + 1} <= set(places)
+    assert len(set(places)) == len(places) <= abs(start - optimum) + 3
+    best, inside = tuned.best_of_lane(tuned.lanes(table["rows"])["lora", "lr"])
+    assert inside
+    assert round(4 * math.log10(best["lr"])) == optimum
+
+
+def test_a_rate_at_which_training_fails_is_worse_than_any_other(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tried, table = tuning(monkeypatch, tmp_path, lambda lr: None if lr > 2e-3 else 1 - lr, "--lrs", "1e-2")
+    assert tried == [1e-2, 5.62e-3, 3.16e-3, 1.78e-3, 1e-3]
+    assert {row["commits"][0] for row in table["rows"] if row["eval_loss"]} == {"abc+"}
+    page = (tmp_path / "tuned" / "llama31_gsm8k-laptop.md").read_text()
+    assert "| lora | 0.00178 | 20.0 % | 0.9990 | **0.9982** | failed | failed | failed |" in page
+    monkeypatch.setattr(tuned, "TABLES", tmp_path / "tuned")
+    assert tuned.tuned_rates("llama31_gsm8k-laptop") == {"lora": (1.78e-3, None)}
+
+
+def test_an_optimum_outside_of_what_was_tried_is_no_tuned_rate(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tuning(monkeypatch, tmp_path, lambda lr: 1 / lr, "--lrs", "1e-2", "1")  # up to the highest rate that makes sense
+    monkeypatch.setattr(tuned, "TABLES", tmp_path / "tuned")
+    assert tuned.tuned_rates("llama31_gsm8k-laptop") == {}
+    assert "| lora | outside |" in (tmp_path / "tuned" / "llama31_gsm8k-laptop.md").read_text()
+
+
+def test_a_table_of_other_settings_is_not_mixed_with(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tuning(monkeypatch, tmp_path, lambda lr: lr, "--lrs", "1e-2")
+    with pytest.raises(SystemExit):
+        tuning(monkeypatch, tmp_path, lambda lr: lr, "--lrs", "1e-2", "--batch", "64")
+    assert "llama31_gsm8k-laptop.json was made with other settings (batch)" in capsys.readouterr().err
+
+
+def test_a_run_from_before_the_loss_was_measured_is_not_compared() -> None:
+    config = recipe.Config(lr=1e-2)
+    outcomes = [
+        ablate.Outcome(ablate.Cell("lr", lr, (config,)), ({"name": name, "metrics": {"loss": 1.0, **more}},), ())
+        for lr, name, more in ((1e-2, "new", {"eval_loss": 0.5}), (1e-3, "old", {"accuracy": 0.9}))
+    ]
+    with pytest.raises(ValueError, match="the run old did not measure the loss"):
+        ablate.best_of(outcomes)
+
+
+@pytest.mark.parametrize("path", sorted(tuned.TABLES.glob("*-laptop*.json")), ids=lambda path: path.stem)
+def test_the_laptop_rates_are_those_of_the_committed_tables(path: Path) -> None:
+    """Read here from the rows themselves: a recipe's rate is the one of lowest loss, with worse ones on both sides."""
+    rates = {"t5": t5_glue.LEARNING_RATES, "ll": recipe.LEARNING_RATES}[path.stem[:2]]["laptop"]
+    rows = [row for row in json.loads(path.read_text())["rows"] if row["factor"] == "lr"]
+    for method in {row["method"] for row in rows} - set(recipe.AT_THE_PRESETS_OWN_BATCH if path.stem[0] == "l" else ()):
+        losses = {row["lr"]: min(row["eval_loss"], default=math.inf) for row in rows if row["method"] == method}
+        best = min(losses, key=lambda lr: losses[lr])
+        inside = min(losses) < best < max(losses)
+        assert rates.get(method) == ((best, None) if inside else None), method

@@ -25,7 +25,7 @@ def result_of(**changes: Any) -> dict[str, Any]:
         "problems": 100,
         "steps": 40,
     }
-    config = {"eval_split": "validation", "every": 10, "split": 2}
+    config = {"model": "embedded", "eval_split": "validation", "every": 10, "split": 2}
     curve = [(step, 2.0 - 0.04 * step) for step in range(40)]
     return {"metrics": metrics | changes.pop("metrics", {}), "config": config, "curve": curve, "matrices": []} | changes
 
@@ -182,6 +182,7 @@ def test_pictures_are_written(tmp_path: Path) -> None:
     [
         ({"metrics": {"format_rate": 0.5}}, "Only 50 % of the answers are well formed"),
         ({"metrics": {"accuracy": 0.1}}, "not better than the base model"),
+        ({"metrics": {"accuracy": 0.0, "base_accuracy": 0.0}}, "No problem was solved before or after training"),
         ({"metrics": {"accuracy": 0.99}}, "nearly solved"),
         ({"curve": [(1, 2.0), (2, float("nan"))]}, "stopped being a finite number"),
         ({"curve": [(step, 2.0) for step in range(20)]}, "hardly fell"),

@@ -261,10 +261,25 @@ def test_the_tuner_takes_this_recipe(tmp_path: Path) -> None:
     assert [(row["value"], row["errors"]) for row in rows] == [(1e-3, []), (1e-2, [])]
 
 
-def test_a_wrong_task_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        recipe.main(recipe.RECIPE, ["--task", "rte"])
-    assert "invalid choice: 'rte' (choose from 'mnli', 'sst2', 'cola', 'qnli', 'mrpc')" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--task", "rte"],
+            "argument --task: invalid choice: 'rte' (choose from 'mnli', 'sst2', 'cola', 'qnli', 'mrpc')",
+        ),
+        (["--preset", "huge"], "argument --preset: invalid choice: 'huge' (choose from 'laptop', 'paper')"),
+        (["--lr", "fast"], "argument --lr: invalid float value: 'fast'"),
+        (["--tsk", "sst2"], "unrecognized arguments: --tsk sst2"),
+    ],
+)
+def test_a_wrong_option_is_refused_in_one_line(
+    capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        recipe.main(recipe.RECIPE, options)
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == f"error: {message}; --help lists all options\n"
 
 
 # -- encoders ---------------------------------------------------------------------------------------------------------
