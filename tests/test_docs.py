@@ -31,7 +31,7 @@ ELSEWHERE = {
     "tests/test_adapter_models.py": "adapters row_rescale tt_lora",
     "tests/factorizations/test_docs.py": "mpo svd tucker cp tensor_ring backends",
     "tests/factorizations/test_plugins.py": "plugins",
-    "tests/test_docs.py": "distributed quickstart",
+    "tests/test_docs.py": "distributed quickstart ablation",
 }
 TOLD = {page: file for file, pages in ELSEWHERE.items() for page in pages.split()}
 
@@ -66,6 +66,21 @@ def test_pages_with_tests_of_their_own() -> None:
     for page, file in TOLD.items():
         text = (ROOT / file).read_text(encoding="utf-8")
         assert f"{page}.md" in text or '"factorizations").glob("*.md")' in text, f"{file} does not run {page}.md"
+
+
+def test_the_ablation_is_a_loop_of_five_lines() -> None:
+    """Five variants of a model with four factorizations, each trained through what its adapters bring."""
+    page = DOCS / "guides" / "ablation.md"
+    loops = [node for _, code in blocks(page) for node in ast.parse(code).body if isinstance(node, ast.For)]
+    (loop,) = [node for node in loops if "LoraOver" in ast.unparse(node)]
+    assert loop.end_lineno is not None
+    assert loop.end_lineno - loop.lineno + 1 == 5
+    namespace = run(page)
+    losses, numbers = zip(*namespace["results"].values(), strict=True)
+    assert len(set(losses)) == len(losses) == 5
+    assert max(losses) < torch.nn.functional.mse_loss(namespace["build"]({})(namespace["x"]), namespace["target"])
+    # the mixed model has more numbers than that with the SVD in the layer of A's MPO
+    assert numbers[0] > numbers[2]
 
 
 def test_the_adapter_of_the_quickstart_is_plain(tmp_path: Path) -> None:

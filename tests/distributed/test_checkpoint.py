@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
@@ -187,3 +188,26 @@ def test_the_entry_is_a_copy_on_the_cpu() -> None:
     assert not other.changed_outside()
     cores = saved["tnadapt"][0]["cores"]["head.A"]["cores"]
     assert all(core.device.type == "cpu" and torch.isfinite(core).all() for core in cores)
+
+
+def _saved_while_training(start: Callable[[], None], folder: str) -> float:
+    start()
+    rank, world = place()
+    model = shard(net(rank), cpu_mesh())
+    optimizer = optimizer_of(trainable(model))
+    over = LoraOver(model, optimizer, MPO(order=4), scheduler())
+    train(model, optimizer, range(1, 6), rank, world)
+    kept = outcome(model, over)["cores"]
+    saving = dcp.async_save({"over": Checkpointed(over)}, checkpoint_id=folder, process_group=dist.new_group())
+    train(model, optimizer, range(6, 8), rank, world)
+    saving.result()  # type: ignore[union-attr]
+    other = shard(net(5 + rank), cpu_mesh())
+    fresh = LoraOver(other, optimizer_of(trainable(other)), MPO(order=4), scheduler())
+    dcp.load({"over": Checkpointed(fresh)}, checkpoint_id=folder)
+    assert fresh.step == 5
+    members = fresh.state_dict()["cores"]
+    return max(float((a - b).abs().max()) for n in kept for a, b in zip(members[n]["cores"], kept[n], strict=True))
+
+
+def test_an_asynchronous_checkpoint_holds_the_moment_it_was_made(two: Ranks, tmp_path: Path) -> None:
+    assert two.run(_saved_while_training, str(tmp_path / "checkpoint")) == [0.0, 0.0]

@@ -352,3 +352,52 @@ def test_a_sharding_that_cannot_be_gathered_is_refused(two: Ranks) -> None:
         assert "fully_shard" in message
     assert two.run(_bad_sharding, "shard") == ["", ""]
     assert two.run(_bad_sharding, "replicate") == ["", ""]
+
+
+def _nonfinite_shard(start: Callable[[], None], expanded: bool) -> str:
+    start()
+    rank, world = place()
+    model = shard(net(rank), cpu_mesh())
+    optimizer = optimizer_of(trainable(model))
+    over = LoraOver(
+        model, optimizer, MPO(order=4), Static() if expanded else TaylorRuntime(top_n=3, split=1, every=100)
+    )
+    train(model, optimizer, range(1, 2), rank, world)
+    loss_of(model, batch(2, rank, world)).backward()
+    if rank == 1:
+        model.head.lora_B.weight.grad.to_local()[0, 0] = torch.nan  # type: ignore[union-attr, operator]
+    before = whole_values(model)
+    try:
+        optimizer.step()
+    except FloatingPointError as error:
+        assert over.step == 1
+        assert all(torch.equal(value, before[name]) for name, value in whole_values(model).items())
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("expanded", [True, False])
+def test_a_bad_gradient_in_one_shard_is_an_error_on_all(two: Ranks, expanded: bool) -> None:
+    assert all("head.B" in message for message in two.run(_nonfinite_shard, expanded))
+
+
+def _at_rest(start: Callable[[], None]) -> float:
+    """Steps at a rate of zero of adapters whose B is zero; what is warned of is raised."""
+    start()
+    model = net(0)
+    for layer in [*model.layers, model.head]:
+        nn.init.zeros_(layer.lora_B.weight)
+    shard(model, cpu_mesh())
+    optimizer = torch.optim.SGD(trainable(model), lr=0.0)
+    LoraOver(model, optimizer, MPO(order=4), Static())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for step in range(3):
+            loss_of(model, batch(step)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return max(float(value.abs().max()) for name, value in whole_values(model).items() if "lora_B" in name)
+
+
+def test_zeros_that_do_not_move_are_not_taken_for_an_edit(two: Ranks) -> None:
+    assert two.run(_at_rest) == [0.0, 0.0]

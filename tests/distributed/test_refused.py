@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 
-from tnadapt import MPO, LoraOver, Static
+from tnadapt import MPO, LoraOver
 from tnadapt.matrices import find_lora_matrices
 
 from .models import net, optimizer_of, train, trainable
@@ -108,25 +106,3 @@ def test_deepspeed() -> None:
     model.head.lora_A.weight.ds_id = 3
     with pytest.raises(TypeError, match=r"head.lora_A.weight is partitioned by DeepSpeed ZeRO.*fully_shard"):
         LoraOver(model, optimizer, MPO(order=4))
-
-
-def test_without_a_process_group_nothing_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
-    def never(*_: Any, **__: Any) -> None:
-        raise AssertionError("a collective without a process group")
-
-    for name in (
-        "broadcast",
-        "all_reduce",
-        "all_gather",
-        "all_gather_object",
-        "broadcast_object_list",
-        "get_world_size",
-    ):
-        monkeypatch.setattr(dist, name, never)
-    model = net(0)
-    optimizer = optimizer_of(trainable(model))
-    over = LoraOver(model, optimizer, MPO(order=4), Static(r"A$"))
-    train(model, optimizer, range(1, 4))
-    entries = optimizer.state_dict()["state"]
-    assert len(entries) == 4  # of the matrices that are not expanded; zeros for the others are for checkpoints of ranks
-    over.fold()

@@ -108,6 +108,20 @@ def test_zero_redundancy_of_torch():
     assert ZeroRedundancyOptimizer.__name__ in REFUSED
 
 
+def test_adagrad_is_refused_where_it_cannot_step_what_comes_after_its_constructor():
+    """Before torch 2.12 it has no state of such parameters, and fails at its step."""
+    later = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.Adagrad([torch.nn.Parameter(torch.ones(2))])
+    optimizer.add_param_group({"params": [later]})
+    later.grad = torch.ones(2)
+    try:
+        optimizer.step()
+    except KeyError:
+        assert "Adagrad" in REFUSED
+    else:
+        assert "Adagrad" not in REFUSED
+
+
 def test_schedule_free():
     class ScheduleFree(torch.optim.SGD):
         def train(self) -> None: ...
@@ -239,7 +253,7 @@ def test_attaching_twice():
     LoraOver(model, optimizer, SVD()).fold()
 
 
-def test_one_that_nobody_holds_any_more_is_no_obstacle():
+def test_attaching_after_the_first_handle_was_garbage_collected():
     model = Experts()
     for _ in range(3):
         LoraOver(model, torch.optim.SGD(model.parameters(), lr=0.1), SVD())

@@ -171,6 +171,16 @@ def test_what_was_not_finite_is_forgotten_with_the_state(monkeypatch: pytest.Mon
     assert over.step == 2
 
 
+def test_gradients_whose_squares_overflow_are_finite() -> None:
+    model = adapters(12)
+    optimizer = torch.optim.SGD(trainable(model), lr=1e-200)
+    over = LoraOver(model, optimizer, MPO(order=3), At(99))
+    for parameter in trainable(model):
+        parameter.grad = torch.full_like(parameter, 1e200)
+    optimizer.step()
+    assert over.step == 1
+
+
 # -- optimizers of others ---------------------------------------------------------------------------------------------
 
 
@@ -261,6 +271,40 @@ def test_an_optimizer_without_rates() -> None:
     (mine, over), (like, _) = run(Unit), run(Descent)
     assert all(map(torch.equal, mine, like))
     assert over.core_rate() is None
+
+
+def test_an_optimizer_may_keep_the_gradients_it_was_given() -> None:
+    """Their memory is not used for those of the next step."""
+
+    class Averaged(torch.optim.Optimizer):
+        """Steps along the mean of this gradient and the last one."""
+
+        def __init__(self, parameters: list[nn.Parameter], copies: bool) -> None:
+            super().__init__(parameters, {"lr": 1e-2})
+            self.copies = copies
+
+        @torch.no_grad()
+        def step(self, closure: Callable[[], float] | None = None) -> None:
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    if parameter.grad is None:
+                        continue
+                    last = self.state[parameter].get("last", torch.zeros_like(parameter))
+                    parameter.sub_((parameter.grad + last) / 2, alpha=group["lr"])
+                    self.state[parameter]["last"] = parameter.grad.clone() if self.copies else parameter.grad
+
+    def run(copies: bool) -> nn.ModuleList:
+        model = adapters(12)
+        optimizer = Averaged(trainable(model), copies)
+        over = LoraOver(model, optimizer, MPO(order=3))
+        for _ in range(4):
+            backward_through(model, 0)
+            optimizer.step()
+            optimizer.zero_grad()
+        assert len(over.expanded) == 2
+        return model
+
+    assert all(map(torch.equal, run(False).parameters(), run(True).parameters()))
 
 
 class WithEntries(Descent):

@@ -77,9 +77,7 @@ class Oracle:
             added["lr"] = self.groups[index]["lr"] * self.ratio
         self.optimizer.zero_grad()
         ids = tokens(step)
-        loss_of(
-            torch.func.functional_call(self.model, self.matrices(), kwargs={"input_ids": ids}).logits, ids
-        ).backward()
+        loss_of(torch.func.functional_call(self.model, self.matrices(), (), {"input_ids": ids}).logits, ids).backward()
         self.optimizer.step()
 
     def values(self) -> dict[str, Tensor]:

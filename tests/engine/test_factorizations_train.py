@@ -116,7 +116,7 @@ class Oracle:
         ids = tokens(step)
         set_rate(self.optimizer, rate)
         self.optimizer.zero_grad()
-        outputs = torch.func.functional_call(self.model, self.matrices(), kwargs={"input_ids": ids})
+        outputs = torch.func.functional_call(self.model, self.matrices(), (), {"input_ids": ids})
         loss_of(outputs.logits, ids).backward()
         self.optimizer.step()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from itertools import pairwise
 from statistics import mean
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 
 from tnadapt import MPO, LoraOver, OverParamAdapter, Scheduler
 from tnadapt.engine.handover import warm_state
+
+from .models import adapters, backward_through, trainable
 
 
 class AllAt(Scheduler):
@@ -160,6 +163,46 @@ def test_a_cap_that_is_never_reached_changes_nothing() -> None:
         LoraOver(model, optimizer, MPO(order=4), max_update=cap)
         results.append(train(model, optimizer, 10)[-1])
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+def test_a_cap_shortens_only_the_matrices_that_go_beyond_it() -> None:
+    """Of two matrices of one cohort one is shortened, and the other goes where it goes without a limit."""
+
+    def run(limit: float | None) -> tuple[nn.ModuleList, LoraOver]:
+        model = adapters(12, 12)
+        optimizer = torch.optim.SGD(trainable(model), lr=1e-2)
+        over = LoraOver(model, optimizer, MPO(order=3), max_update=limit)
+        generator = torch.Generator().manual_seed(0)
+        for k, layer in enumerate(model):
+            for parameter in (layer.lora_A.weight, layer.lora_B.weight):
+                parameter.grad = (1e-2, 1.0)[k] * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        optimizer.step()
+        return model, over
+
+    free, unlimited = run(None)
+    norms = unlimited.update_norms()
+    slow, fast = max(norms["0.A"], norms["0.B"]), min(norms["1.A"], norms["1.B"])
+    assert 2 * slow < fast / 2, "the matrices differ"
+    limit = 1.5 * slow / (1e-2 * math.sqrt(48))
+    model, over = run(limit)
+    assert len(over._expanded.now.cohorts) == 1
+    for name in ("1.A", "1.B"):
+        assert over.update_norms()[name] == pytest.approx(1.5 * slow, rel=2e-3)
+    for name in ("lora_A", "lora_B"):
+        assert torch.allclose(getattr(model[0], name).weight, getattr(free[0], name).weight, rtol=1e-12, atol=1e-14)
+
+
+def test_update_norms_are_given_of_matrices_that_are_expanded() -> None:
+    model = adapters(12)
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
+    over = LoraOver(model, optimizer, MPO(order=3))
+    backward_through(model, 0)
+    optimizer.step()
+    assert set(over.update_norms()) == {"0.A", "0.B"}
+    over.fold(["0.A"])
+    assert set(over.update_norms()) == {"0.B"}
+    over.load_state_dict(copy.deepcopy(over.state_dict()))
+    assert over.update_norms() == {}
 
 
 def test_bad_settings_are_errors() -> None:

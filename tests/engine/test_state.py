@@ -247,6 +247,23 @@ def test_loading_before_the_first_step_changes_nothing(scheduler):
     assert same(ends[0], ends[1])
 
 
+def test_loading_copies_what_is_trained_on():
+    """Training goes on in tensors of its own: a state that was loaded stays what it was. Entries of Adafactor, rows and
+    columns, have other shapes than the cores."""
+    model = Experts()
+    optimizer = torch.optim.Adafactor(trainable(model), lr=1e-2)
+    over = LoraOver(model, optimizer, MPO(order=3))
+    expert_loss(model, 0).backward()
+    optimizer.step()
+    state = copy.deepcopy(over.state_dict())
+    kept = copy.deepcopy(state)
+    assert "row_var" in member(state)["state"][0]
+    over.load_state_dict(state)
+    optimizer.step()
+    assert not same(over.state_dict(), kept)
+    assert same(state, kept)
+
+
 def test_own_state_without_the_optimizer():
     model = Experts()
     optimizer = torch.optim.SGD(trainable(model), lr=1e-2)
@@ -347,6 +364,26 @@ def test_damaged_states_are_refused_whole(damage, through):
         assert same(value, after[key]), f"{key} changed"
     optimizer.step()
     assert over.step == 4
+
+
+RESIDUALS: dict[str, Callable[[Any], Any]] = {
+    "missing": lambda entry: entry.update(residual=None),
+    "of another shape": lambda entry: entry.update(residual=entry["residual"][:1].clone()),
+    "NaN": lambda entry: entry.update(residual=entry["residual"] * float("nan")),
+}
+
+
+@pytest.mark.parametrize("damage", RESIDUALS)
+def test_a_damaged_residual_of_truncated_cores_is_refused(damage):
+    model, optimizer, over = running(Static(), SVD(max_bond=2))
+    state = copy.deepcopy(over.state_dict())
+    RESIDUALS[damage](state["cores"]["experts.0.A"])
+    before = everything(model, optimizer, over)
+    with pytest.raises(ValueError, match=r"residual of experts\.0\.A is damaged"):
+        over.load_state_dict(state)
+    after = everything(model, optimizer, over)
+    for key, value in before.items():
+        assert same(value, after[key]), f"{key} changed"
 
 
 def test_a_state_that_torch_refuses_leaves_the_cores_alone():

@@ -296,7 +296,7 @@ def test_edited_matrices_are_unfolded_anew(how):
         train(model, optimizer, range(3, 5))
 
 
-def test_matrices_that_nobody_edits_give_no_warning():
+def test_no_warning_without_an_edit():
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         for factorization in (MPO(order=16), SVD(gauge="identity"), SVD(max_bond=2)):
             model = Experts(dtype=torch.float64).to(dtype)

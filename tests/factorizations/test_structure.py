@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tnadapt.factorizations import CP, MPO, SVD, Tucker, near_square, paper_sites
 
-from .variants import AWKWARD_SHAPES, CASES, EVERY, PAPER_SHAPES, shapes
+from .variants import CASES, EVERY, PAPER_SHAPES, shapes
 
 #: Sites as the paper's table prints them: rows and columns of the first and of the last site.
 PAPER_SPLITS = {
@@ -250,9 +250,3 @@ def test_counts_equal_the_tensors(name: str) -> None:
     cores = factorization.unfold(torch.ones(shape))
     assert sum(core.numel() for core in cores) == factorization.num_parameters(shape)
     assert tuple(tuple(core.shape) for core in cores) == factorization.core_shapes(shape)
-
-
-@pytest.mark.parametrize("shape", AWKWARD_SHAPES, ids=str)
-def test_meta_device_needs_no_tensor(shape: tuple[int, int]) -> None:
-    meta = torch.empty(shape, device="meta")
-    assert MPO(order=5).num_parameters(tuple(meta.shape)) == MPO(order=5).num_parameters(shape)

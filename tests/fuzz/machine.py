@@ -271,6 +271,8 @@ class Run:
         assert self.over is not None
         for name, (cores, residual) in cores_of(self.over).items():
             parameter = self.over.matrices[name].parameter
+            if name in self.edited and self.gradients[self.raw_name(name)] is None:
+                continue  # it rests, and its edit may wait
             value, error = folded(self.over, cores, residual)
             allowed = error + parameter.detach().double().abs() * torch.finfo(parameter.dtype).eps
             # a decomposition has errors of its own, of the size of the largest entry
@@ -388,10 +390,19 @@ class Run:
         before, groups = self.values(), self._groups()
         count = 0 if self.over is None else self.over.step
         known = len(self.over.history) if self.over is not None else 0
-        noticed, self.edited = self.edited, {}
-        self._call(step)
-        # an edit of what rests is noticed when it is trained again
-        self.edited = {n: was for n, was in noticed.items() if self.gradients[self.raw_name(n)] is None}
+        noticed = dict(self.edited)
+        try:
+            self._call(step)
+        except ValueError as error:
+            if "has had a gradient since the scores began" not in str(error):
+                raise
+            self._check_nothing_to_rank(before, groups, count)
+            return
+        # the edit of a matrix that rests may wait until the matrix is trained again
+        pending = [] if self.over is None else self.over.changed_outside()
+        self.edited = {
+            n: was for n, was in noticed.items() if n in pending and self.gradients[self.raw_name(n)] is None
+        }
         noticed = {n: was for n, was in noticed.items() if n not in self.edited}
         self._check_warned(noticed)
         self._own(groups)
@@ -407,6 +418,21 @@ class Run:
         if self.rates is not None:
             self.rates.step()
         self.previous = before
+
+    def _check_nothing_to_rank(
+        self, before: dict[str, Tensor], groups: list[tuple[int, list[int]]], count: int
+    ) -> None:
+        """A round where every matrix that waits has rested is refused, before anything changed; the loop goes on after it."""
+        assert self.over is not None
+        waiting = [name for name, matrix in self.over.matrices.items() if not matrix.expanded]
+        assert waiting, "nothing waits, and the round was refused"
+        assert all(self.gradients[self.raw_name(name)] is None for name in waiting), "a matrix with a gradient waits"
+        assert self.over.step == count, "a step that was refused is counted"
+        assert same(before, self.values()), "a step that was refused moved a matrix"
+        self._own(groups)
+        self._check_gradients()
+        self.optimizer.zero_grad()
+        self._tell("zero", "none")
 
     def _check_gradients(self) -> None:
         for name, parameter in self.model.named_parameters():

@@ -190,7 +190,7 @@ def backward(case: Case, model: nn.Module, step: int, scale: float) -> None:
 
 def outputs(model: nn.Module, number: int, values: dict[str, Tensor] | None = None) -> tuple[Tensor, Tensor]:
     ids = tokens(number).to(next(model.parameters()).device)
-    return torch.func.functional_call(model, values or {}, kwargs={"input_ids": ids}).logits.float(), ids
+    return torch.func.functional_call(model, values or {}, (), {"input_ids": ids}).logits.float(), ids
 
 
 class Oracle:

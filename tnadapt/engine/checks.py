@@ -53,6 +53,11 @@ REFUSED: dict[str, str] = {
     "Lomo": _IN_BACKWARD,
     "AdaLomo": _IN_BACKWARD,
 }
+if torch.__version__ < "2.12":
+    REFUSED["Adagrad"] = (
+        "before torch 2.12 it makes the state of its parameters in its constructor alone, and cores come later; "
+        "update torch, or use AdamW"
+    )
 
 #: Exact classes (not their subclasses) whose update of an element depends on that element alone, so that stacked cores
 #: train as separate ones do.
