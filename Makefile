@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-all oldest lint docs wheel fuzz ablation mutation clean
+.PHONY: demo test test-all oldest recipes lint docs wheel fuzz ablation mutation clean
 
 demo: $(VENV)/.recipes
 	$(BIN)/python recipes/llama31_gsm8k.py --method lora lora-over-mpo-r
@@ -24,6 +24,10 @@ CORE_TESTS := tests/engine tests/factorizations $(addprefix tests/test_,$(addsuf
 oldest: $(OLDEST)/.torch-$(OLDEST_TORCH)
 	$(OLDEST)/bin/python -c "import torch; print('torch', torch.__version__)"
 	$(OLDEST)/bin/python -m pytest -m "not slow" $(CORE_TESTS)
+
+# Every method in every recipe, for a few steps of its laptop preset.
+recipes: $(VENV)/.dev
+	$(BIN)/python -m pytest -n 2 tests/recipes/test_methods.py -k learns_in_a_recipe
 
 # Every property drawn anew, and RUNS random runs of each test in tests/fuzz. Takes hours; SEED repeats a former draw.
 RUNS ?= 2000

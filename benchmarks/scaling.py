@@ -2,13 +2,13 @@
 
     python benchmarks/scaling.py                                # every factor, minutes
     python benchmarks/scaling.py --factors order bond           # some of them
-    python benchmarks/scaling.py --device cuda                  # on a GPU (all but `ranks`, which is on the CPU)
+    python benchmarks/scaling.py --device cuda                  # on a GPU (all but those of several ranks, which are on the CPU)
     python benchmarks/scaling.py --quick                        # two points per factor, seconds
 
 For `matrices`, `rounds`, `order`, `bond` and `layers` the cost is that of the coupling alone: `optimizer.step()` with
 LoraOver, which pulls gradients back, steps the cores and refolds, minus the same call on plain LoRA. Gradients are random
 numbers, so nothing else is timed. For `accumulation` and `ranks` it is a whole training step's time over plain LoRA's,
-minus one. All points of a factor are timed in turn, in rounds; a cost is a median over rounds, with its quartiles.
+minus one; for `dealt-out` it is that of a step with cores dealt out over the ranks over one with all cores on every rank. All points of a factor are timed in turn, in rounds; a cost is a median over rounds, with its quartiles.
 
 Two fits by least squares: a power law (exponent 1: the cost doubles with the factor; 0: it does not depend on it), and a
 line, whose intercept is what one pays whatever the factor.
@@ -27,7 +27,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,7 @@ class Factor:
 
 
 COUPLING, WHOLE = "ms of the coupling", "whole step / plain LoRA - 1"
+DEALT_OUT = "whole step / all cores on every rank - 1"
 FACTORS = {
     "matrices": Factor("expanded matrices (768x8, order 9)", (1, 4, 16, 64, 256), (1, 4), COUPLING),
     "rounds": Factor("rounds that expanded 64 matrices (768x8, order 9)", (1, 2, 4, 8, 16, 32), (1, 2), COUPLING),
@@ -68,7 +69,10 @@ FACTORS = {
     "layers": Factor("layers (4 pairs of 768 each, order 9)", (2, 4, 8, 16, 32), (1, 2), COUPLING),
     "accumulation": Factor("accumulated micro-batches (small Llama, order 9)", (1, 2, 4, 8, 16), (1, 2), WHOLE),
     "ranks": Factor("ranks in DDP (gloo, 8 layers of 768, order 9)", (1, 2, 4), (1, 2), WHOLE),
+    "dealt-out": Factor("ranks that share the cores (T5, 16x64 each, order 16)", (1, 2, 4), (1, 2), DEALT_OUT),
 }
+#: factors that are measured with processes
+RANKS = ("ranks", "dealt-out")
 
 
 class InRounds(Scheduler):
@@ -193,8 +197,8 @@ class Stack(nn.Module):
         return x
 
 
-def ddp_worker(rank: int, world: int, folder: str, repeats: int, small: bool) -> None:
-    """One rank: whole steps with and without LoraOver, in turn. The first rank writes its ratios.
+def ddp_worker(rank: int, world: int, folder: str, name: str, repeats: int, small: bool) -> None:
+    """One rank: whole steps in two ways, in turn. The first rank writes its ratios.
 
     Nothing may hold the process group once it is destroyed: threads of gloo that live when the interpreter goes abort the
     process now and then. Models and optimizers do, in cycles, and so do the defaults of torch.distributed.nn where it is
@@ -203,7 +207,7 @@ def ddp_worker(rank: int, world: int, folder: str, repeats: int, small: bool) ->
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
     try:
-        ratios = ddp_ratios(rank, repeats, small)
+        ratios = ddp_ratios(rank, name, repeats, small)
         if rank == 0:
             write_json(Path(folder) / "ratios.json", ratios)
         dist.barrier()
@@ -212,22 +216,49 @@ def ddp_worker(rank: int, world: int, folder: str, repeats: int, small: bool) ->
         dist.destroy_process_group()
 
 
-def ddp_ratios(rank: int, repeats: int, small: bool) -> list[float]:
-    """Time of a whole step with LoraOver over that without, minus one."""
+def stacks(rank: int, small: bool) -> tuple[list[nn.Module], Callable[[nn.Module], torch.Tensor]]:
+    """Two like stacks of layers, and their loss."""
     layers, width, rows = (1, 64, 4) if small else (8, 768, 512)
-    models = [DistributedDataParallel(Stack(layers, width)) for _ in range(2)]
-    optimizers = [
-        torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=RATE, fused=True) for m in models
-    ]
-    LoraOver(models[1], optimizers[1], MPO(order=9))
     x = torch.randn(rows, width, generator=torch.Generator().manual_seed(rank))
+    return [Stack(layers, width) for _ in range(2)], lambda model: model(x).square().mean()
+
+
+def t5s(rank: int) -> tuple[list[nn.Module], Callable[[nn.Module], torch.Tensor]]:
+    """Two T5 with LoRA that share their base, and their loss."""
+    # takes seconds to import, and no other factor needs it
+    from peft import LoraConfig, get_peft_model
+    from step_overhead import CASES, build_base, make_batch, share_base
+
+    case = CASES["t5-cpu"]
+    base, targets, task = build_base(case)
+    base.requires_grad_(False)
+    lora = LoraConfig(r=RANK, target_modules=targets, task_type=task)
+    models = [get_peft_model(share_base(base), lora) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    torch.manual_seed(rank)
+    batch = make_batch(case, base.config.vocab_size)
+    return models, lambda model: model(**batch).loss
+
+
+def ddp_ratios(rank: int, name: str, repeats: int, small: bool) -> list[float]:
+    """Time of a whole step of the second of two ways to train over that of the first, minus one."""
+    dealt = name == "dealt-out"
+    models, loss = t5s(rank) if dealt and not small else stacks(rank, small)
+    trained: list[nn.Module] = [DistributedDataParallel(model) for model in models]
+    optimizers = [
+        torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=RATE, fused=True) for m in trained
+    ]
+    order = 16 if dealt else 9
+    LoraOver(trained[1], optimizers[1], MPO(order=order), shard=dealt)
+    if dealt:
+        LoraOver(trained[0], optimizers[0], MPO(order=order))
     ratios = []
     for k in range(repeats + 3):
         seconds = [0.0, 0.0]
         for which in (0, 1) if k % 2 else (1, 0):
             dist.barrier()
             started = time.perf_counter()
-            models[which](x).square().mean().backward()
+            loss(trained[which]).backward()
             optimizers[which].step()
             optimizers[which].zero_grad()
             seconds[which] = time.perf_counter() - started
@@ -236,16 +267,16 @@ def ddp_ratios(rank: int, repeats: int, small: bool) -> list[float]:
     return ratios
 
 
-def ddp_costs(worlds: Sequence[int], repeats: int, small: bool) -> dict[int, list[float]]:
+def ddp_costs(name: str, worlds: Sequence[int], repeats: int, small: bool) -> dict[int, list[float]]:
     """Ratios by number of processes. Rounds of processes alternate, so that a busy spell hits all."""
     costs: dict[int, list[float]] = {world: [] for world in worlds}
     spells = 1 if small else 3
-    with tqdm(total=spells * len(worlds), desc="ranks", unit="run") as bar:
+    with tqdm(total=spells * len(worlds), desc=name, unit="run") as bar:
         for _ in range(spells):
             for world in worlds:
                 with tempfile.TemporaryDirectory() as folder:
                     torch.multiprocessing.spawn(  # type: ignore[no-untyped-call]
-                        ddp_worker, (world, folder, -(-repeats // spells), small), nprocs=world
+                        ddp_worker, (world, folder, name, -(-repeats // spells), small), nprocs=world
                     )
                     costs[world] += read_json(Path(folder) / "ratios.json")
                 bar.update()
@@ -289,8 +320,8 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     factor = FACTORS[name]
     values = factor.few if arguments.quick else factor.values
     repeats = 3 if arguments.quick else arguments.repeats
-    if name == "ranks":
-        return summarize(name, ddp_costs(values, repeats, arguments.quick))
+    if name in RANKS:
+        return summarize(name, ddp_costs(name, values, repeats, arguments.quick))
     if name == "accumulation":
         points: dict[int, Any] = {v: AccumulationPoint(v, arguments.device, arguments.quick) for v in values}
     else:
@@ -365,7 +396,7 @@ def main() -> None:
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("--device cuda: this machine has no CUDA; --device cpu runs anywhere")
     torch.set_num_threads(arguments.threads)
-    names = [name for name in arguments.factors if not (name == "ranks" and arguments.device == "cuda")]
+    names = [name for name in arguments.factors if not (name in RANKS and arguments.device == "cuda")]
     results = []
     for name in names:
         results.append(measure(name, arguments))

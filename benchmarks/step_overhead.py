@@ -1,17 +1,32 @@
-"""Time per optimizer step and peak memory of LoRA-Over beside plain LoRA, interleaved in one run.
+"""Time per optimizer step and memory of every way to train, beside plain LoRA, interleaved in one run.
 
     python benchmarks/step_overhead.py --case t5-cpu            # T5-Base shape, 3+3 layers, batch 16x64
     python benchmarks/step_overhead.py --case t5-cpu-short      # 2+2 layers, one 32-token sequence per step: the worst case
     python benchmarks/step_overhead.py --case llama31-cpu       # a sixteenth of Llama 3.1-8B's width: does it run
     python benchmarks/step_overhead.py --case llama31-gpu       # Llama 3.1-8B, attention LoRA, 512 tokens, batch 64
     python benchmarks/step_overhead.py --case llama2-gpu --case t5-gpu --case t5-gpu-short
+    python benchmarks/step_overhead.py --case t5-tiny           # to see it work in seconds
 
 Every variant is a copy of one model with random weights that shares the frozen base, so that an 8B model is in memory
 once. A round times one step of each variant, in an order that rotates; a ratio is a variant's time over plain LoRA's of the
 same round, and the table gives the median of the ratios with their quartiles. The `-gpu` cases need CUDA.
 
 Variants: plain PEFT LoRA; tnadapt with SVD, MPO, MPO with matched steps, and MPO expanded in rounds (timed after the last one); the paper's way,
-autograd through one contraction per matrix in each forward (torch parametrizations); PEFT's DoRA and AdaLoRA.
+autograd through one contraction per matrix in each forward (torch parametrizations); PEFT's DoRA and AdaLoRA; α-LoRA; TT-LoRA of rank 8,
+with two or three modes for each dimension; full fine-tuning of the same layers, and OPF, which trains them through MPOs of order 2.
+OPF's ratios are to full fine-tuning.
+
+A round of α-LoRA times a step of the adapter, `s`, and a step of α on a mini-batch of its own, `a`. With the period T = 20 and LoRA's
+step as 1, its rows are
+
+- `between α's steps`: `s`, what scaling the rows costs;
+- `T = 20`: `s + a / T`, a step of the adapter with its share of α's. That is about 1.05 even if scaling cost nothing, because α has a
+  mini-batch more in twenty steps;
+- `T = 20, by mini-batch`: `(T s + a) / (T + 1)`, which compares runs that see equally many mini-batches.
+
+Memory: `kept` is what a way to train adds to the frozen base between two steps (trained numbers, state of the optimizer, buffers; for full
+fine-tuning and OPF the weights themselves, too), `peak` what one step needs above that at most. Both are sums of what torch's allocator
+gives and takes back, as its profiler records them on the CPU and `torch.cuda.memory_stats` on a GPU.
 """
 
 from __future__ import annotations
@@ -22,7 +37,8 @@ import os
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,13 +47,25 @@ import torch
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from provenance import environment, write_json
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, T5Config, T5ForConditionalGeneration
 
-from tnadapt import MPO, SVD, Factorization, LoraOver, Scheduler, Static, TaylorRuntime
+from tnadapt import (
+    MPO,
+    SVD,
+    Factorization,
+    LoraOver,
+    RowRescale,
+    Scheduler,
+    Static,
+    TaylorRuntime,
+    TTLoraLinear,
+    add_adapters,
+    finders,
+)
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -65,7 +93,16 @@ CASES = {
     "llama2-gpu": Case("llama-2-7b", 32, 32, 4, 1024, 9, 8, "cuda", 1.02),
     "t5-gpu": Case("t5-base", 12, 32, 32, 128, 16, 8, "cuda", 1.10),
     "t5-gpu-short": Case("t5-base", 12, 1, 1, 32, 16, 8, "cuda", 1.25),
+    "t5-tiny": Case("t5-base/12", 1, 2, 2, 16, 4, 1, "cpu", None),
 }
+VARIANTS = (
+    "plain", "svd", "mpo", "mpo-r", "paper's way", "dora", "adalora",
+    "α-lora", "tt-lora, 2 + 2 modes", "tt-lora, 3 + 3 modes", "full", "opf",
+)  # fmt: skip
+#: what a variant is compared with, where that is not plain LoRA
+BESIDE = {"opf": "full"}
+PERIOD = 20
+ALPHA_GOAL = 1.05
 
 T5_LINEARS = ["q", "k", "v", "o", "wi", "wo"]
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -75,13 +112,14 @@ ALL_LLAMA = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
 def build_base(case: Case) -> tuple[PreTrainedModel, list[str], str]:
     """The base model with random weights, its LoRA targets and PEFT task type."""
     torch.manual_seed(0)
-    if case.model == "t5-base":
+    if case.model.startswith("t5-base"):
+        shrink = 12 if case.model.endswith("/12") else 1
         config = T5Config(
-            d_model=768,
+            d_model=768 // shrink,
             d_kv=64,
-            d_ff=3072,
+            d_ff=3072 // shrink,
             num_layers=case.layers,
-            num_heads=12,
+            num_heads=12 // shrink,
             vocab_size=32128,
             decoder_start_token_id=0,
         )
@@ -124,6 +162,45 @@ class ContractedEachForward(nn.Module):
         return self.factorization.unfold(weight)
 
 
+def three_modes(dimension: int) -> tuple[int, int, int]:
+    """Three factors with the smallest sum."""
+    factors = [k for k in range(1, dimension + 1) if dimension % k == 0]
+    triples = [(a, b, dimension // (a * b)) for a in factors for b in factors if a <= b and dimension % (a * b) == 0]
+    return min((triple for triple in triples if triple[1] <= triple[2]), key=sum)
+
+
+def with_tensor_trains(model: nn.Module, targets: list[str], three: bool) -> nn.Module:
+    """`model` with TT-LoRA of rank 8 on its targets, with three modes for each dimension or with two."""
+    by_shape: dict[tuple[int, int], list[str]] = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Linear) and name.rpartition(".")[2] in targets:
+            by_shape.setdefault((layer.out_features, layer.in_features), []).append(name)
+    for shape, names in by_shape.items():
+        modes = tuple(three_modes(dimension) for dimension in shape) if three else None
+        add_adapters(model, names, kind=TTLoraLinear, rank=8, shape=modes)
+    return model
+
+
+def with_trained_weights(model: nn.Module, targets: list[str]) -> nn.Module:
+    """`model` with the weights of its targets as copies that are trained."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Linear) and name.rpartition(".")[2] in targets:
+            layer.weight = nn.Parameter(layer.weight.detach().clone())
+    return model
+
+
+def with_lora(name: str, model: nn.Module, targets: list[str], task: str) -> nn.Module:
+    """`model` with PEFT's adapters of rank 8."""
+    lora: dict[str, Any] = {"target_modules": targets, "task_type": task}
+    if name == "adalora":
+        config: Any = AdaLoraConfig(
+            init_r=12, target_r=8, lora_alpha=16, tinit=2, tfinal=10, deltaT=1, total_step=100_000, **lora
+        )
+    else:
+        config = LoraConfig(r=8, lora_alpha=16, use_dora=name == "dora", **lora)
+    return get_peft_model(model, config)
+
+
 class Variant:
     """One way to train: a model, its optimizer, and what happens in a step."""
 
@@ -131,15 +208,13 @@ class Variant:
         self.name, self.case = name, case
         self.after_step: Callable[[int], None] = lambda step: None
         model = share_base(base)
-        lora: dict[str, Any] = {"target_modules": targets, "task_type": task}
         torch.manual_seed(1)
-        if name == "adalora":
-            config: Any = AdaLoraConfig(
-                init_r=12, target_r=8, lora_alpha=16, tinit=2, tfinal=10, deltaT=1, total_step=100_000, **lora
-            )
+        if name.startswith("tt-lora"):
+            self.model = with_tensor_trains(model, targets, three=name.endswith("3 + 3 modes"))
+        elif name in ("full", "opf"):
+            self.model = with_trained_weights(model, targets)
         else:
-            config = LoraConfig(r=8, lora_alpha=16, use_dora=name == "dora", **lora)
-        self.model = get_peft_model(model, config)
+            self.model = with_lora(name, model, targets, task)
         if name == "paper's way":
             for module in list(self.model.modules()):
                 if isinstance(module, nn.Linear) and module.weight.requires_grad:
@@ -153,18 +228,29 @@ class Variant:
             "mpo": (MPO(order=case.order), Static()),
             "mpo, matched": (MPO(order=case.order), Static()),
             "mpo-r": (MPO(order=case.order), TaylorRuntime(top_n=case.layers, split=case.rounds, every=1)),
+            # the cost of a step does not depend on the gauge, and this one needs no SVD of the large weights
+            "opf": (MPO(order=2, gauge="identity"), Static()),
         }
         if name in schedule:
-            self.over = LoraOver(self.model, self.optimizer, *schedule[name], matched=name.endswith("matched"))
+            finder = finders.full_weights() if name == "opf" else None
+            self.over = LoraOver(
+                self.model, self.optimizer, *schedule[name], matched=name.endswith("matched"), matrices=finder
+            )
         if name == "adalora":
             self.after_step = self.model.base_model.update_and_allocate
+        self.rescale: RowRescale | None = None
+        if name == "α-lora":
+            self.rescale = RowRescale(
+                self.model, optimizer=lambda alphas: torch.optim.AdamW(alphas, lr=1e-4, fused=True)
+            )
         self.steps = 0
 
     @property
     def trained(self) -> int:
         """Numbers that this way trains."""
         plain = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        return plain if self.over is None else self.over.trained_parameters
+        alphas = 0 if self.rescale is None else sum(alpha.numel() for alpha in self.rescale.alphas.values())
+        return alphas + (plain if self.over is None else self.over.trained_parameters)
 
     def step(self, batch: dict[str, Tensor]) -> float:
         """One optimizer step; returns its seconds."""
@@ -182,6 +268,22 @@ class Variant:
         self.steps += 1
         return time.perf_counter() - started
 
+    def alpha_step(self, batch: dict[str, Tensor]) -> float:
+        """One step of α on a micro-batch; returns its seconds, 0 where there is no α."""
+        if self.rescale is None:
+            return 0.0
+        micro = {key: value[: self.case.micro] for key, value in batch.items()}
+
+        def loss() -> Tensor:
+            with torch.autocast(self.case.device, torch.bfloat16, enabled=self.case.device == "cuda"):
+                return self.model(**micro).loss  # type: ignore[no-any-return]
+
+        synchronize(self.case)
+        started = time.perf_counter()
+        self.rescale.step(loss)
+        synchronize(self.case)
+        return time.perf_counter() - started
+
 
 def synchronize(case: Case) -> None:
     if case.device == "cuda":
@@ -191,17 +293,69 @@ def synchronize(case: Case) -> None:
 def make_batch(case: Case, vocabulary: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, vocabulary, (case.batch, case.sequence), generator=generator).to(case.device)
-    labels = ids[:, :8].contiguous() if case.model == "t5-base" else ids
+    labels = ids[:, :8].contiguous() if case.model.startswith("t5-base") else ids
     return {"input_ids": ids, "labels": labels}
 
 
-def peak_memory(case: Case, variant: Variant, batch: dict[str, Tensor]) -> int | None:
-    """Peak bytes of one more step above what is allocated for the others; CUDA only."""
-    if case.device != "cuda":
-        return None
-    torch.cuda.reset_peak_memory_stats()
-    variant.step(batch)
-    return torch.cuda.max_memory_allocated()
+@dataclass
+class Memory:
+    """Bytes from torch's allocator: what was still there at the end, and the most at any time, above what was there before."""
+
+    kept: int = 0
+    peak: int = 0
+
+
+@dataclass
+class Built:
+    """A variant that has made some steps; bytes that it keeps, and the peaks of one step, and of one of α, above these."""
+
+    variant: Variant
+    kept: int
+    peak: int
+    alpha_peak: int
+
+
+@contextmanager
+def watched_memory(case: Case) -> Iterator[Memory]:
+    """Fills in what it yields at the end of the block."""
+    memory = Memory()
+    if case.device == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        yield memory
+        memory.kept = torch.cuda.memory_allocated() - before
+        memory.peak = torch.cuda.max_memory_allocated() - before
+        return
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        yield memory
+    changes = [
+        (event.start_ns(), event.nbytes())
+        for event in recorded.profiler.kineto_results.events()
+        if event.name() == "[memory]"
+    ]
+    for _, change in sorted(changes):
+        memory.kept += change
+        memory.peak = max(memory.peak, memory.kept)
+
+
+def build(
+    names: list[str], case: Case, base: PreTrainedModel, targets: list[str], task: str, steps: int
+) -> list[Built]:
+    """The variants after some steps."""
+    batch = make_batch(case, base.config.vocab_size)
+    built = []
+    for name in tqdm(names, desc="build", unit="variant"):
+        with watched_memory(case) as whole:
+            variant = Variant(name, case, base, targets, task)
+            for _ in range(steps):
+                variant.step(batch)
+                variant.alpha_step(batch)
+        with watched_memory(case) as step:
+            variant.step(batch)
+        with watched_memory(case) as alpha_step:
+            variant.alpha_step(batch)
+        built.append(Built(variant, whole.kept, step.peak, alpha_step.peak))
+    return built
 
 
 def run_case(name: str, case: Case, variants: list[str], repeats: int, warmup: int) -> dict[str, Any]:
@@ -211,84 +365,97 @@ def run_case(name: str, case: Case, variants: list[str], repeats: int, warmup: i
     if case.device == "cuda" and case.batch > 1:
         base.gradient_checkpointing_enable()
     batch = make_batch(case, base.config.vocab_size)
-    built = [Variant(v, case, base, targets, task) for v in variants]
-    tokens = case.batch * case.sequence
+    built = build(variants, case, base, targets, task, max(warmup, case.rounds + 1))
     times: dict[str, list[float]] = {v: [] for v in variants}
-    rounds = max(warmup, case.rounds + 1)
-    with tqdm(total=(rounds + repeats) * len(built), desc=name, unit="step") as bar:
-        for k in range(rounds + repeats):
+    alpha_times: dict[str, list[float]] = {v: [] for v in variants}
+    with tqdm(total=repeats * len(built), desc=name, unit="step") as bar:
+        for k in range(repeats):
             turn = k % len(built)
-            for variant in built[turn:] + built[:turn]:
-                seconds = variant.step(batch)
-                if k >= rounds:
-                    times[variant.name].append(seconds)
+            for one in built[turn:] + built[:turn]:
+                times[one.variant.name].append(one.variant.step(batch))
+                alpha_times[one.variant.name].append(one.variant.alpha_step(batch))
                 bar.update()
     rows = []
-    for variant in built:
-        ratios = sorted(t / p for t, p in zip(times[variant.name], times["plain"], strict=True))
-        quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [ratios[0]] * 3
-        rows.append(
-            {
-                "variant": variant.name,
-                "ratio": statistics.median(ratios),
-                "ratio_quartiles": [quartiles[0], quartiles[2]],
-                "seconds": statistics.median(times[variant.name]),
-                "tokens_per_second": tokens / statistics.median(times[variant.name]),
-                "trained_parameters": variant.trained,
-                "peak_bytes": peak_memory(case, variant, batch),
-            }
-        )
+    for one in built:
+        own_name = one.variant.name
+        beside = BESIDE.get(own_name, "plain")
+        for label, seconds, peak in labelled(one, times[own_name], alpha_times[own_name]):
+            ratios = sorted(t / p for t, p in zip(seconds, times[beside], strict=True))
+            quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [ratios[0]] * 3
+            rows.append(
+                {
+                    "variant": label,
+                    "beside": beside,
+                    "ratio": statistics.median(ratios),
+                    "ratio_quartiles": [quartiles[0], quartiles[2]],
+                    "seconds": statistics.median(seconds),
+                    "tokens_per_second": case.batch * case.sequence / statistics.median(seconds),
+                    "trained_parameters": one.variant.trained,
+                    "kept_bytes": one.kept,
+                    "peak_bytes": peak,
+                }
+            )
     return {"case": name, **asdict(case), "repeats": repeats, "threads": torch.get_num_threads(), "rows": rows}
 
 
+def labelled(one: Built, own: list[float], alpha: list[float]) -> list[tuple[str, list[float], int]]:
+    """Name, seconds and peak of the rows that a variant has in the table: one, or for α-LoRA those that the head of this file
+    lists."""
+    name, case = one.variant.name, one.variant.case
+    if one.variant.rescale is None:
+        return [(name, own, one.peak)]
+    share = case.micro / case.batch  # α's mini-batch, in mini-batches of the adapter
+    a_step = [s + a / PERIOD for s, a in zip(own, alpha, strict=True)]
+    a_mini_batch = [(PERIOD * s + a) / (PERIOD + share) for s, a in zip(own, alpha, strict=True)]
+    larger = max(one.peak, one.alpha_peak)
+    return [
+        (f"{name}, between α's steps", own, one.peak),
+        (f"{name}, T = {PERIOD}", a_step, larger),
+        (f"{name}, T = {PERIOD}, by mini-batch", a_mini_batch, larger),
+    ]
+
+
 def show(result: dict[str, Any], console: Console) -> None:
-    table = Table(
-        title=f"{result['case']}: {result['model']}, {result['layers']} layers, {result['batch']}x{result['sequence']}"
-    )
-    for column in (
-        "variant",
-        "time / plain LoRA",
-        "quartiles",
-        "s / step",
-        "tokens / s",
-        "trained parameters",
-        "peak GiB",
-    ):
-        table.add_column(column, justify="left" if column == "variant" else "right")
+    """Print the table, as Markdown for the docs, and whether goals are met."""
+    title = f"{result['case']}: {result['model']}, {result['layers']} layers, {result['batch']}x{result['sequence']}"
+    lines = [
+        f"{title}, {result['threads']} thread(s)",
+        "",
+        "| variant | time | quartiles | beside | s / step | tokens / s | trained numbers | kept MiB | peak MiB |",
+        "|---|---:|---:|---|---:|---:|---:|---:|---:|",
+    ]
     for row in result["rows"]:
         low, high = row["ratio_quartiles"]
-        peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**30:.2f}"
-        table.add_row(
-            row["variant"],
-            f"{row['ratio']:.3f}",
-            f"{low:.3f}-{high:.3f}",
-            f"{row['seconds']:.4f}",
-            f"{row['tokens_per_second']:,.0f}",
-            f"{row['trained_parameters']:,}",
-            peak,
+        lines.append(
+            f"| {row['variant']} | {row['ratio']:.3f} | {low:.3f} - {high:.3f} | {row['beside']} | {row['seconds']:.4f} | "
+            f"{row['tokens_per_second']:,.0f} | {row['trained_parameters']:,} | {row['kept_bytes'] / 2**20:,.1f} | "
+            f"{row['peak_bytes'] / 2**20:,.1f} |"
         )
-    console.print(table)
+    console.print("\n" + "\n".join(lines) + "\n", markup=False, highlight=False, soft_wrap=True)
     ours = [row["ratio"] for row in result["rows"] if row["variant"] in ("svd", "mpo", "mpo-r")]
     if ours and result["goal"] is not None:
         verdict = "met" if max(ours) <= result["goal"] else "MISSED"
         console.print(
             f"goal: at most {result['goal']:.2f}x plain LoRA; the slowest of ours takes {max(ours):.3f}x: {verdict}"
         )
+    for row in result["rows"]:
+        if row["variant"].startswith(f"α-lora, T = {PERIOD}"):
+            verdict = "met" if row["ratio"] <= ALPHA_GOAL else "MISSED"
+            console.print(f"goal: {row['variant']}, at most {ALPHA_GOAL}; it takes {row['ratio']:.3f}: {verdict}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", action="append", choices=sorted(CASES), help="may be given several times")
-    parser.add_argument(
-        "--variants", nargs="+", default=["plain", "svd", "mpo", "mpo-r", "paper's way", "dora", "adalora"]
-    )
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS))
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    if "plain" not in arguments.variants:
-        parser.error("the variants must include plain, which the ratios are relative to")
+    missing = {BESIDE.get(variant, "plain") for variant in arguments.variants} - set(arguments.variants)
+    if missing:
+        parser.error(f"the variants must include {', '.join(sorted(missing))}, which ratios are relative to")
     torch.set_num_threads(arguments.threads)
     warnings.filterwarnings("ignore", message="TaylorRuntime: top_n")
     console = Console()

@@ -9,6 +9,9 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+from docutils.nodes import SkipNode
+from latex2mathml.converter import convert
+
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE / "figures")]
 # notebooks run in a process of their own
@@ -26,6 +29,9 @@ extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ex
 exclude_patterns = ["figures"]
 
 html_theme = "furo"
+html_math_renderer = "mathml"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_title = f"tnadapt {release}"
 html_show_sphinx = False
 html_copy_source = False
@@ -76,7 +82,19 @@ def _colons_again(app: Any, what: str, name: str, obj: object, options: object, 
     lines[:] = [line.replace(_COLON, ":") for line in lines]
 
 
+def _inline_math(self: Any, node: Any) -> None:
+    self.body.append(convert(node.astext()))
+    raise SkipNode
+
+
+def _displayed_math(self: Any, node: Any) -> None:
+    self.body.append(f'<div class="math-display">{convert(node.astext(), display="block")}</div>')
+    raise SkipNode
+
+
 def setup(app: Any) -> None:
+    # browsers draw MathML themselves, so that a page with formulas needs neither a script nor a network
+    app.add_html_math_renderer("mathml", (_inline_math, None), (_displayed_math, None))
     # before napoleon, which reads the sections of the docstring
     app.connect("autodoc-process-docstring", _plain_text, priority=100)
     app.connect("autodoc-process-docstring", _colons_again, priority=900)

@@ -14,13 +14,19 @@ Which learning rate, for every method on the same grid and on the validation spl
 
     python recipes/ablate.py tune --methods lora lora-over-mpo --lrs 1e-3 3e-3 1e-2 --eval-split validation
 
+The same from one rate, in steps of 10^(1/4) for as long as the best one has no worse neighbour on either side, into the
+table that the repository keeps::
+
+    python recipes/ablate.py tune --methods lora dora --lrs 1e-2 --extend --eval-split validation --tuned recipes/results/tuning
+
 The table over seeds that the recipe prints beside its own result, at the recipe's own rates::
 
     python recipes/ablate.py seeds --methods lora lora-over-mpo lora-over-mpo-r --seeds 0 1 2
 
 Any option of the recipe can be added (``--max-steps 100``). A run that is finished is not made again, an interrupted one
 goes on from its last checkpoint, so the same command continues after an interruption. ``--workers 2`` makes two runs at
-once with one thread each, which takes less time than one run after the other with two threads each.
+once with one thread each, which takes less time than one run after the other with two threads each. ``--cluster`` makes the
+runs on a Ray cluster (see ``support/cluster.py``), where a run whose node is lost goes on on another one.
 """
 
 from __future__ import annotations
@@ -28,6 +34,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.util
+import math
 import multiprocessing
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -38,6 +45,7 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
+from support.cluster import LOCAL, run_on_cluster
 from support.command_line import config_from, options_of, preset_of
 from support.methods import METHODS
 from support.pictures import score_against
@@ -63,9 +71,10 @@ def load_recipe(path: Path) -> Recipe:
     module = importlib.util.module_from_spec(specification)
     sys.modules[name] = module  # dataclasses look their module up
     specification.loader.exec_module(module)
-    if not isinstance(getattr(module, "RECIPE", None), Recipe):
+    recipe = getattr(module, "RECIPE", None)
+    if not isinstance(recipe, Recipe):
         raise ValueError(f"--recipe is {path}, which has no RECIPE; the recipes lie in {HERE}")
-    return module.RECIPE
+    return recipe
 
 
 def run_one(recipe: Path, settings: dict[str, Any], root: Path, quiet: bool) -> dict[str, Any]:
@@ -81,9 +90,14 @@ def run_one(recipe: Path, settings: dict[str, Any], root: Path, quiet: bool) -> 
     return result
 
 
-def run_all(recipe: Path, configs: Sequence[Any], root: Path, workers: int) -> list[dict[str, Any]]:
+def run_all(configs: Sequence[Any], options: argparse.Namespace) -> list[dict[str, Any]]:
     """The results of all ``configs``, in their order."""
+    recipe, root, workers = options.recipe, options.runs, options.workers
     settings = [dataclasses.asdict(config) for config in configs]
+    if options.cluster is not None:
+        return run_on_cluster(options.cluster, options.gpus_per_run, recipe, settings, root, workers)
+    if options.gpus_per_run:
+        raise ValueError(f"--gpus-per-run is {options.gpus_per_run:g}, which is for runs on a cluster; add --cluster")
     if workers == 1:
         return [run_one(recipe, each, root, quiet=False) for each in tqdm(settings, desc="runs", unit="run")]
     results: list[dict[str, Any]] = [{} for _ in settings]
@@ -130,14 +144,38 @@ class Outcome:
         return [accuracy for accuracy in found if accuracy is not None]
 
     @property
+    def eval_losses(self) -> list[float]:
+        """Losses on the answers that are evaluated on; a run that diverged has an infinite one."""
+        found = [result["metrics"].get("eval_loss") for result in self.results]
+        return [loss if math.isfinite(loss) else math.inf for loss in found if loss is not None]
+
+    @property
     def rank(self) -> tuple[float, float]:
-        """What the best cell has most of: accuracy, and the lower loss where accuracies tie or were not measured."""
+        """What the best cell has most of: the lower loss on the evaluated answers, then accuracy.
+
+        Where that loss was not measured: accuracy, then the lower loss in training.
+        """
         if not self.results:
-            return (-1.0, 0.0)
-        return (
-            mean(self.accuracies) if self.accuracies else 0.0,
-            -mean(result["metrics"]["loss"] for result in self.results),
-        )
+            return (-math.inf, 0.0)
+        accuracy = mean(self.accuracies) if self.accuracies else 0.0
+        if self.eval_losses:
+            return (-mean(self.eval_losses), accuracy)
+        return (accuracy, -mean(result["metrics"]["loss"] for result in self.results))
+
+
+def best_of(outcomes: Iterable[Outcome]) -> Outcome:
+    """The outcome with the highest rank.
+
+    Raises:
+        ValueError: the loss on the evaluated answers was measured in some of the runs only.
+    """
+    known = list(outcomes)
+    missing = [
+        result["name"] for each in known for result in each.results if result["metrics"].get("eval_loss") is None
+    ]
+    if missing and any(outcome.eval_losses for outcome in known):
+        raise ValueError(f"the run {missing[0]} did not measure the loss that others measured: delete its folder")
+    return max(known, key=lambda outcome: outcome.rank)
 
 
 def run_cells(cells: Sequence[Cell], options: argparse.Namespace) -> list[Outcome]:
@@ -149,7 +187,7 @@ def run_cells(cells: Sequence[Cell], options: argparse.Namespace) -> list[Outcom
     resolve = load_recipe(options.recipe).resolve
     cells = [dataclasses.replace(cell, configs=tuple(map(resolve, cell.configs))) for cell in cells]
     distinct = list(dict.fromkeys(config for cell in cells for config in cell.configs))
-    results = dict(zip(distinct, run_all(options.recipe, distinct, options.runs, options.workers), strict=True))
+    results = dict(zip(distinct, run_all(distinct, options), strict=True))
     outcomes = []
     for cell in cells:
         mine = [results[config] for config in cell.configs]
@@ -174,14 +212,28 @@ def table_of(title: str, outcomes: Sequence[Outcome], best: Sequence[Outcome] = 
         label = f"{outcome.method}{' *' if outcome in best else ''}"
         row = [label, cell.factor, rate(cell.value) if isinstance(cell.value, float) else str(cell.value)]
         if not results:
-            rows.append([*row, "failed", *"––––––"])
+            rows.append([*row, "failed", *"–––––––"])
             continue
         config, metrics = results[0]["config"], [result["metrics"] for result in results]
-        row += [percent_over_seeds(outcome.accuracies), f"{mean(each['loss'] for each in metrics):.4f}"]
+        row += [percent_over_seeds(outcome.accuracies)]
+        row += [f"{mean(outcome.eval_losses):.4f}" if outcome.eval_losses else "–"]
+        row += [f"{mean(each['loss'] for each in metrics):.4f}"]
         row += [rate(config["lr"]), rate(config["core_lr"]), f"{metrics[0]['trained_parameters']:,}"]
         row += [f"{mean(each['training_seconds'] for each in metrics):.0f}", str(len(results))]
         rows.append(row)
-    columns = ("method", "factor", "value", "accuracy", "loss", "lr", "core lr", "trained", "train s", "runs")
+    columns = (
+        "method",
+        "factor",
+        "value",
+        "accuracy",
+        "eval loss",
+        "loss",
+        "lr",
+        "core lr",
+        "trained",
+        "train s",
+        "runs",
+    )
     return Table(title, columns, rows, "Accuracy: mean ± sample standard deviation over the runs. * is the best.")
 
 
@@ -195,6 +247,7 @@ def record_of(outcome: Outcome) -> dict[str, Any]:
         "lr": outcome.cell.configs[0].lr,
         "decomposition": outcome.results[0]["plan"].partition(": ")[0] if metrics else "",
         "accuracy": outcome.accuracies,
+        "eval_loss": outcome.eval_losses,
         "loss": [each["loss"] for each in metrics],
         "trained_parameters": [each["trained_parameters"] for each in metrics],
         "training_seconds": [each["training_seconds"] for each in metrics],
@@ -371,7 +424,7 @@ def vary(options: argparse.Namespace) -> list[Outcome]:
                     cells.append(Cell(name, value, runs))
     outcomes = run_cells(cells, options)
     by_factor = [[o for o in outcomes if o.cell.factor == name] for name, *_ in options.factor]
-    best = [max(group, key=lambda outcome: outcome.rank) for group in by_factor]
+    best = [best_of(group) for group in by_factor]
     folder = options.runs / "ablations" / f"vary-{identity(cells)}"
     write_table(table_of("One factor at a time", outcomes, best), outcomes, folder)
     if options.report is not None:
@@ -381,30 +434,57 @@ def vary(options: argparse.Namespace) -> list[Outcome]:
 
 def tune(options: argparse.Namespace) -> list[Outcome]:
     """The grid of learning rates, the same for every method, with the best of each method marked."""
-    cells = []
-    for config in base_configs(options, options.methods):
-        ratios = options.core_ratios if METHODS[config.method].two_rates else [1.0]
-        for ratio in ratios:
-            factor = "lr" if ratio == 1.0 else f"lr, cores at {ratio:g} of it"
-            for lr in sorted(options.lrs):
-                changed = dataclasses.replace(config, lr=lr, core_lr=None if ratio == 1.0 else lr * ratio)
-                cells.append(Cell(factor, lr, over_seeds(changed, options.seeds)))
-    outcomes = run_cells(cells, options)
-    best = []
-    for method in options.methods:
-        best.append(max((o for o in outcomes if o.method == method), key=lambda outcome: outcome.rank))
-    folder = options.runs / "ablations" / f"tune-{identity(cells)}"
-    write_table(
-        table_of(f"Learning rates on the {cells[0].configs[0].eval_split} split", outcomes, best), outcomes, folder
-    )
+    lanes = [
+        (config, ratio)
+        for config in base_configs(options, options.methods)
+        for ratio in (options.core_ratios if METHODS[config.method].two_rates else [1.0])
+    ]
+    outcomes: list[Outcome] = []
+    for group in [[lane] for lane in lanes] if options.extend else [lanes]:
+        cells = [cell_at(*lane, lr, options.seeds) for lane in group for lr in sorted(options.lrs)]
+        found = run_cells(cells, options)
+        while options.extend and (beside := untried_beside(found)):
+            found += run_cells([cell_at(*group[0], lr, options.seeds) for lr in beside[: options.workers]], options)
+        outcomes += sorted(found, key=lambda outcome: (options.methods.index(outcome.method), outcome.cell.value))
+        if options.tuned is not None:
+            add_to_tuned(found, options)
+    best = [best_of(each for each in outcomes if each.method == method) for method in options.methods]
+    folder = options.runs / "ablations" / f"tune-{identity([outcome.cell for outcome in outcomes])}"
+    split = outcomes[0].cell.configs[0].eval_split
+    write_table(table_of(f"Learning rates on the {split} split", outcomes, best), outcomes, folder)
     for outcome in best:
         config = outcome.cell.configs[0]
         print(f'best: "{outcome.method}": ({config.lr:g}, {config.core_lr and f"{config.core_lr:g}"}),')
-        for warning in warnings_about(outcome, options.lrs):
+        tried = [each.cell.value for each in outcomes if each.method == outcome.method]
+        for warning in warnings_about(outcome, tried):
             print(f"\n!!! {outcome.method}: {warning}\n")
     if options.eval_split != "validation":
         print("\n!!! tuned on the test split: add --eval-split validation before anything is reported\n")
     return outcomes
+
+
+def cell_at(config: Any, ratio: float, lr: float, seeds: Sequence[int]) -> Cell:
+    """``config`` at a rate, with its cores at ``ratio`` of it."""
+    changed = dataclasses.replace(config, lr=lr, core_lr=None if ratio == 1.0 else lr * ratio)
+    factor = "lr" if ratio == 1.0 else f"lr, cores at {ratio:g} of it"
+    return Cell(factor, lr, over_seeds(changed, seeds))
+
+
+#: The factor between two rates of a grid, which is that of "Learning Rate Matters" (arXiv:2602.04998), and where a grid ends.
+RATE_STEP, LOWEST_RATE, HIGHEST_RATE = 10**0.25, 1e-7, 10.0
+
+
+def untried_beside(outcomes: Sequence[Outcome]) -> list[float]:
+    """The rates one step above and below the best one that were not tried yet; below the lowest one if all runs failed."""
+    tried = [outcome.cell.value for outcome in outcomes]
+    best = best_of(outcomes)
+    if best.results:
+        beside = [best.cell.value * RATE_STEP, best.cell.value / RATE_STEP]
+    else:
+        beside = [min(tried) / RATE_STEP]
+    on_grid = [float(f"{10 ** (round(4 * math.log10(lr)) / 4):.2e}") for lr in beside]
+    new = [lr for lr in on_grid if all(abs(math.log(lr / other)) > math.log(RATE_STEP) / 2 for other in tried)]
+    return [lr for lr in new if LOWEST_RATE <= lr <= HIGHEST_RATE]
 
 
 def warnings_about(best: Outcome, lrs: Sequence[float]) -> Iterator[str]:
@@ -414,6 +494,65 @@ def warnings_about(best: Outcome, lrs: Sequence[float]) -> Iterator[str]:
     elif best.cell.value in (min(lrs), max(lrs)):
         end = "lowest" if best.cell.value == min(lrs) else "highest"
         yield f"the best rate, {best.cell.value:g}, is the {end} of the grid; the optimum may lie outside, widen --lrs"
+
+
+def add_to_tuned(outcomes: Sequence[Outcome], options: argparse.Namespace) -> None:
+    """Add rates to the repository's table, in place of what it has of the same methods and rates, and write it anew.
+
+    Raises:
+        ValueError: the table was made with other settings.
+    """
+    recipe, config = load_recipe(options.recipe), outcomes[0].cell.configs[0]
+    path = options.tuned / f"{recipe.table_name(config)}.json"
+    common = ("method", "lr", "core_lr", "seed", *recipe.config.SCORING)
+    settings = {name: value for name, value in config.settings().items() if name not in common}
+    command = environment(HERE)["command"]
+    known: dict[str, Any] = {"settings": settings, "commands": [], "rows": []}
+    if path.exists():
+        known = read_json(path)
+    if known["settings"] != settings:
+        differing = ", ".join(sorted(k for k in settings if settings[k] != known["settings"].get(k)))
+        raise ValueError(f"{path} was made with other settings ({differing}); give another --tuned, or delete it")
+    rows = [*known["rows"], *({**record_of(outcome), "commits": commits_of(outcome)} for outcome in outcomes)]
+    rows = [*{(row["method"], row["factor"], row["value"]): row for row in rows}.values()]
+    commands = [*dict.fromkeys([*known["commands"], command])]
+    where = {name: value for name, value in environment(HERE).items() if name in ("python", "packages", "hardware")}
+    write_json(path, {"commands": commands, "environment": where, "settings": settings, "rows": rows})
+    write_text(path.with_suffix(".md"), tuned_page(path.stem, settings, rows))
+
+
+def commits_of(outcome: Outcome) -> list[str | None]:
+    """The commits that an outcome's runs were made at, with a ``+`` where files differed from it."""
+    states = [result["environment"]["git"] for result in outcome.results]
+    return [state and f"{state['commit']}{'+' * state['dirty']}" for state in states]
+
+
+def tuned_page(name: str, settings: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
+    """A row for each method, a column for each rate; the lowest loss of a method is bold."""
+    lrs = sorted({row["value"] for row in rows})
+    lanes: dict[tuple[str, str], dict[float, dict[str, Any]]] = {}
+    for row in rows:
+        lanes.setdefault((row["method"], row["factor"]), {})[row["value"]] = row
+    cells = []
+    for (method, factor), by_lr in lanes.items():
+        losses = {lr: mean(row["eval_loss"]) for lr, row in by_lr.items() if row["eval_loss"]}
+        best = min(losses, key=lambda lr: losses[lr]) if losses else None
+        written = {lr: f"{loss:.4f}" for lr, loss in losses.items()} | (
+            {} if best is None else {best: f"**{losses[best]:.4f}**"}
+        )
+        shown = [written.get(lr, "failed" if lr in by_lr else "") for lr in lrs]
+        accuracy = percent(mean(by_lr[best]["accuracy"])) if best is not None and by_lr[best]["accuracy"] else "–"
+        cells.append([method + factor.removeprefix("lr"), "–" if best is None else f"{best:g}", accuracy, *shown])
+    columns = ("method", "best rate", "accuracy there", *(f"{lr:g}" for lr in lrs))
+    said = ", ".join(
+        f"{key} {settings[key]}" for key in ("train_size", "batch", "max_steps", "eval_size") if key in settings
+    )
+    return (
+        f"# {name}: learning rates\n\nThe loss on the answers of the {settings['eval_split']} split, in nats a token, by method and "
+        f"rate; the lowest of each method is bold. Made by `python recipes/ablate.py tune --extend --tuned …` with {said}; the "
+        f"commands, every setting, the commit of each run and more figures are in [{name}.json]({name}.json).\n\n"
+        + Table(name, columns, cells).markdown()
+    )
 
 
 def seeds(options: argparse.Namespace) -> list[Outcome]:
@@ -506,6 +645,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         sub.add_argument("--workers", type=int, default=1, help="runs at once, each with one thread if above 1")
         sub.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders and tables go")
+        sub.add_argument(
+            "--cluster",
+            nargs="?",
+            const=LOCAL,
+            metavar="ADDRESS",
+            help=f"make the runs on this Ray cluster; {LOCAL}, or no address, starts one here with --workers CPUs",
+        )
+        sub.add_argument("--gpus-per-run", type=float, default=0.0, help="of each run on the cluster; 0: on the CPU")
         if name == "vary":
             sub.add_argument(
                 "--factor",
@@ -519,6 +666,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             sub.add_argument("--report", type=Path, help="a folder with a report that these factors are added to")
         if name == "tune":
             sub.add_argument("--lrs", type=float, nargs="+", required=True, help="the grid")
+            sub.add_argument(
+                "--extend",
+                action="store_true",
+                help="try further rates, in steps of 10^(1/4), until the best of each method has a worse one on both sides",
+            )
+            sub.add_argument("--tuned", type=Path, help="a folder with a table that these rates are added to")
             sub.add_argument(
                 "--core-ratios", type=float, nargs="+", default=[1.0], help="core rates to try, as shares of lr"
             )

@@ -40,7 +40,7 @@ from support.evaluation.answers import collect_answers
 from support.evaluation.sandbox import Sandbox
 from support.llama import LLAMA_2, LLAMA_31, LlamaConfig
 from support.recipe import Recipe, Record
-from support.records import load_hub, local_file, read_rows
+from support.records import evaluation_file, load_hub, training_examples
 
 if TYPE_CHECKING:
     from support.evaluation.answers import Generate
@@ -87,15 +87,9 @@ def load_problems(config: Config) -> tuple[list[Record], list[Record]]:
     Raises:
         ValueError: there are none of either.
     """
-    if config.data == EMBEDDED:
-        rows: Sequence[Record] = programs.examples("train", config.train_size)
-    else:
-        rows = read_rows("data", config.data, "train", {"query": str, "answer": str})
-    examples = [example._asdict() for example in map(prompts.codefeedback, rows) if example]
-    if not examples:
-        raise ValueError(f"--data is {config.data}, where no answer has a code block to learn")
-    problems = read_problems(config)[: config.eval_size]
-    return examples, problems
+    columns, otherwise = {"query": str, "answer": str}, "no answer has a code block to learn"
+    examples = training_examples(config, programs.examples, columns, prompts.codefeedback, otherwise)
+    return examples, read_problems(config)[: config.eval_size]
 
 
 def read_problems(config: Config) -> list[Record]:
@@ -103,13 +97,8 @@ def read_problems(config: Config) -> list[Record]:
     place = config.test_data or config.data
     if place == EMBEDDED:
         return [*programs.problems(config.eval_split, config.eval_size)]
-    if file := local_file(place, config.eval_split):
+    if file := evaluation_file(config, config.eval_split, "problems", "HumanEval's problem file"):
         return humaneval.read_problems(file)
-    if config.eval_split != "test" or config.test_data is None or Path(place).expanduser().is_dir():
-        raise ValueError(
-            f"there are no {config.eval_split} problems in {place}; give HumanEval's problem file as --test-data, or a folder "
-            f"with {config.eval_split}.jsonl in its format"
-        )
     return [dict(row) for row in load_hub("test-data", place, split="test")]
 
 
@@ -120,6 +109,7 @@ class HumanEval:
     """One program for each problem; pass@1 where code may be executed."""
 
     measure = "HumanEval, pass@1"
+    answered = False
 
     def check(self, config: Config) -> None:
         if config.execute:

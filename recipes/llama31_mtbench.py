@@ -40,7 +40,7 @@ from support.evaluation import mtbench, prompts
 from support.evaluation.judge import Judge
 from support.llama import LLAMA_2, LLAMA_31, LlamaConfig
 from support.recipe import Recipe, Record
-from support.records import load_hub, local_file, read_rows
+from support.records import evaluation_file, load_hub, training_examples
 
 if TYPE_CHECKING:
     from support.evaluation.answers import Generate
@@ -89,13 +89,8 @@ def load_questions(config: Config) -> tuple[list[Record], list[Record]]:
     Raises:
         ValueError: there are none of either.
     """
-    if config.data == EMBEDDED:
-        rows: Sequence[Record] = instructions.examples("train", config.train_size)
-    else:
-        rows = read_rows("data", config.data, "train", {"instruction": str, "output": str})
-    examples = [example._asdict() for example in map(prompts.wizardlm, rows) if example]
-    if not examples:
-        raise ValueError(f"--data is {config.data}, where every answer is a refusal")
+    columns, otherwise = {"instruction": str, "output": str}, "every answer is a refusal"
+    examples = training_examples(config, instructions.examples, columns, prompts.wizardlm, otherwise)
     return examples, read_questions(config)[: config.eval_size]
 
 
@@ -105,7 +100,7 @@ def read_questions(config: Config) -> list[Record]:
     if place == EMBEDDED:
         return instructions.questions(config.eval_split, config.eval_size)
     name = "question" if config.eval_split == "test" else config.eval_split
-    if file := local_file(place, name):
+    if file := evaluation_file(config, name, "questions", "MT-Bench's question.jsonl"):
         references: dict[int, list[str]] = {}
         for path in sorted(file.parent.glob("reference_answer*.jsonl")):
             references |= mtbench.read_references(path)
@@ -113,11 +108,6 @@ def read_questions(config: Config) -> list[Record]:
             {**question, "reference": references.get(question["question_id"])}
             for question in mtbench.read_questions(file)
         ]
-    if config.eval_split != "test" or config.test_data is None or Path(place).expanduser().is_dir():
-        raise ValueError(
-            f"there are no {config.eval_split} questions in {place}; give MT-Bench's question.jsonl as --test-data, or a folder "
-            f"with {name}.jsonl in its format"
-        )
     columns = ("question_id", "category", "turns", "reference")
     return [{name: row[name] for name in columns} for row in load_hub("test-data", place, split="train")]
 
@@ -129,6 +119,7 @@ class MTBench:
     """Answers to both turns of every question, and a judge's grades of them."""
 
     measure = "MT-Bench"
+    answered = False
 
     def check(self, config: Config) -> None:
         if config.judge:

@@ -9,7 +9,8 @@ whole of each task, all linear layers::
 
     python recipes/t5_glue.py --preset paper --task mnli sst2 cola qnli mrpc --method lora lora-over-mpo-r
 
-Your own model and data: a hub id or a folder for the model; a hub id with GLUE's configurations, or a folder with
+Your own model and data: a hub id or a folder for the model, which is an encoder-decoder, a decoder, or an encoder such as BERT,
+which gets a new head and chooses the label instead of writing it; a hub id with GLUE's configurations, or a folder with
 ``train`` and ``dev`` as ``.tsv`` (GLUE's, with a header) or ``.jsonl`` for the data::
 
     python recipes/t5_glue.py --task sst2 --model FOLDER --data FOLDER --lr 3e-4 --targets all-linear
@@ -61,16 +62,17 @@ PUBLISHED = {
 class Config(SharedConfig):
     """The shared settings for an encoder-decoder and one task; the defaults are the laptop preset."""
 
-    task: str = option("cola", "task of GLUE", tuple(TASKS))
-    train_size: int | None = option(3200, "training records; None: all of the task")
-    eval_size: int | None = option(500, "records to evaluate on; None: all of the task")
+    # None stands for what the paper has for the task; ``completed`` fills it in
+    task: str = option("sst2", "task of GLUE", tuple(TASKS))
+    train_size: int | None = option(3200, "training records; None: all of the task")  # type: ignore[assignment]
+    eval_size: int | None = option(500, "records to evaluate on; None: all of the task")  # type: ignore[assignment]
     max_length: int = option(128, "longest prompt in tokens; longer ones are left out, not cut")
     weight_decay: float = option(0.0, "of AdamW")
     targets: str = option("all-linear", "linear layers with adapters, with commas, or all-linear")
     order: int = option(16, "sites of an MPO")
     top_n: int = option(1, "matrices to expand in each group")
-    split: int | None = option(1, "rounds in which MPO_R expands them; None: the paper's for the task")
-    every: int | None = option(10, "steps between two rounds of MPO_R; None: the paper's for the task")
+    split: int | None = option(1, "rounds in which MPO_R expands them; None: the paper's for the task")  # type: ignore[assignment]
+    every: int | None = option(10, "steps between two rounds of MPO_R; None: the paper's for the task")  # type: ignore[assignment]
     max_new_tokens: int = option(8, "longest answer in tokens")
 
     DECIDE_BASE: ClassVar[tuple[str, ...]] = (*SharedConfig.DECIDE_BASE, "task")
@@ -233,6 +235,7 @@ RECIPE = Recipe(
     prompt=prompt,
     answer=lambda record: TASKS[record["task"]].answer(record),
     benchmark=ExactMatch("Accuracy", prompt, grade),
+    choices=lambda config: TASKS[config.task].labels,
     embedded="t5",
     several=("task", "method"),
     paper=paper_figures,

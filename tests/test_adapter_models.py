@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import re
-import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -17,19 +16,24 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tnadapt import (
+    CP,
     MPO,
     SVD,
     LoraOver,
     OverParamAdapter,
+    Static,
     TTLoraLinear,
+    Tucker,
     add_adapters,
     export_peft,
     find_adapters,
     import_peft,
     load_adapters,
     merge_adapters,
+    register_factorization,
     save_adapters,
 )
+from tnadapt.factorizations.base import _FACTORIZATIONS
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -178,7 +182,7 @@ def test_bad_targets_are_refused_and_change_nothing():
     before = [p.requires_grad for p in model.parameters()]
     with pytest.raises(ValueError, match=r"'k_proj' matches none of the 7 linear layers.*layers\.0\.q_proj"):
         add_adapters(model, "k_proj", rank=2)
-    with pytest.raises(ValueError, match="empty list of names matches none"):
+    with pytest.raises(ValueError, match="targets is an empty list of names"):
         add_adapters(model, [], rank=2)
     with pytest.raises(ValueError, match=r"no linear layer called layers\.0, tail"):
         add_adapters(model, ["head", "layers.0", "tail"], rank=2)
@@ -358,11 +362,105 @@ def test_pairs_that_share_a_matrix_are_saved_apart(tmp_path):
     assert torch.equal(third(X), model(X))
 
 
-def test_factorizations_are_not_written_and_that_is_said(tmp_path):
-    model = net()
-    add_adapters(model, "head", rank=2, factorization=SVD())
-    with pytest.warns(UserWarning, match="factorizations of head are not written"):
-        save_adapters(model, tmp_path / "a.safetensors")
+def test_factorizations_survive_files_and_train_as_before(tmp_path):
+    """One for both sides, one for each side, one side alone, explicit sites of several shapes, and none."""
+    ways = {
+        "layers.0.q_proj": MPO(order=3, gauge="identity"),
+        "layers.0.v_proj": {"A": MPO(sites={(3, 12): [(1, 4), (3, 3)]}), "B": CP(order=3)},
+        "layers.1.q_proj": {"B": Tucker()},
+        "layers.1.v_proj": None,
+    }
+    model, file = net(), tmp_path / "a.safetensors"
+    for name, factorization in ways.items():
+        add_adapters(model, [name], rank=3, factorization=factorization)
+    save_adapters(moved(model), file)
+    again = net()
+    loaded = load_adapters(again, file)
+    assert {name: adapter.factorization for name, adapter in loaded.items()} == {
+        name: adapter.factorization for name, adapter in find_adapters(model).items()
+    }
+    assert loaded["layers.0.v_proj"].factorization["B"] == CP(order=3)
+
+    def trained(model):
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        over = LoraOver(model, optimizer, noted_or_svd(model), Static())
+        for _ in range(3):
+            model(X).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return model(X), over.trained_parameters
+
+    def noted_or_svd(model):
+        # the sides without a factorization get the SVD
+        own = {
+            f"{name}.{side}": one for name, a in find_adapters(model).items() for side, one in a.factorization.items()
+        }
+        return lambda matrix: own[matrix.name] or SVD()
+
+    (got, numbers), (expected, same_numbers) = trained(again), trained(model)
+    assert torch.equal(got, expected)
+    assert numbers == same_numbers
+
+
+def test_files_with_and_without_factorizations_load_into_models_with_others(tmp_path):
+    """Only values are read there: a plain run can be gone on with through cores, and the other way round."""
+    for written, there in ((None, MPO(order=3)), (SVD(), None), (SVD(), MPO(order=3))):
+        model, other = net(), net()
+        add_adapters(model, "head", rank=2, factorization=written)
+        save_adapters(moved(model), tmp_path / "a.safetensors")
+        add_adapters(other, "head", rank=2, factorization=there)
+        load_adapters(other, tmp_path / "a.safetensors")
+        assert torch.equal(other(X), model(X))
+        assert other.head.factorization == {"A": there, "B": there}
+
+
+def test_a_factorization_that_is_not_registered_is_one_error_that_names_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(_FACTORIZATIONS, "_classes", dict(_FACTORIZATIONS._classes))
+    file, model = tmp_path / "a.safetensors", net()
+
+    @dataclass(frozen=True, kw_only=True)
+    class OfSomebodyElse(SVD):
+        pass
+
+    add_adapters(model, "head", rank=2, factorization={"A": OfSomebodyElse()})
+    save_adapters(model, file)
+    fresh = net()
+    message = "^head: its settings in .*a.safetensors make no OverParamAdapter: factorization 'OfSomebodyElse' is unknown; .*register_factorization"
+    with pytest.raises(ValueError, match=message):
+        load_adapters(fresh, file)
+    assert type(fresh.head) is nn.Linear
+    assert all(p.requires_grad for p in fresh.parameters())
+    register_factorization(OfSomebodyElse)
+    assert load_adapters(fresh, file)["head"].factorization == {"A": OfSomebodyElse(), "B": None}
+
+
+def test_factorizations_that_a_file_has_garbled_are_refused(tmp_path):
+    model, file = net(), tmp_path / "a.safetensors"
+    add_adapters(model, "head", rank=2)
+    save_adapters(model, file)
+    tensors = load_file(file)
+    for noted, message in (
+        ("MPO", "factorization='MPO' has no entries for the sides"),
+        ({"C": SVD().to_dict()}, "an entry for 'C'"),
+        ({"A": {"type": "MPO", "odrer": 3}}, "MPO has no setting odrer"),
+        ({"A": None}, "a factorization is rebuilt from what its to_dict"),
+        ({"A": MPO(sites=[(3, 1), (4, 2)]).to_dict()}, "the factorization of A does not fit its 2x12 matrix"),
+    ):
+        settings = {"rank": 2, "scaling": 1.0, "dropout": 0.0, "factorization": noted}
+        about = json.dumps({"kind": "OverParamAdapter", "layers": {"head": settings}})
+        header = {"format": "tnadapt.adapters", "version": "1", "about": about}
+        save_file(tensors, tmp_path / "bad", metadata=header)
+        with pytest.raises(ValueError, match=f"^head: its settings in .*bad make no OverParamAdapter: .*{message}"):
+            load_adapters(net(), tmp_path / "bad")
+
+
+def test_stock_peft_loads_an_export_of_adapters_with_factorizations(tmp_path):
+    model = llama()
+    add_adapters(model, "q_proj", rank=2, alpha=4, factorization={"A": MPO(order=3), "B": SVD()})
+    add_adapters(model, "v_proj", rank=2, alpha=4)
+    export_peft(moved(model), tmp_path)
+    loaded = peft.PeftModel.from_pretrained(llama(), str(tmp_path)).eval()
+    assert torch.allclose(logits(loaded), logits(model), atol=1e-5)
 
 
 def test_files_that_do_not_fit_are_refused_and_change_nothing(tmp_path):
@@ -617,27 +715,3 @@ def test_examples_of_the_pages_run(page, tmp_path, monkeypatch):
     assert blocks, f"{page} has no example"
     for block in blocks:
         exec(compile(block, page, "exec"), namespace)
-
-
-def test_benchmark_of_the_layers_runs(tmp_path, monkeypatch, capsys):
-    pytest.importorskip("rich")
-    pytest.importorskip("tqdm")
-    monkeypatch.syspath_prepend(str(DOCS.parent / "benchmarks"))
-    layers = importlib.import_module("layers")
-    arguments = ["layers.py", "--quick", "--threads", str(torch.get_num_threads()), "--output", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", arguments)
-    layers.main()
-    found = json.loads((tmp_path / "layers.json").read_text())
-    rows = {row["variant"]: row for row in found["rows"]}
-    assert list(rows) == [
-        "LoRA",
-        "α-LoRA, T = 20",
-        "α-LoRA, T = 1",
-        "TT-LoRA, 2 + 2 modes",
-        "TT-LoRA, 3 + 3 modes",
-    ]
-    assert found["provenance"]["packages"]["torch"]
-    assert all(row["peak_bytes"] > 0 and row["seconds"] > 0 for row in rows.values())
-    assert rows["LoRA"]["step_ratio"] == 1
-    assert rows["α-LoRA, T = 20"]["trained_parameters"] > rows["LoRA"]["trained_parameters"]
-    assert "<!-- layers -->" in capsys.readouterr().out

@@ -65,7 +65,7 @@ def test_ranks_of_scaling_leave_no_threads(tmp_path):
 import sys
 from pathlib import Path
 import scaling
-scaling.ddp_worker(0, 1, sys.argv[1], 1, True)
+scaling.ddp_worker(0, 1, sys.argv[1], "ranks", 1, True)
 print(sorted(file.read_text().strip() for file in Path("/proc/self/task").glob("*/comm")))
 """
     done = subprocess.run(
@@ -133,9 +133,90 @@ def test_stopwatch_leaves_inner_phases_out(load):
     assert dict(watch.seconds) == {"outer": 1.0 + 3.0, "inner": 2.0}
 
 
+def test_step_overhead(load, monkeypatch, tmp_path, capsys):
+    pytest.importorskip("peft")
+    script = load("step_overhead")
+    variants = ["plain", "mpo", "α-lora", "tt-lora, 2 + 2 modes", "tt-lora, 3 + 3 modes", "full", "opf"]
+    options = ["--case", "t5-tiny", "--threads", "1", "--repeats", "2", "--warmup", "1", "--output", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["step_overhead.py", *options, "--variants", *variants])
+    threads = torch.get_num_threads()
+    try:
+        script.main()
+    finally:
+        torch.set_num_threads(threads)
+    rows = {row["variant"]: row for row in result(tmp_path / "step_overhead-t5-tiny.json")["rows"]}
+    alpha = ["between α's steps", "T = 20", "T = 20, by mini-batch"]
+    assert list(rows) == [*variants[:2], *(f"α-lora, {row}" for row in alpha), *variants[3:]]
+    assert rows["plain"]["ratio"] == 1
+    assert rows["opf"]["beside"] == "full"
+    # numbers that are trained, their two moments, and for full fine-tuning and OPF the weights themselves
+    numbers = {name: row["trained_parameters"] for name, row in rows.items()}
+    kept = {name: row["kept_bytes"] / 4 for name, row in rows.items()}
+    for name in ("plain", "α-lora, T = 20", *variants[3:6]):
+        assert kept[name] == pytest.approx(3 * numbers[name], rel=0.1)
+    # the cores' contractions are kept, too (docs/performance.md), and a copy of the weights
+    assert kept["opf"] >= 3 * numbers["opf"] + numbers["full"]
+    assert all(row["peak_bytes"] > 0 for row in rows.values())
+    # scaling where the outputs lie takes nothing; α's own step keeps them
+    assert rows["α-lora, between α's steps"]["peak_bytes"] == pytest.approx(rows["plain"]["peak_bytes"], rel=0.02)
+    assert rows["α-lora, T = 20"]["peak_bytes"] > rows["plain"]["peak_bytes"]
+    assert "goal: α-lora, T = 20, by mini-batch, at most 1.05" in capsys.readouterr().out
+
+
+def test_three_modes_of_step_overhead(load):
+    modes = load("step_overhead").three_modes
+    assert [modes(n) for n in (768, 3072, 64, 7, 1)] == [(8, 8, 12), (12, 16, 16), (4, 4, 4), (1, 1, 7), (1, 1, 1)]
+
+
+def test_gauges(load, monkeypatch, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    gauges = load("gauges")
+    run(gauges, monkeypatch, "--output", str(tmp_path))
+    rows = result(tmp_path / "gauge_updates.json")["rows"]
+    assert {row["gauge"] for row in rows} == set(gauges.GAUGES)
+    assert all(len(row["update"]) == 20 and min(row["update"]) > 0 for row in rows)
+    # from W = 0 the first update of the gauge svd is plain LoRA's: the core that moves is the matrix in a frame
+    first = {(row["gauge"], row["start"], row["gradient"]): row["update"][0] for row in rows}
+    assert math.isclose(first["svd", "zero", "steady"], 1.0, rel_tol=1e-3)
+    assert (tmp_path / "gauges.png").stat().st_size > 0
+    assert "| 2, `gradient` |" in capsys.readouterr().out
+
+
 def test_import_time(load, monkeypatch, tmp_path, capsys):
     import_time = load("import_time")
     run(import_time, monkeypatch, "--output", str(tmp_path))
     rows = result(tmp_path / "import_time.json")["rows"]
     assert all(series["quartiles"][0] <= series["quartiles"][1] for series in rows.values())
     assert "<!-- import-time -->" in capsys.readouterr().out
+
+
+def test_the_page_on_scale_has_the_numbers_of_its_results(load):
+    at_scale = load("at_scale")
+    found, page = result(BENCHMARKS / "results" / "at_scale.json"), at_scale.PAGE.read_text(encoding="utf-8")
+    blocks = {
+        "models": at_scale.model_table(found["plans"]),
+        "plans": at_scale.plan_table(found["plans"]),
+        "measured": at_scale.measured_table(found["measurements"]),
+    }
+    assert at_scale.renewed(page, blocks) == page
+    assert {row["ranks"] for row in found["measurements"]} == {1, 2, 4}
+    for row in found["measurements"]:
+        assert row["ratio"] == pytest.approx(1.0, abs=0.05)
+        assert row["sent"] == row["formula_sent"]
+    with pytest.raises(ValueError, match="lacks the marks <!-- plans -->"):
+        at_scale.renewed(page.replace("<!-- plans -->", ""), blocks)
+
+
+@pytest.mark.slow
+def test_plans_at_scale_and_what_ranks_allocate_and_send(load, monkeypatch, tmp_path):
+    pytest.importorskip("peft")
+    at_scale = load("at_scale")
+    page = tmp_path / "page.md"
+    page.write_text("".join(f"<!-- {name} -->\n<!-- /{name} -->\n" for name in ("models", "plans", "measured")))
+    run(at_scale, monkeypatch, "--output", str(tmp_path), "--page", str(page))
+    found = result(tmp_path / "at_scale.json")
+    assert len(found["plans"]) == 6
+    for row in found["measurements"]:
+        assert row["ratio"] == pytest.approx(1.0, abs=0.05)
+        assert row["sent"] == row["formula_sent"]
+    assert at_scale.plan_table(found["plans"]) in page.read_text()

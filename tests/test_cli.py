@@ -77,10 +77,9 @@ def rounds() -> TaylorRuntime:
 
 
 def test_help_needs_nothing_but_the_package():
-    """The parser brings in none of what commands need."""
+    """The parser brings in none of what commands need, torch least of all; so the command starts at once."""
     script = """
 import sys
-import tnadapt
 before = set(sys.modules)
 from tnadapt.cli import main
 try:
@@ -91,7 +90,7 @@ print(sorted(name for name in set(sys.modules) - before if name.split(".")[0] no
 """
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
     assert "plan" in result.stdout
-    assert result.stdout.strip().splitlines()[-1] == "['tnadapt.cli']"
+    assert result.stdout.strip().splitlines()[-1] == "['tnadapt', 'tnadapt.cli']"
 
 
 # -- plan ------------------------------------------------------------------------------------------------------------------
@@ -148,7 +147,16 @@ def test_plan_is_that_of_the_library(capsys, config, options, factorization):
     )
     assert [row["growth"] for row in found["rows"]] == [row.structure.expansion for row in expected.rows]
     cores = sum(row["expanded"] * row["parameters"] for row in found["rows"])
-    assert found["core_memory_bytes"] == 16 * cores
+    assert found["costs"]["memory_bytes"]["cores"] == 4 * cores
+
+
+def test_costs_on_several_ranks(capsys, config):
+    options = ["--order", 5, "--ranks", 4, "--engine", "fsdp2", "--shard", "--tokens-per-step", 64]
+    command = ["plan", config, *options, "--decompose-gflops", 2]
+    found = json.loads(said(capsys, *command, "--json"))["costs"]
+    assert (found["ranks"], found["engine"], found["shard"], found["tokens_per_step"]) == (4, "fsdp2", True, 64)
+    assert found["expansion"]["rate"] == 2e9
+    assert "4 ranks, FSDP2, each matrix's cores on one rank:" in said(capsys, *command)
 
 
 def test_plan_of_explicit_sites(capsys, config):
@@ -174,6 +182,8 @@ def test_every_linear_layer_is_the_default(capsys, config):
         (["--factorization", '{"type": "MPO", "order": 3}', "--order", "4"], "order is given twice"),
         (["--order", "4", "--rank", "0"], "--rank 0 must be at least 1"),
         (["--order", "4", "--top-n", "0"], "top_n=0 must be at least 1"),
+        (["--order", "4", "--ranks", "0"], "ranks=0: give a whole number"),
+        (["--order", "4", "--tokens-per-step", "-1"], "tokens_per_step=-1: give a whole number"),
         (["--order", "4", "--targets", "nothing"], "nothing"),
     ],
 )

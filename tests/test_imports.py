@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -23,9 +24,9 @@ LAYERS = [
     {"row_rescale", "tt_lora"},
     {"schedulers"},
     {"testing"},
-    {"finders", "assignment"},
+    {"finders", "assignment", "counting"},
     {"engine"},
-    {"state"},
+    {"state", "costs"},
     {"lora_over", "planning"},
     {"card"},
     {"integrations", "pictures"},
@@ -84,6 +85,34 @@ OPTIONAL = [
     "transformers", "peft", "accelerate", "datasets", "trl", "safetensors", "bitsandbytes", "tensorly", "tensornetwork",
     "matplotlib", "rich", "scipy", "jaxtyping", "torch.distributed.tensor", "torch.distributed.checkpoint",
 ]  # fmt: skip
+
+
+def test_names_are_imported_when_they_are_asked_for():
+    """`import tnadapt` brings not even torch; a name or a module of the package then brings what it needs."""
+    script = """
+import sys
+import tnadapt
+assert set(tnadapt.__all__) <= set(dir(tnadapt))
+print("torch" in sys.modules)
+assert tnadapt.matrices.find_lora_matrices is tnadapt.find_lora_matrices
+print("torch" in sys.modules)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=PACKAGE.parent
+    )
+    assert result.stdout.split() == ["False", "True"]
+    with pytest.raises(AttributeError, match="no attribute 'LoraOvr'"):
+        tnadapt.LoraOvr  # noqa: B018
+
+
+def test_type_checkers_see_the_names_that_python_finds():
+    """The imports under TYPE_CHECKING, the table of modules and `__all__` are one list."""
+    source = ast.parse(Path(tnadapt.__file__).read_text(encoding="utf-8"))
+    [block] = [node for node in source.body if isinstance(node, ast.If)]
+    typed = {alias.name: node.module for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert typed.keys() == set(tnadapt.__all__)
+    for name, module in typed.items():
+        assert getattr(tnadapt, name) is getattr(importlib.import_module(module), name), f"{name} is not {module}'s"
 
 
 def test_the_package_needs_torch_alone():

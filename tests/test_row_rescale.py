@@ -90,6 +90,38 @@ def test_output_is_that_of_the_scaled_weight_and_the_same_bias(d_in, d_out, batc
     assert torch.allclose(model(x).double(), expected, rtol=0, atol=DTYPES[dtype] * 4)
 
 
+@given(
+    batch=st.lists(st.integers(1, 3), max_size=3),
+    dtype=st.sampled_from(list(DTYPES)),
+    bias=st.booleans(),
+)
+def test_gradient_of_the_input_is_that_of_the_scaled_weight(batch, dtype, bias):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 4, bias=bias, dtype=dtype)).requires_grad_(False)
+    alpha = scattered(RowRescale(model, EVERY_LAYER)).alphas["0"]
+    x = torch.randn(*batch, 5, dtype=dtype, requires_grad=True)
+    direction = torch.randn(*batch, 4, dtype=dtype)
+    (got,) = torch.autograd.grad((direction * model(x).tanh()).sum(), x)
+    y = nn.functional.linear(
+        x.double(), alpha.double()[:, None] * model[0].weight.double(), model[0].bias.double() if bias else None
+    )
+    (expected,) = torch.autograd.grad((direction.double() * y.tanh()).sum(), x)
+    assert torch.allclose(got.double(), expected.double(), rtol=0, atol=DTYPES[dtype] * 4)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_scaling_takes_no_memory_between_the_steps_of_alpha(bias):
+    """The output of the layer is scaled where it lies. A step of α keeps it, since the gradient of α needs it."""
+    model = net(bias=bias)
+    outputs = []
+    model.second.register_forward_hook(lambda layer, inputs, output: outputs.append(output))
+    rescale = scattered(RowRescale(model, "second", optimizer=sgd()))
+    x = X.clone().requires_grad_()
+    assert model(x).data_ptr() == outputs[-1].data_ptr()
+    rescale.step(lambda: outputs.append(model(x)) or outputs[-1].sum())
+    assert outputs[-1].data_ptr() != outputs[-2].data_ptr()
+
+
 @given(seed=st.integers(0, 100), bias=st.booleans())
 def test_gradient_of_alpha_equals_autograd_through_the_scaled_weight(seed, bias):
     model = net(bias=bias)
@@ -624,6 +656,9 @@ def test_states_of_other_runs_are_refused_and_change_nothing():
         (net(), {"targets": "third"}, "'third' matches none of the 2 linear layers, whose names look like first, second"),
         (net(), {"targets": ["first", "third"]}, "no linear layer called third"),
         (net(), {"targets": []}, "an empty list"),
+        (net(), {"targets": "("}, r"targets='\(' is not a regular expression"),
+        (nn.Sequential(nn.Conv1d(2, 2, 1)).requires_grad_(False), {"targets": "0"}, "the model has no linear layers"),
+        (net(), {"targets": "first", "optimizer": "adamw"}, "optimizer is a str; give a function that makes"),
         (net(), {"targets": ["first", "first"]}, "names first more than once"),
         (net(), {"targets": "first", "every": 0}, "every=0: the period"),
         (net(), {"targets": "first", "every": True}, "every=True"),
@@ -637,6 +672,18 @@ def test_bad_arguments_are_refused_and_change_nothing(model, options, message):
     with pytest.raises(ValueError, match=message):
         RowRescale(model, **options)
     assert not any(m._forward_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("targets", [3, [3], [nn.Linear(2, 2)]])
+def test_targets_that_are_no_names_are_refused(targets):
+    with pytest.raises(TypeError, match="give a regular expression or names of linear layers, which look like first"):
+        RowRescale(net(), targets)
+
+
+def test_a_weight_without_values_is_not_merged():
+    rescale = RowRescale(net().to("meta"), "first")
+    with pytest.raises(TypeError, match="first: its weight is on the meta device and has no values; load the weights"):
+        rescale.merge()
 
 
 def test_a_layer_has_one_alpha():
@@ -674,6 +721,9 @@ def test_steps_that_cannot_work_are_errors_and_change_nothing():
         (lambda: net()(X).sum(), RuntimeError, "does not depend on any α"),
         (lambda: model(X * float("nan")).sum(), RuntimeError, "gradient of α of first is not finite"),
         (broken, KeyError, "no batch"),
+        (model(X).sum(), TypeError, "a function that draws a mini-batch and returns its loss, got a Tensor"),
+        (lambda: 1.0, TypeError, "returned a float; it has to return the loss"),
+        (lambda: model(X), TypeError, r"returned a tensor of shape \(6, 4\)"),
     ):
         with pytest.raises(error, match=message):
             rescale.step(loss)

@@ -59,8 +59,11 @@ def full_weights(which: str | None = None) -> Finder:
 
     Args:
         which: a regular expression that is searched for in the path of the layer; None for every linear layer.
+
+    Raises:
+        TypeError, ValueError: `which` is not a regular expression.
     """
-    pattern = re.compile(which or "")
+    pattern = _pattern("full_weights", "" if which is None else which)
 
     def find(model: nn.Module) -> Iterator[Found]:
         for path, module in model.named_modules():
@@ -93,8 +96,12 @@ def embedding_lora(model: nn.Module) -> Iterator[Found]:
 
 
 def named_parameters(which: str) -> Finder:
-    """Parameters of at least two dimensions, by a regular expression that is searched for in their canonical names."""
-    pattern = re.compile(which)
+    """Parameters of at least two dimensions, by a regular expression that is searched for in their canonical names.
+
+    Raises:
+        TypeError, ValueError: `which` is not a regular expression.
+    """
+    pattern = _pattern("named_parameters", which)
 
     def find(model: nn.Module) -> Iterator[Found]:
         for path, module in model.named_modules():
@@ -122,22 +129,31 @@ def collect(
     """The matrices that a finder finds, by name; for None LoRA's, and the LoRA weights that cannot be expanded.
 
     Raises:
-        TypeError: the finder gives something else than `Found`.
-        ValueError: a name or a parameter twice, a parameter that is not there, is frozen or has fewer than two dimensions.
+        TypeError: the finder is no function, or gives something else than `Found`.
+        ValueError: nothing is found; a name or a parameter twice; a parameter that is not there, is frozen, has no values yet, is
+            not real floating point or has fewer than two dimensions.
     """
     if finder is None:
         return find_lora_matrices(model, groups)
     matrices: dict[str, TrainedMatrix] = {}
     names: dict[int, str] = {}
-    for found in finder(model):
+    for found in _given(finder, model):
         if not isinstance(found, Found):
             raise TypeError(
                 f"the finder gave a {type(found).__name__}; it must give tnadapt.finders.Found(name, owner, attribute)"
             )
+        if not isinstance(found.name, str) or not found.name:
+            raise TypeError(f"the finder gave a matrix the name {found.name!r}; a name is a string that is not empty")
         parameter = getattr(found.owner, found.attribute, None)
         where = f"{type(found.owner).__name__}.{found.attribute}"
         if not isinstance(parameter, nn.Parameter):
             raise ValueError(f"{found.name}: {where} is not a parameter; name an attribute of its owner that is one")
+        if isinstance(parameter, nn.UninitializedParameter):
+            raise ValueError(f"{found.name} has no values yet: {where} is lazy; call the model once before")
+        if not parameter.is_floating_point():
+            raise ValueError(
+                f"{found.name} is {parameter.dtype}; only real floating-point matrices have cores: leave it out"
+            )
         if parameter.dim() < 2:
             raise ValueError(
                 f"{found.name} has the shape {tuple(parameter.shape)}; only matrices can be factorized: leave it out"
@@ -147,14 +163,43 @@ def collect(
         if found.name in matrices:
             raise ValueError(f"the finder gave the name {found.name} twice; names are unique in a model")
         if id(parameter) in names:
-            raise ValueError(f"the finder gave {names[id(parameter)]} twice, the second time as {found.name}")
+            raise ValueError(
+                f"the finder gave {names[id(parameter)]} twice, the second time as {found.name}; a parameter that layers share "
+                "is trained once: leave one of the two out"
+            )
         names[id(parameter)] = found.name
         module = found.name.rpartition(".")[0]
         layer = next((int(part) for part in found.name.split(".") if part.isdigit()), None)
         matrix = TrainedMatrix(found.name, found.kind, "", module, layer, found.owner, found.attribute, parameter)
         matrix.group = groups(matrix) if groups is not None else found.group or default_group(matrix)
         matrices[found.name] = matrix
+    if not matrices:
+        raise ValueError(
+            "the finder found nothing to train through cores in the model; look at the names that it searches for, and at what "
+            "is frozen (requires_grad)"
+        )
     return matrices, []
+
+
+def _given(finder: Finder, model: nn.Module) -> Iterable[Found]:
+    given = finder(model) if callable(finder) else None
+    if not isinstance(given, Iterable):
+        raise TypeError(
+            f"matrices={finder!r}: give a finder, a function of the model that gives tnadapt.finders.Found(name, owner, attribute) "
+            "for each parameter, such as tnadapt.finders.full_weights()"
+        )
+    return given
+
+
+def _pattern(finder: str, which: str) -> re.Pattern[str]:
+    if not isinstance(which, str):
+        raise TypeError(
+            f"{finder} takes a regular expression, got a {type(which).__name__}; it makes the finder: matrices={finder}(...)"
+        )
+    try:
+        return re.compile(which)
+    except re.error as error:
+        raise ValueError(f"{finder}({which!r}): not a regular expression ({error})") from error
 
 
 def _active(module: nn.Module, pair: Any) -> Iterator[tuple[str, str, Any]]:

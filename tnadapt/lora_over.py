@@ -24,6 +24,7 @@ from tnadapt.engine import (
     CoreRates,
     Event,
     Expanded,
+    Roster,
     Step,
     check_factorization,
     check_matrices,
@@ -32,6 +33,7 @@ from tnadapt.engine import (
     check_scheduler,
     checked_choice,
     is_elementwise,
+    ranks,
     shown,
     unwrap,
 )
@@ -108,6 +110,9 @@ class LoraOver:
             and not its size, so rates carry over from plain LoRA and between orders.
         groups: gives a matrix the group it is ranked in, see `default_group`.
         process_group: ranks that train the same matrices; None for all.
+        shard: deal the cores out over these ranks: each expanded matrix has an owner that alone holds, steps and refolds its
+            cores, and sends the refolded matrix in every step. Memory for cores falls as one over the ranks. `consolidate()`
+            then comes before `state_dict()`; on one rank it changes nothing.
         replace: whether to detach a `LoraOver` that is attached to these matrices, or to this optimizer, already.
 
     Raises:
@@ -131,6 +136,7 @@ class LoraOver:
         matched: bool = False,
         groups: Callable[[TrainedMatrix], str] | None = None,
         process_group: Any = None,
+        shard: bool = False,
         replace: bool = False,
     ) -> None:
         scheduler = Static() if scheduler is None else scheduler
@@ -171,10 +177,12 @@ class LoraOver:
         self._functions = [name for name, given in (("groups", groups), ("matrices", matrices)) if given is not None]
         self.process_group = process_group
         self.rates = CoreRates(core_lr, core_weight_decay, max_update, matched)
-        self._expanded = Expanded(found, inner, is_elementwise(inner), handover == "warm", process_group)
+        self._expanded = Expanded(found, inner, is_elementwise(inner), handover == "warm", process_group, shard)
         self._expanded.wait(chosen, 0)
         self._step: Step | None = Step(inner, self._expanded, scheduler, self.rates, skipped)
         self._staged: dict[str, Any] | None = None
+        #: what was expanded when `consolidate` ran last, and the cores of all ranks
+        self._consolidated: tuple[Roster, dict[str, Any]] | None = None
         #: the step of the state that was loaded last
         self._loaded_step = 0
         # the mark of a checkpoint of a LoraOver, which the optimizer read while none was attached
@@ -243,6 +251,7 @@ class LoraOver:
             "max_update": self.rates.max_update,
             "matched": self.rates.matched,
             "handover": self.handover,
+            "shard": self._expanded.shard,
             "functions": list(self._functions),
         }
 
@@ -297,13 +306,7 @@ class LoraOver:
     def changed_outside(self) -> tuple[str, ...]:
         """Names of expanded matrices that hold something else than what their cores fold to, because somebody wrote them
         (`load_best_model_at_end`, a hand edit). Waits for the device."""
-        return tuple(
-            matrix.name
-            for cohort in self._expanded.now.cohorts
-            if (flags := cohort.edited()) is not None
-            for matrix, flag in zip(cohort.matrices, flags.tolist(), strict=True)
-            if flag
-        )
+        return tuple(self._expanded.edited(self._expanded.now.cohorts))
 
     def __repr__(self) -> str:
         how = f"{len(self.expanded)} of {len(self.matrices)} matrices expanded" if self.attached else "folded"
@@ -404,9 +407,39 @@ class LoraOver:
 
         It rides in `optimizer.state_dict()` too, under the key "tnadapt": attach first and load afterwards, since an
         optimizer without `LoraOver` drops what it does not know. Tensors are references, as in torch's own.
+
+        Raises:
+            RuntimeError: cores are dealt out over ranks, and `consolidate()` has not run since the last step.
         """
         self.recover()
-        return states.saved(self._expanded, self.scheduler, self.rates)
+        cores = self._cores()
+        if cores is None:
+            raise RuntimeError(
+                f"the cores are dealt out over {ranks.position(self.process_group)[1]} ranks, and state_dict() asks no other rank: "
+                "call consolidate() on every rank after the step, then state_dict() where it is saved (LoraOverCallback does it "
+                "before Trainer saves)"
+            )
+        return states.saved(self._expanded, self.scheduler, self.rates, cores)
+
+    def _cores(self) -> dict[str, Any] | None:
+        """Of all ranks; None where these were not brought together since the last step."""
+        if not self._expanded.now.owners:
+            return self._expanded.state_dict()
+        if self._consolidated is None or self._consolidated[0] is not self._expanded.now:
+            return None
+        return self._consolidated[1]
+
+    def consolidate(self, to: int | None = None) -> None:
+        """Bring the cores of all ranks together in the memory of the CPU, so that `state_dict()` has them until the next step.
+        Each rank must call it, between steps. It does nothing where every rank holds all cores.
+
+        Args:
+            to: the rank that saves; None for all. Others get a state that cannot be loaded.
+        """
+        self.recover()
+        if self._expanded.now.owners:
+            here = ranks.position(self.process_group)[0]
+            self._consolidated = self._expanded.now, self._expanded.collected(to is None or to == here)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` gave. Load the adapter before or after: agreement is checked at the next step.
@@ -439,7 +472,11 @@ class LoraOver:
         if self._step is not None:
             self._step.fill_missing(optimizer_state)
         groups = [dict(group) for group in optimizer_state["param_groups"]]
-        if not _asked_by_dcp():
+        # ranks, and whoever reads what DCP has written, want the same keys
+        by_dcp = _asked_by_dcp()
+        if by_dcp and self._cores() is None:
+            return optimizer_state  # DCP drops what it does not know: the cores are in Checkpointed(over)
+        if not by_dcp and not (dist.is_available() and dist.is_initialized()):
             # an optimizer without LoraOver drops what it does not know, but for what is in groups
             groups[0][STATE_KEY] = True
         return {**optimizer_state, "param_groups": groups, STATE_KEY: self.state_dict()}
@@ -492,13 +529,13 @@ class _WrappedLoading:
 
 
 def _asked_by_dcp() -> bool:
-    """Whether torch.distributed.checkpoint is asking for a state, which wants the same keys from whoever reads and writes one."""
+    """Whether torch.distributed.checkpoint is asking for a state."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_globals.get("__name__", "").startswith("torch.distributed.checkpoint"):
             return True
         frame = frame.f_back
-    return dist.is_available() and dist.is_initialized()
+    return False
 
 
 def _refuse_copy(memo: Any) -> Any:

@@ -6,11 +6,13 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from tnadapt.assignment import FactorizationArgument, assign_factorizations
+from tnadapt.costs import Alike, Costs, ModelSize, costs_of
 from tnadapt.engine import check_factorization, check_scheduler
-from tnadapt.factorizations import Structure
+from tnadapt.factorizations import Factorization, Structure
 from tnadapt.finders import Finder, collect
 from tnadapt.matrices import Skipped, TrainedMatrix
 from tnadapt.schedulers import Scheduler, by_group
@@ -23,21 +25,28 @@ _LITTLE_GAIN = 1.1
 
 @dataclass(frozen=True)
 class PlanRow:
-    """Matrices of one group and shape.
+    """Matrices of one group, shape and dtype.
 
     Attributes:
         group: the group they are ranked in.
         count: how many there are.
         expanded: how many would be expanded.
         structure: what each would become.
-        label: of the factorization that makes it.
+        factorization: what makes it.
+        dtype: of the matrices.
     """
 
     group: str
     count: int
     expanded: int
     structure: Structure
-    label: str
+    factorization: Factorization
+    dtype: torch.dtype
+
+    @property
+    def label(self) -> str:
+        """Of the factorization."""
+        return self.factorization.label
 
     @property
     def lora_parameters(self) -> int:
@@ -53,10 +62,17 @@ class PlanRow:
 
 @dataclass(frozen=True)
 class Plan:
-    """The table that `plan` makes; `print` it."""
+    """The table that `plan` makes; `print` it.
+
+    Attributes:
+        rows: matrices that are alike.
+        skipped: LoRA weights that are left as they are, with the reason.
+        model: the size of the model with its adapters.
+    """
 
     rows: tuple[PlanRow, ...]
     skipped: tuple[Skipped, ...]
+    model: ModelSize
 
     @property
     def lora_parameters(self) -> int:
@@ -67,6 +83,41 @@ class Plan:
     def trained_parameters(self) -> int:
         """Numbers trained at the end, cores in place of the expanded matrices."""
         return sum(row.trained_parameters for row in self.rows)
+
+    def costs(
+        self,
+        *,
+        ranks: int = 1,
+        engine: str = "ddp",
+        shard: bool = False,
+        tokens_per_step: int | None = None,
+        optimizer_state: int = 2,
+        decompose_rate: float | None = None,
+    ) -> Costs:
+        """Memory of a rank, what is sent in a step, its arithmetic, and the time to expand.
+
+        Args:
+            ranks: ranks that train together.
+            engine: `"ddp"`, where each rank holds the model, or `"fsdp2"`, where parameters, gradients and optimizer state are
+                sharded.
+            shard: whether each expanded matrix has an owner that alone holds and steps its cores.
+            tokens_per_step: of one optimizer step, over all ranks and micro-batches; None leaves the model's arithmetic out.
+            optimizer_state: numbers that the optimizer keeps for each that it steps: 2 for Adam, 1 for SGD with momentum.
+            decompose_rate: flops in a second of singular value decompositions in float64 on the CPU; None measures it here.
+
+        Raises:
+            ValueError: an unknown engine, or a number that is too small.
+        """
+        return costs_of(
+            [Alike(row.expanded, row.factorization, row.structure, row.dtype) for row in self.rows],
+            self.model,
+            ranks=ranks,
+            engine=engine,
+            shard=shard,
+            tokens_per_step=tokens_per_step,
+            optimizer_state=optimizer_state,
+            decompose_rate=decompose_rate,
+        )
 
     @property
     def advice(self) -> tuple[str, ...]:
@@ -131,7 +182,8 @@ def plan(
     groups: Callable[[TrainedMatrix], str] | None = None,
     matrices: Finder | None = None,
 ) -> Plan:
-    """What training through cores would make of the matrices of `model`, which may be on the meta device.
+    """What training through cores would make of the matrices of `model`, which may be on the meta device. `plan(...).costs(ranks=8)`
+    says what it needs.
 
     Args:
         factorization: as for `LoraOver`.
@@ -156,18 +208,42 @@ def plan(
     limit, chosen = _choice(top_n, found)
     rows: list[PlanRow] = []
     for group, members in by_group(found).items():
-        counts: dict[tuple[Structure, str], list[TrainedMatrix]] = {}
+        counts: dict[tuple[Structure, Factorization, torch.dtype], list[TrainedMatrix]] = {}
         for matrix in members:
             one = matrix.factorization
             assert one is not None
-            counts.setdefault((one.structure(matrix.shape), one.label), []).append(matrix)
+            counts.setdefault((one.structure(matrix.shape), one, matrix.parameter.dtype), []).append(matrix)
         budget = len(members) if limit is None else limit
-        for (structure, label), alike in counts.items():
+        for (structure, factor, dtype), alike in counts.items():
             candidates = len(alike) if chosen is None else sum(matrix.name in chosen for matrix in alike)
             expanded = min(candidates, budget)
             budget -= expanded
-            rows.append(PlanRow(group, len(alike), expanded, structure, label))
-    return Plan(tuple(rows), tuple(Skipped(s.name, s.reason, s.is_left_out) for s in skipped))
+            rows.append(PlanRow(group, len(alike), expanded, structure, factor, dtype))
+    return Plan(tuple(rows), tuple(Skipped(s.name, s.reason, s.is_left_out) for s in skipped), _size(model))
+
+
+def _size(model: nn.Module) -> ModelSize:
+    """Numbers and bytes of the model. A weight that several modules share is multiplied by in each, and stored once."""
+    multiplied = {True: 0, False: 0}
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            continue
+        for name, parameter in module.named_parameters(recurse=False):
+            if isinstance(module, nn.Linear) and name == "weight":
+                # a quantized weight holds several numbers in one
+                multiplied[parameter.requires_grad] += module.in_features * module.out_features
+            elif parameter.dim() > 1:
+                multiplied[parameter.requires_grad] += parameter.numel()
+    parameters = list(model.parameters())
+    trained = [p for p in parameters if p.requires_grad]
+    trained_bytes = sum(p.numel() * p.dtype.itemsize for p in trained)
+    return ModelSize(
+        frozen=multiplied[False],
+        trained=multiplied[True],
+        frozen_bytes=sum(p.numel() * p.dtype.itemsize for p in parameters) - trained_bytes,
+        trained_numbers=sum(p.numel() for p in trained),
+        trained_bytes=trained_bytes,
+    )
 
 
 def _choice(top_n: int | Scheduler | None, matrices: dict[str, TrainedMatrix]) -> tuple[int | None, set[str] | None]:

@@ -6,22 +6,20 @@ Source: El Firdoussi, Chayti, Seddik, Jaggi, *α-LoRA: Effective Fine-Tuning via
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tnadapt.adapter.base import LinearAdapter
 from tnadapt.adapter.files import named, read_tensors, write_tensors
+from tnadapt.adapter.targets import BaseLayer, base_layers, chosen_names
 from tnadapt.factorizations import core_dtype
 from tnadapt.factorizations.structure import is_count
-from tnadapt.matrices import canonical_name
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -71,7 +69,7 @@ class RowRescale:
         self._layers = _chosen(model, targets)
         self.model, self.every, self.steps = model, every, 0
         self.alphas = {name: _ones(layer.module) for name, layer in self._layers.items()}
-        self.optimizer = None if optimizer is None else _checked(optimizer(list(self.alphas.values())), self.alphas)
+        self.optimizer = None if optimizer is None else _made(optimizer, self.alphas)
         self._ended: str | None = None
         self._hooks = [
             layer.module.register_forward_hook(_Scaling(self.alphas[name], layer.owner))
@@ -95,12 +93,7 @@ class RowRescale:
                 otherwise as the class. Nothing is changed.
         """
         values, _ = read_tensors(file, _KIND)
-        for name, layer in _chosen(model, list(values)).items():
-            if values[name].shape != (layer.module.out_features,):
-                raise ValueError(
-                    f"α of {name} has shape {tuple(values[name].shape)} in {file}, but the layer has "
-                    f"{layer.module.out_features} rows"
-                )
+        _check_shapes(values, _chosen(model, list(values)), f"in {file}")
         rescale = cls(model, list(values), optimizer=optimizer, every=every)
         rescale._set(values)
         return rescale
@@ -122,7 +115,8 @@ class RowRescale:
 
         Raises:
             RuntimeError: α is merged, removed or has no optimizer; the loss does not depend on α; its gradient is not finite.
-                α and the count of steps are as before.
+            TypeError: `loss_fn` is no function, or returns something else than a loss. α and the count of steps are as before,
+                after any error.
         """
         self._require_attached("step")
         if self.optimizer is None:
@@ -133,7 +127,7 @@ class RowRescale:
         self.optimizer.zero_grad()
         try:
             with self._alone():
-                loss = loss_fn()
+                loss = _loss_of(loss_fn)
                 if loss.requires_grad:
                     loss.backward()  # type: ignore[no-untyped-call]
             _average(self.alphas.values())
@@ -186,7 +180,7 @@ class RowRescale:
 
         Raises:
             RuntimeError: α is merged or removed already.
-            TypeError: a weight is quantized or sharded, so that it cannot hold the product. Keep α in its file beside the
+            TypeError: a weight has no values (meta device), or is quantized or sharded, so that it cannot hold the product. Keep α in its file beside the
                 base, or dequantize the base before (in transformers: `model.dequantize()`), and attach with `from_file`.
             ValueError: a weight is used by another module too, or PEFT has merged an adapter into it. Nothing is changed.
         """
@@ -258,11 +252,7 @@ class RowRescale:
                 f"the state is of other layers, or has them in another order: without {named(missing) or 'none'} of the {len(self.alphas)} here, and with "
                 f"{named(other) or 'none'} that are not; make the RowRescale with the targets of that run"
             )
-        for name, alpha in self.alphas.items():
-            if values[name].shape != alpha.shape:
-                raise ValueError(
-                    f"α of {name} has shape {tuple(values[name].shape)} in the state, here {tuple(alpha.shape)}"
-                )
+        _check_shapes(values, self._layers, "in the state")
         if (state["optimizer"] is None) != (self.optimizer is None):
             raise ValueError(
                 "the state was saved with an optimizer and there is none here"
@@ -305,81 +295,45 @@ class _Scaling:
             )
         alpha = self.alpha.to(output.device)
         bias: Tensor | None = layer.bias  # type: ignore[assignment]
+        # Between α's steps nobody needs the unscaled output: F.linear does not keep it for its backward. Scaling in place
+        # saves a second tensor of its size, whose allocation takes longer than the product. Other kinds of layers may
+        # return views that autograd cannot change in place, and a low-precision sum with a bias would be rounded twice.
+        in_place = (
+            type(layer) is nn.Linear and not alpha.requires_grad and (bias is None or output.dtype == alpha.dtype)
+        )
         # α stays in its own dtype and the product is rounded once; α rounded to bfloat16 would lose its small steps
-        scaled = output * alpha
+        scaled = output.mul_(alpha) if in_place else output * alpha
         if bias is not None:
             # α (y - b) + b without the cancellation; exact at α = 1
-            scaled = scaled + bias * (1 - alpha)
+            scaled.add_(bias * (1 - alpha))
         return scaled.to(output.dtype)
 
 
-class _Layer(NamedTuple):
-    module: nn.Linear
-    owner: nn.Module | None  # the innermost adapter around it
-
-
-def _frozen_linears(model: nn.Module) -> dict[str, _Layer]:
-    """Linear layers of `model` that are not part of an adapter's own matrices, by the name that a RowRescale gives them: the
-    canonical path without the adapters on it."""
-    found: dict[str, _Layer] = {}
-    for path, module in model.named_modules():
-        if not isinstance(module, nn.Linear):
-            continue
-        parts: list[str] = []
-        owner: nn.Module | None = None
-        parent: nn.Module = model
-        for part in path.split(".") if path else ():
-            adapter = (
-                isinstance(parent, LinearAdapter) or hasattr(parent, "lora_A") or hasattr(parent, "get_base_layer")
-            )
-            if (adapter and part.startswith("lora_")) or part == "original_module":
-                break
-            if adapter:
-                owner = parent
-            if not (adapter and part in ("base", "base_layer")):
-                parts.append(part)
-            parent = parent.get_submodule(part)
-        else:
-            found[canonical_name(".".join(parts))] = _Layer(module, owner)
-    return found
-
-
-def _chosen(model: nn.Module, targets: str | Iterable[str] | None) -> dict[str, _Layer]:
+def _chosen(model: nn.Module, targets: str | Iterable[str] | None) -> dict[str, BaseLayer]:
     """The layers that `targets` means, in the order of the model, each fit to be scaled."""
-    layers = _frozen_linears(model)
-    if targets is None:
+    layers = base_layers(model)
+    if targets is not None:
+        chosen = {name: layers[name] for name in chosen_names(targets, layers)}
+    else:
         chosen = {name: layer for name, layer in layers.items() if layer.owner is not None}
         if not chosen:
             raise ValueError(
                 "the model has no LoRA layers whose base could be scaled; say which layers with targets=..."
             )
-    elif isinstance(targets, str):
-        chosen = {name: layer for name, layer in layers.items() if re.search(targets, name)}
-        if not chosen:
-            raise ValueError(
-                f"the pattern {targets!r} matches none of the {len(layers)} linear layers, whose names look like "
-                f"{named(layers)}"
-            )
-    else:
-        names = list(targets)
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ValueError(f"targets names {named(twice)} more than once")
-        missing = [name for name in names if name not in layers]
-        if missing or not names:
-            raise ValueError(
-                f"the model has no linear layer called {named(missing)}; the names of its {len(layers)} linear layers look "
-                f"like {named(layers)}"
-                if missing
-                else "targets is an empty list of names"
-            )
-        chosen = {name: layer for name, layer in layers.items() if name in set(names)}
     for name, layer in chosen.items():
         _check_scalable(name, layer)
     return chosen
 
 
-def _check_scalable(name: str, layer: _Layer) -> None:
+def _check_shapes(values: Mapping[str, Tensor], layers: Mapping[str, BaseLayer], where: str) -> None:
+    for name, layer in layers.items():
+        if values[name].shape != (layer.module.out_features,):
+            raise ValueError(
+                f"α of {name} has shape {tuple(values[name].shape)} {where}, but the layer has {layer.module.out_features} rows"
+            )
+
+
+def _check_scalable(name: str, layer: BaseLayer) -> None:
     """Raise ValueError where α on this layer would mean nothing, or would do nothing."""
     if layer.module.weight.requires_grad:
         raise ValueError(
@@ -399,13 +353,17 @@ def _check_scalable(name: str, layer: _Layer) -> None:
         )
 
 
-def _check_mergeable(model: nn.Module, name: str, layer: _Layer) -> None:
+def _check_mergeable(model: nn.Module, name: str, layer: BaseLayer) -> None:
     weight = layer.module.weight
     if type(layer.module) is not nn.Linear or not weight.is_floating_point() or type(weight) is not nn.Parameter:
         raise TypeError(
             f"cannot merge α into {name}: its weight is {'a ' + type(layer.module).__name__} of {weight.dtype} "
             f"({type(weight).__name__}), which cannot hold the product. Keep α in a file of its own (save), or dequantize the "
             "base and attach α to that (from_file)"
+        )
+    if weight.is_meta:
+        raise TypeError(
+            f"cannot merge α into {name}: its weight is on the meta device and has no values; load the weights first"
         )
     users = [m for m in model.modules() if any(p is weight for p in m._parameters.values())]
     if len(users) > 1:
@@ -427,11 +385,19 @@ def _ones(layer: nn.Linear) -> nn.Parameter:
     return nn.Parameter(torch.ones(layer.out_features, dtype=dtype, device=device), requires_grad=False)
 
 
-def _checked(optimizer: torch.optim.Optimizer, alphas: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
-    if not isinstance(optimizer, torch.optim.Optimizer):
+def _made(
+    make: Callable[[list[nn.Parameter]], torch.optim.Optimizer], alphas: Mapping[str, nn.Parameter]
+) -> torch.optim.Optimizer:
+    """The optimizer of α.
+
+    Raises:
+        ValueError: `make` makes none, or one that cannot train exactly the α.
+    """
+    optimizer = make(list(alphas.values())) if callable(make) else make
+    if not callable(make) or not isinstance(optimizer, torch.optim.Optimizer):
         raise ValueError(
-            f"optimizer made a {type(optimizer).__name__}; give a function that makes a torch optimizer from the parameters, "
-            "such as lambda alphas: torch.optim.AdamW(alphas, lr=1e-2)"
+            f"optimizer {'made' if callable(make) else 'is'} a {type(optimizer).__name__}; give a function that makes a torch "
+            "optimizer from the parameters, such as lambda alphas: torch.optim.AdamW(alphas, lr=1e-2)"
         )
     if isinstance(optimizer, torch.optim.LBFGS):
         raise ValueError(
@@ -444,6 +410,21 @@ def _checked(optimizer: torch.optim.Optimizer, alphas: Mapping[str, nn.Parameter
             "from these alone"
         )
     return optimizer
+
+
+def _loss_of(loss_fn: Callable[[], Tensor]) -> Tensor:
+    if not callable(loss_fn):
+        raise TypeError(
+            f"step takes a function that draws a mini-batch and returns its loss, got a {type(loss_fn).__name__}; it is called "
+            "only when α steps: rescale.step(lambda: loss_of(next(batches)))"
+        )
+    loss = loss_fn()
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+        raise TypeError(
+            f"the function that step was given returned {what}; it has to return the loss, a tensor of one number"
+        )
+    return loss
 
 
 def _average(alphas: Iterable[nn.Parameter]) -> None:

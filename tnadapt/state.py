@@ -20,11 +20,15 @@ __all__ = ["STATE_KEY", "VERSION", "load", "saved", "validate"]
 #: key of our part in the state dict of an optimizer
 STATE_KEY = "tnadapt"
 VERSION = 2
-_PARTS = ("version", "factorization", "step", "waiting", "expanded", "cores", "scheduler", "rates", "history")
+_PARTS = ("version", "factorization", "step", "waiting", "expanded", "ranks", "cores", "scheduler", "rates", "history")
 
 
-def saved(expanded: Expanded, scheduler: Scheduler, rates: CoreRates) -> dict[str, Any]:
-    """Everything that a resumed run needs. Tensors are references."""
+def saved(expanded: Expanded, scheduler: Scheduler, rates: CoreRates, cores: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything that a resumed run needs. Tensors are references.
+
+    Args:
+        cores: `expanded.state_dict()`, or, where they are dealt out over ranks, what `expanded.collected()` gave.
+    """
     now = expanded.now
     return {
         "version": VERSION,
@@ -32,7 +36,8 @@ def saved(expanded: Expanded, scheduler: Scheduler, rates: CoreRates) -> dict[st
         "step": now.step,
         "waiting": list(now.waiting),
         "expanded": sorted(now.names),
-        "cores": expanded.state_dict(),
+        "ranks": 1 + max(now.owners.values(), default=0),
+        "cores": cores,
         "scheduler": {
             "label": type(scheduler).__name__,
             "settings": scheduler.label,
@@ -55,7 +60,7 @@ def load(state: Mapping[str, Any], expanded: Expanded, scheduler: Scheduler, rat
     scheduler.load_state_dict(state["scheduler"]["state"])
     history = [Event(e["step"], e["action"], tuple(e["names"])) for e in state["history"]]
     try:
-        expanded.load_state(state["cores"], int(state["step"]), state["waiting"], history)
+        expanded.load_state(state["cores"], state["ranks"], state["step"], state["waiting"], history)
     except BaseException:
         scheduler.load_state_dict(before)
         raise
@@ -111,13 +116,18 @@ def _validate_parts(state: Mapping[str, Any], expanded: Expanded, scheduler: Sch
     if set(state["expanded"]) != {*state["cores"], *state["waiting"]}:
         raise ValueError(
             "the state has lost cores: it was read into a LoraOver that had not expanded the same matrices, as "
-            "torch.distributed.checkpoint does. Save and load tnadapt.integrations.distributed.Checkpointed(over) instead"
+            "torch.distributed.checkpoint does (save and load tnadapt.integrations.distributed.Checkpointed(over) instead), or it was "
+            "saved by a rank for which consolidate() had not brought the cores together"
         )
     signatures: dict[int, Any] = {}
     for name, entry in state["cores"].items():
         _validate_cores(matrices[name], entry, expanded.elementwise)
         if not isinstance(entry["cohort"], int):
             raise TypeError(f"the cohort of {name} is {entry['cohort']!r}")
+        if not 0 <= entry["owner"] < state["ranks"]:
+            raise ValueError(
+                f"the state has cores of {name} from rank {entry['owner']} of {state['ranks']}; it is damaged"
+            )
         signature = state_signature(entry["state"][0]) if entry["state"] else None
         if expanded.elementwise and signatures.setdefault(entry["cohort"], signature) != signature:
             raise ValueError(

@@ -49,9 +49,18 @@ def _kind(owner: object) -> str:
 
 
 class _Judge:
-    """Raises for one plug-in."""
+    """Raises for one plug-in.
 
-    def __init__(self, owner: object) -> None:
+    Raises:
+        TypeError: the plug-in is not one of its kind.
+    """
+
+    def __init__(self, owner: object, kind: type) -> None:
+        if not isinstance(owner, kind):
+            raise TypeError(
+                f"check_{kind.__name__.lower()} takes an object of a subclass of {kind.__name__}, got {owner!r}"
+                + ("; make one of the class first" if isinstance(owner, type) else "")
+            )
         self.owner = owner
 
     def require(self, holds: bool, law: int, counterexample: str) -> None:
@@ -95,7 +104,7 @@ def check_factorization(
     Raises:
         LawBroken: with the number of the law and the example that breaks it.
     """
-    judge = _Judge(factorization)
+    judge = _Judge(factorization, Factorization)
     _check_description(judge, factorization)
     for shape in shapes:
         for dtype in dtypes or (torch.float64, torch.float32, torch.bfloat16):
@@ -271,7 +280,7 @@ def check_scheduler(scheduler: Scheduler, steps: int = 24, layers: int = 4) -> N
     Raises:
         LawBroken: with the number of the law and the step that breaks it.
     """
-    judge = _Judge(scheduler)
+    judge = _Judge(scheduler, Scheduler)
     with judge.law(6, "description"):
         _rebuilt(judge, scheduler, lambda settings: type(scheduler)(**settings))
     whole, _ = _run(judge, copy.deepcopy(scheduler), example_matrices(layers), range(steps + 1))
@@ -412,7 +421,7 @@ def check_backend(backend: Backend | str) -> None:
         LawBroken: with the number of the law and the example that breaks it.
     """
     tested = get_backend(backend) if isinstance(backend, str) else backend
-    judge = _Judge(tested)
+    judge = _Judge(tested, Backend)
     for equation, shapes in EQUATIONS:
         for dtype in (torch.float64, torch.float32):
             _check_contract(judge, tested, equation, [_matrix(s, "normal", k).to(dtype) for k, s in enumerate(shapes)])

@@ -43,7 +43,8 @@ class TTLoraLinear(LinearAdapter):
     Args:
         base: the layer that is adapted, left as it is; `from_linear` freezes it.
         shape: `((m_1, ..., m_p), (n_1, ..., n_q))`, modes of d_out and of d_in. One mode for each is LoRA.
-        rank: TT rank, the same for every bond; where the full rank of a bond is smaller, that is taken.
+        rank: TT rank, the same for every bond; where the full rank of a bond is smaller, that is taken. At most the largest of
+            these full ranks.
         alpha: factor on `dW`. The rank does not divide it, other than in LoRA.
 
     Attributes:
@@ -62,6 +63,11 @@ class TTLoraLinear(LinearAdapter):
         if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
             raise ValueError(f"alpha={alpha!r}: the factor on the update is a finite number")
         self.shape = _checked_shape(shape, base.out_features, base.in_features)
+        largest = max(full_bonds(_sites(self.shape)))
+        if rank > largest:
+            raise ValueError(
+                f"rank={rank} is above the full rank of every bond of {self.shape}, at most {largest}; give a smaller one"
+            )
         self.rank, self.alpha = rank, float(alpha)
         self.base = base
         place: dict[str, Any] = {"device": base.weight.device, "dtype": adapter_dtype(base)}

@@ -12,6 +12,7 @@ both. Which split a conversation belongs to is decided by a hash of its first tu
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +23,8 @@ _WORDS = (
     "apples", "pens", "books", "marbles", "stamps", "cookies", "shells", "cards", "beads", "coins", "pears", "toys",
     "stickers", "eggs", "nuts", "plums", "balls", "roses", "candles", "buttons",
 )  # fmt: skip
-_ORDERS = {
-    "in alphabetical order": lambda words: sorted(words),
+_ORDERS: dict[str, Callable[[list[str]], list[str]]] = {
+    "in alphabetical order": sorted,
     "in reverse order": lambda words: words[::-1],
     "without the first one": lambda words: words[1:],
     "without the last one": lambda words: words[:-1],

@@ -2,7 +2,7 @@
 
 The result is committed under ``recipes/embedded/model``, so nobody has to run this. To make it again::
 
-    python -m recipes.embedded.pretrain
+    cd recipes && python -m embedded.pretrain
 
 takes about ten minutes on two idle CPU cores. Every ``--checkpoint-every`` steps a checkpoint is written (to a
 temporary file first, which then replaces the old one), and the same command continues from the last one: same
@@ -24,12 +24,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from embedded.scoring import score
+from embedded.word_problems import FAMILIES, generate
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-from recipes.embedded.scoring import score
-from recipes.embedded.word_problems import FAMILIES, generate
 
 FOLDER = Path(__file__).parent
 MODEL = FOLDER / "model"
@@ -52,7 +51,7 @@ beyond this project.
 * Architecture of Llama 3.1: {layers} layers of width {hidden}, {heads} heads over {kv_heads} key-value heads, SwiGLU of
   width {intermediate}, RMSNorm, RoPE with Llama 3 scaling, tied embeddings, float32.
 * Byte-level BPE of {tokens} tokens: it encodes any text, and every digit is a token of its own.
-* Made by `python -m recipes.embedded.pretrain` from the family `basic` of `recipes/embedded/word_problems.py`:
+* Made by `cd recipes && python -m embedded.pretrain` from the family `basic` of `recipes/embedded/word_problems.py`:
   {steps} steps of {batch} problems, AdamW, learning rate {lr}, warmed up for {warmup} steps,
   cosine towards step {horizon}, cooled down over the last {cooldown} steps, seed {seed}.
 

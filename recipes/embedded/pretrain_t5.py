@@ -2,7 +2,7 @@
 
 The result is committed under ``recipes/embedded/t5``, so nobody has to run this. To make it again::
 
-    python -m recipes.embedded.pretrain_t5
+    cd recipes && python -m embedded.pretrain_t5
 
 takes about ten minutes on two busy CPU cores. Like T5, it fills in spans of words that sentinels replace, and learns tasks: here
 the ``basic`` records of ``sentences.py``. The sentences of ``composed`` records, which the recipe fine-tunes it on, are filled
@@ -19,12 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from embedded.sentences import FAMILIES, generate
+from support.glue import TASKS
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
-
-from recipes.embedded.sentences import FAMILIES, generate
-from recipes.support.glue import TASKS
 
 FOLDER = Path(__file__).parent / "t5"
 PAD, EOS, UNKNOWN = "<pad>", "</s>", "<unk>"
@@ -165,7 +164,7 @@ def pretrain(settings: Pretraining, folder: Path = FOLDER) -> float:
         f"# The embedded encoder-decoder\n\nA T5 of {model.num_parameters():,} parameters ({settings.layers} layers a side of "
         f"width {settings.width}), so that `recipes/t5_glue.py` has something to fine-tune where nothing can be downloaded. "
         "It knows the made-up sentences of `recipes/embedded/sentences.py` alone, and is of no use beyond this project.\n\n"
-        f"Made by `python -m recipes.embedded.pretrain_t5`: {settings.steps} steps of {settings.batch} texts, AdamW, learning "
+        f"Made by `cd recipes && python -m embedded.pretrain_t5`: {settings.steps} steps of {settings.batch} texts, AdamW, learning "
         f"rate {settings.lr}, seed {settings.seed}; mean loss of the last hundred steps {final:.3f}.\n"
     )
     return final

@@ -46,24 +46,20 @@ def _steps() -> list[Step]:
         ),
         Step("keep the odd ones", "numbers = [n for n in numbers if n % 2 == 1]", lambda xs: [x for x in xs if x & 1]),
     ]
-    for k in range(2, 10):
-        steps += [
-            Step(
-                f"add {k} to each number", f"numbers = [n + {k} for n in numbers]", lambda xs, k=k: [x + k for x in xs]
-            ),
-            Step(
-                f"take {k} from each number",
-                f"numbers = [n - {k} for n in numbers]",
-                lambda xs, k=k: [x - k for x in xs],
-            ),
-            Step(
-                f"multiply each number by {k}",
-                f"numbers = [n * {k} for n in numbers]",
-                lambda xs, k=k: [sum([x] * k) for x in xs],
-            ),
-            Step(f"leave out the first {k}", f"numbers = numbers[{k}:]", lambda xs, k=k: [*xs][k:]),
-        ]
-    return steps
+    return [*steps, *(step for k in range(2, 10) for step in _steps_with(k))]
+
+
+def _steps_with(k: int) -> list[Step]:
+    return [
+        Step(f"add {k} to each number", f"numbers = [n + {k} for n in numbers]", lambda xs: [x + k for x in xs]),
+        Step(f"take {k} from each number", f"numbers = [n - {k} for n in numbers]", lambda xs: [x - k for x in xs]),
+        Step(
+            f"multiply each number by {k}",
+            f"numbers = [n * {k} for n in numbers]",
+            lambda xs: [sum([x] * k) for x in xs],
+        ),
+        Step(f"leave out the first {k}", f"numbers = numbers[{k}:]", lambda xs: [*xs][k:]),
+    ]
 
 
 _STEPS = _steps()

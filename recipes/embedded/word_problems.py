@@ -20,7 +20,7 @@ whatever the seeds and sizes. Every number, intermediate ones included, lies bet
 
 Write the three files of a family to a folder::
 
-    python -m recipes.embedded.word_problems FOLDER --family composed --train 3200
+    cd recipes && python -m embedded.word_problems FOLDER --family composed --train 3200
 """
 
 from __future__ import annotations

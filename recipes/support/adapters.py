@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -20,7 +21,7 @@ from support.loading import target_modules
 from support.methods import METHODS, Method
 from support.rescaled import FILE as ALPHA_FILE
 from support.rescaled import RowSteps
-from tnadapt import TTLoraLinear, add_adapters, plan, save_adapters
+from tnadapt import TTLoraLinear, add_adapters, finders, plan, save_adapters
 
 Batch = dict[str, torch.Tensor]
 
@@ -66,10 +67,12 @@ def attach(
 def adapter_config(method: Method, config: Config, steps: int, model: torch.nn.Module) -> Any:
     """PEFT's configuration of ``method``."""
     rank = equal_rank(config, model) if method.equal_parameters else config.rank
-    targets = target_modules(config, model)
-    if method.gradient_init and targets == "all-linear":  # which PEFT spells out too late for the gradients
-        targets = every_linear(model)
-    shared: dict[str, Any] = {"target_modules": targets}
+    targets: str | list[str] = target_modules(config, model)
+    if method.gradient_init or new_layers(
+        model
+    ):  # PEFT spells all-linear out too late for gradients, and adapts new layers too
+        targets = targeted_layers(config, model)
+    shared: dict[str, Any] = {"target_modules": targets, "modules_to_save": [*new_layers(model)] or None}
     if method.adapter == "AdaLoraConfig":
         # Its authors start at one and a half times the rank, warm up for a tenth and end with a fixed budget for a third.
         budget = {"tinit": steps // 10, "tfinal": steps // 3, "deltaT": max(1, steps // 100), "total_step": steps}
@@ -83,11 +86,19 @@ def adapter_config(method: Method, config: Config, steps: int, model: torch.nn.M
     return getattr(peft, str(method.adapter))(**shared, **method.settings)
 
 
+def new_layers(model: Any) -> Sequence[str]:
+    """The layers that an encoder got when it was loaded; they are trained and saved whole, and have no adapter."""
+    return getattr(model, "new_layers", ())
+
+
 def every_linear(model: Any) -> list[str]:
-    """The linear layers that PEFT means by ``all-linear``: all but the output layer."""
+    """The linear layers that PEFT means by ``all-linear``: all but the output layer, and those that are new."""
     output = model.get_output_embeddings()
+    new = new_layers(model)
     return [
-        name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and module is not output
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not output and name not in new
     ]
 
 
@@ -100,13 +111,21 @@ def targeted_layers(config: Config, model: Any) -> list[str]:
     return [name for name in every if any(name == each or name.endswith(f".{each}") for each in targets)]
 
 
-def equal_rank(config: Config, model: torch.nn.Module) -> int:
+def finder_of(method: Method, config: Config, model: Any) -> finders.Finder | None:
+    """Which matrices can have cores: None for LoRA's, which is what ``LoraOver`` finds by itself."""
+    if method.over is None or not method.over.weights:
+        return None
+    return finders.full_weights(f"^({'|'.join(map(re.escape, targeted_layers(config, model)))})$")
+
+
+def equal_rank(config: Config, model: Any) -> int:
     """The rank at which plain LoRA trains as many numbers as LoRA-Over-MPO_R does at the end with the same options."""
     over = METHODS["lora-over-mpo-r"].over
     assert over is not None
     with torch.device("meta"):
-        copy = type(model)(model.config)
-    targets = target_modules(config, copy)
+        copy: Any = type(model)(model.config)
+    copy.new_layers = new_layers(model)
+    targets = targeted_layers(config, copy)
     adapted = peft.get_peft_model(copy, LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=targets))
     planned = plan(adapted, over.make_factorization(config), top_n=config.top_n)
     return round(config.rank * planned.trained_parameters / planned.lora_parameters)

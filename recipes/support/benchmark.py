@@ -33,6 +33,10 @@ class Benchmark(Protocol):
     def measure(self) -> str:
         """What the main figure is, as a table's title."""
 
+    @property
+    def answered(self) -> bool:
+        """Whether a record to evaluate on has an answer as one to train on has, so that the loss on it can be measured."""
+
     def check(self, config: Any) -> None:
         """Refuse what cannot be scored as ``config`` asks, with a ``ValueError``, before anything is trained."""
 
@@ -53,6 +57,7 @@ class ExactMatch:
     measure: str
     prompt: Callable[[Record], str]
     grade: Callable[[Record, str], tuple[bool, bool]]
+    answered: bool = True
 
     def check(self, config: Config) -> None:
         """Nothing can be wrong here."""

@@ -11,6 +11,7 @@ from typing import Any, get_type_hints
 
 from transformers.hf_argparser import HfArgumentParser
 
+from support import ranks
 from support.config import EMBEDDED, Config
 from support.methods import METHODS
 from support.provenance import read_json
@@ -78,9 +79,13 @@ def main(recipe: Recipe, arguments: Sequence[str] | None = None) -> None:
     try:
         _run_all(recipe, [config_from(recipe, options, **each) for each in changes], options)
     except ValueError as error:
-        parser.exit(2, f"error: {error}\n")
+        parser.exit(2, f"error: {error}\n" if ranks.is_first() else None)
+    except ranks.FirstFailed:
+        parser.exit(2)
     except KeyboardInterrupt:
         parser.exit(130, "\ncancelled; the same command with --resume goes on from the last checkpoint\n")
+    finally:
+        ranks.stop()
 
 
 def _run_all(recipe: Recipe, configs: Sequence[Config], options: argparse.Namespace) -> None:
@@ -99,8 +104,11 @@ def _run_all(recipe: Recipe, configs: Sequence[Config], options: argparse.Namesp
     for config in configs:
         ending = "-".join(str(getattr(config, name)) for name in recipe.several)
         name = f"{options.name}-{ending}" if options.name and len(configs) > 1 else options.name
-        print(f"\n{METHODS[config.method].label}: {config.model} on {recipe.title(config)}, seed {config.seed}")
+        if ranks.is_first():
+            print(f"\n{METHODS[config.method].label}: {config.model} on {recipe.title(config)}, seed {config.seed}")
         results.append(run(recipe, config, options.runs, name, options.resume))
+    if not ranks.is_first():
+        return
     for result in results:
         print(f"{result['label']}: {result['folder']}/report.md")
     for title, group in itertools.groupby(zip(configs, results, strict=True), lambda pair: recipe.title(pair[0])):

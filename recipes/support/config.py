@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+from support import quantized
 from support.methods import METHODS
 
 EMBEDDED = "embedded"
@@ -65,13 +66,16 @@ class Config:
     factorization: str | None = option(None, "in place of the method's own", FACTORIZATIONS)
     expansion: float | None = option(None, "parameters of a matrix's cores over its own, in place of --order")
     backend: str = option("torch", "library that contracts and decomposes", BACKENDS)
+    quantize: str = option(
+        quantized.NONE, "base model in four bits, under an adapter of full precision", quantized.CHOICES
+    )
 
     #: Fields that the scores of the base model depend on.
     DECIDE_BASE: ClassVar[tuple[str, ...]] = (
-        *("model", "data", "eval_split", "eval_size", "dtype", "max_new_tokens", "eval_batch"),
+        *("model", "data", "eval_split", "eval_size", "dtype", "max_new_tokens", "eval_batch", "quantize"),
     )
     #: Fields that are no part of a run's identity while they have their default: runs from before they came stay valid.
-    LATER: ClassVar[tuple[str, ...]] = ("factorization", "expansion", "backend")
+    LATER: ClassVar[tuple[str, ...]] = ("factorization", "expansion", "backend", "quantize")
     #: The smallest value of whole numbers where that is not 1, and the numbers with decimals that may be 0.
     LEAST: ClassVar[Mapping[str, int]] = {"order": 2, "max_steps": 0, "seed": 0}
     MAY_BE_ZERO: ClassVar[tuple[str, ...]] = ("weight_decay", "clip", "temperature")
@@ -93,6 +97,7 @@ class Config:
         for name in self.PLACES:
             check_place(name.replace("_", "-"), getattr(self, name) or EMBEDDED, files=True)
         METHODS[self.method].check(self)
+        quantized.check(self)
 
     def completed(self) -> Self:
         """This configuration with what follows from its other fields."""

@@ -18,6 +18,7 @@ def encode(
     size: int,
     max_length: int,
     encoder_decoder: bool = False,
+    choices: Sequence[str] | None = None,
 ) -> list[dict[str, list[int]]]:
     """The first ``size`` records that fit into ``max_length`` tokens, as ``tokenization.encode`` makes examples of them.
 
@@ -27,7 +28,7 @@ def encode(
     examples: list[dict[str, list[int]]] = []
     for record in records:
         pair = Example(prompt(record), answer(record))
-        example = tokenization.encode(tokenizer, pair, max_length, encoder_decoder)
+        example = tokenization.encode(tokenizer, pair, max_length, encoder_decoder, choices)
         if example is not None:
             examples.append(example)
         if len(examples) == size:

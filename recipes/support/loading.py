@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
+from support import quantized
 from support.config import EMBEDDED, Config, is_hub_id
+from support.methods import METHODS
 from support.recipe import Recipe
 
 
@@ -38,27 +47,79 @@ def place_of(recipe: Recipe, config: Config) -> str:
     return str(recipe.embedded_model if config.model == EMBEDDED else Path(config.model).expanduser())
 
 
-def _kind(model_config: Any) -> Any:
+def is_encoder(model_config: Any) -> bool:
+    """Whether a model is an encoder alone, such as BERT, which cannot write."""
+    writes = model_config.is_encoder_decoder or getattr(model_config, "is_decoder", False)
+    return model_config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not writes
+
+
+def choices_of(recipe: Recipe, config: Config, model_config: Any) -> Sequence[str] | None:
+    """The answers that an encoder chooses among; None for a model that writes.
+
+    Raises:
+        ValueError: the recipe's answers are free text, or the method cannot train the head that chooses.
+    """
+    if not is_encoder(model_config):
+        return None
+    if recipe.choices is None:
+        raise ValueError(
+            f"--model is {config.model}, an encoder ({model_config.model_type}), which cannot write; {recipe.path.name} needs a "
+            "decoder or an encoder-decoder"
+        )
+    method = METHODS[config.method]
+    if method.tensor_train or method.optimizer == "rite":
+        reason = "trains nothing but its own factors"
+    elif method.changes_base:
+        reason = "changes the base model, and no adapter of PEFT's says both that and a new head"
+    else:
+        return recipe.choices(config)
+    raise ValueError(
+        f"--method is {config.method}, which {reason}; {config.model} is an encoder, whose head is trained too: choose another "
+        "method, or a model that writes"
+    )
+
+
+def _kind(recipe: Recipe, config: Config, model_config: Any) -> Any:
+    choices = choices_of(recipe, config, model_config)
+    if choices is not None:
+        model_config.num_labels = len(choices)
+        return AutoModelForSequenceClassification
     return AutoModelForSeq2SeqLM if model_config.is_encoder_decoder else AutoModelForCausalLM
 
 
 def load_model(recipe: Recipe, config: Config) -> tuple[Any, Any]:
-    """The base model, on the GPU if there is one, and its tokenizer."""
-    place = place_of(recipe, config)
+    """The base model, on the GPU if there is one, and its tokenizer.
+
+    What an encoder lacks, a head that chooses and perhaps a pooler below it, is made anew, as the seed decides; ``new_layers`` of
+    the model names it.
+    """
+    place, device = place_of(recipe, config), "cuda" if torch.cuda.is_available() else "cpu"
     with reaching("model", config.model):
         tokenizer = AutoTokenizer.from_pretrained(place)
-        kind = _kind(AutoConfig.from_pretrained(place))
-        model = kind.from_pretrained(place, dtype=getattr(torch, config.dtype))
+        model_config = AutoConfig.from_pretrained(place)
+    kind = _kind(recipe, config, model_config)
+    with reaching("model", config.model), torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        model, loaded = kind.from_pretrained(
+            place,
+            config=model_config,
+            dtype=getattr(torch, config.dtype),
+            output_loading_info=True,
+            **quantized.loading(config, device),
+        )
+    if is_encoder(model_config):
+        model.new_layers = sorted({key.rpartition(".")[0] for key in loaded["missing_keys"]})
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+    return model.to(device), tokenizer
 
 
 def load_shape(recipe: Recipe, config: Config) -> Any:
     """The base model without its weights, on the meta device."""
     with reaching("model", config.model):
         model_config = AutoConfig.from_pretrained(place_of(recipe, config))
-        with torch.device("meta"):
-            return _kind(model_config).from_config(model_config)
+    kind = _kind(recipe, config, model_config)
+    with torch.device("meta"):
+        return kind.from_config(model_config)
 
 
 def target_modules(config: Config, model: torch.nn.Module) -> str | list[str]:

@@ -28,6 +28,8 @@ class Over:
     choice: str = "all"
     which: str | None = None
     """With ``all``: a pattern of the names of the matrices that are expanded, in place of every one."""
+    weights: bool = False
+    """Expand the weights of the layers that ``--targets`` means themselves, and not LoRA's matrices."""
     sites: Callable[[int, int], tuple[tuple[int, int], ...]] | None = None
     """The sites of an MPO for rows and columns of a matrix, in place of those that the options ask for."""
 
@@ -36,7 +38,7 @@ class Over:
 
         Args:
             config: the options.
-            shapes: of the model's LoRA matrices; ``sites`` needs them.
+            shapes: of the matrices that have cores; ``sites`` needs them.
         """
         from tnadapt import CP, MPO, SVD, Tucker
 
@@ -61,7 +63,8 @@ class Over:
         # the default gauge stands for that of each factorization, which CP calls otherwise
         if not (kind == "cp" and config.gauge == "svd"):
             settings["gauge"] = config.gauge
-        return {"mpo": MPO, "tucker": Tucker, "cp": CP}[kind](**settings)
+        makers: dict[str, Callable[..., Factorization]] = {"mpo": MPO, "tucker": Tucker, "cp": CP}
+        return makers[kind](**settings)
 
     def make_scheduler(self, config: Config, scores: Mapping[str, float] | None = None) -> Scheduler:
         """What chooses the matrices to expand; ``predefined`` takes the ``scores`` of the ablation."""
@@ -127,6 +130,7 @@ class Method:
 
 METHODS = {
     "full": Method("Full fine-tuning", adapter=None),
+    "opf": Method("OPF", adapter=None, over=Over("mpo", weights=True)),
     "lora": Method("LoRA"),
     "lora-equal": Method("LoRA, equal parameters", equal_parameters=True),
     "pissa": Method("PiSSA", settings={"init_lora_weights": "pissa"}, changes_base=True),

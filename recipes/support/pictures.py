@@ -1,4 +1,4 @@
-"""Pictures of a run: loss curves, which matrix was expanded when, methods side by side, a score against a factor."""
+"""Pictures of several runs: methods side by side, a score against a factor. Those of one run are `tnadapt.pictures`'."""
 
 from __future__ import annotations
 
@@ -13,46 +13,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Curve = Sequence[tuple[float, float]]
-
-
-def loss_curves(path: Path, curves: Mapping[str, Curve], title: str = "Training loss") -> Path:
-    """Draw one line of (step, loss) per name."""
-    figure, axes = _figure(1, (7, 4))
-    _draw_curves(axes[0], curves, title)
-    return _save(figure, path)
-
-
-def expansion_map(path: Path, matrices: Sequence[Mapping[str, Any]], steps: int, title: str) -> Path:
-    """Draw layers × modules, once for the A matrices and once for B; the colour tells the step of the expansion.
-
-    Args:
-        path: the PNG to write.
-        matrices: per LoRA matrix its ``kind`` ("A" or "B"), ``layer``, ``module``, and ``expanded_at``, a step or None.
-        steps: the length of the run, where the colour scale ends.
-        title: stands above both halves.
-    """
-    layers = sorted({_layer(matrix) for matrix in matrices})
-    columns = list(dict.fromkeys(_column(matrix) for matrix in matrices))
-    figure, axes = _figure(2, (3 + 0.9 * len(columns) * 2, 2.2 + 0.32 * len(layers)))
-    image: Any = None
-    for axis, kind in zip(axes, ("A", "B"), strict=True):
-        grid = [[float("nan")] * len(columns) for _ in layers]
-        for matrix in matrices:
-            if matrix["kind"] == kind and matrix["expanded_at"] is not None:
-                grid[layers.index(_layer(matrix))][columns.index(_column(matrix))] = matrix["expanded_at"]
-        image = axis.imshow(grid, aspect="auto", cmap="viridis", vmin=0, vmax=max(1, steps), origin="lower")
-        axis.set_facecolor("0.88")
-        axis.set_title(f"{kind} matrices")
-        axis.set_xticks(range(len(columns)), columns, rotation=40, ha="right")
-        axis.set_yticks(range(len(layers)), [str(layer) if layer >= 0 else "–" for layer in layers])
-        axis.set_ylabel("layer")
-        for row, values in enumerate(grid):
-            for column, step in enumerate(values):
-                if step == step and len(layers) * len(columns) <= 200:
-                    axis.text(column, row, f"{step:.0f}", ha="center", va="center", fontsize=7, color="white")
-    figure.colorbar(image, ax=axes, label="expanded at step (grey: never)")
-    figure.suptitle(title)
-    return _save(figure, path)
 
 
 def comparison(
@@ -74,7 +34,7 @@ def comparison(
     axes[0].set_ylim(bottom=0)
     axes[0].set_title(score.capitalize())
     _draw_curves(axes[1], curves, "Training loss")
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def score_against(
@@ -98,16 +58,7 @@ def score_against(
     axes[0].set_ylabel("accuracy in %")
     axes[0].grid(alpha=0.3)
     axes[0].legend()
-    return _save(figure, path)
-
-
-def _layer(matrix: Mapping[str, Any]) -> int:
-    layer = matrix["layer"]
-    return -1 if layer is None else int(layer)
-
-
-def _column(matrix: Mapping[str, Any]) -> str:
-    return str(matrix["module"]).rpartition(".")[2]
+    return save(figure, path)
 
 
 def _draw_curves(axis: Any, curves: Mapping[str, Curve], title: str) -> None:
@@ -129,7 +80,8 @@ def _figure(count: int, size: tuple[float, float]) -> tuple[Figure, Sequence[Any
     return figure, list(figure.subplots(1, count, squeeze=False)[0])
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def save(figure: Figure, path: Path) -> Path:
+    """Write a PNG in one move."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     figure.savefig(temporary, format="png", dpi=120)

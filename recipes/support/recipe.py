@@ -33,6 +33,8 @@ class Recipe:
     """What it learns to write after the prompt; the loss is on this and on the end-of-sequence token."""
     benchmark: Benchmark
     """How the trained model is examined."""
+    choices: Callable[[Any], Sequence[str]] | None = None
+    """All answers that there are, for a configuration; a model that is an encoder alone chooses among them, and needs them."""
     default_methods: Sequence[str] = ("lora", "lora-over-mpo-r")
     embedded: str = "model"
     """The folder under ``recipes/embedded`` of the model that ``embedded`` stands for."""

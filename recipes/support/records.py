@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from support.config import EMBEDDED
+from support.evaluation.prompts import Example
 from support.evaluation.records import read_records
 from support.recipe import Record
 
@@ -88,3 +90,52 @@ def read_rows(option: str, place: str, split: str, columns: Mapping[str, type]) 
         raise ValueError(f"--{option} is {place}, which has no {split}.jsonl with {', '.join(columns)}")
     rows: Sequence[Record] = load_hub(option, place, split=split)
     return rows
+
+
+def training_examples(
+    config: Any,
+    generated: Callable[[str, int], Sequence[Record]],
+    columns: Mapping[str, type],
+    example: Callable[[Record], Example | None],
+    otherwise: str,
+) -> list[Record]:
+    """Examples with ``prompt`` and ``answer`` of what ``--data`` means.
+
+    Args:
+        config: the options.
+        generated: gives that many embedded rows of a split.
+        columns: what every row of a file has.
+        example: makes an example of a row, or None where the row is not to be learned.
+        otherwise: what is wrong with the data where no row is to be learned.
+
+    Raises:
+        ValueError: there is no example.
+    """
+    embedded = config.data == EMBEDDED
+    rows = generated("train", config.train_size) if embedded else read_rows("data", config.data, "train", columns)
+    examples = [made._asdict() for made in map(example, rows) if made]
+    if not examples:
+        raise ValueError(f"--data is {config.data}, where {otherwise}")
+    return examples
+
+
+def evaluation_file(config: Any, split: str, what: str, format: str) -> Path | None:
+    """The file of what is evaluated on, which ``--test-data`` or else ``--data`` means; None where it is on the hub.
+
+    Args:
+        config: the options.
+        split: what the file in a folder is called by.
+        what: problems, questions.
+        format: what the file of the benchmark is called.
+
+    Raises:
+        ValueError: there is no such file, and the hub is not asked for a split that the benchmark does not have.
+    """
+    place = config.test_data or config.data
+    file = local_file(place, split)
+    if file or (config.eval_split == "test" and config.test_data is not None and not Path(place).expanduser().is_dir()):
+        return file
+    raise ValueError(
+        f"there are no {config.eval_split} {what} in {place}; give {format} as --test-data, or a folder with {split}.jsonl "
+        "in its format"
+    )

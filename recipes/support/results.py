@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tnadapt.pictures import expansion_map, loss_curves
+
 from . import pictures
 from .advice import advise
 from .provenance import config_hash, write_text
@@ -110,11 +112,11 @@ def result_table(
 def write_report(result: Result, folder: Path, measure: str) -> None:
     """The pictures of a run, and a text about it that says what to do next."""
     config, metrics, label = result["config"], result["metrics"], result["label"]
-    pictures.loss_curves(folder / "loss.png", {label: result["curve"]})
+    pictures.save(loss_curves({label: result["curve"]}), folder / "loss.png")
     shown = ["![loss](loss.png)\n"]
     if result["matrices"]:
-        title = f"{label}: when each LoRA matrix was expanded"
-        pictures.expansion_map(folder / "expansions.png", result["matrices"], metrics["steps"], title)
+        expanded_at = {matrix["name"]: matrix["expanded_at"] for matrix in result["matrices"]}
+        pictures.save(expansion_map(expanded_at, metrics["steps"]), folder / "expansions.png")
         shown.append("![expansions](expansions.png)\n")
     settings = Table("configuration", ("option", "value"), [(key, str(value)) for key, value in config.items()])
     lines = [

@@ -18,13 +18,18 @@ from tqdm import tqdm  # noqa: E402
 from transformers import logging as transformers_logging  # noqa: E402
 from transformers.trainer_utils import set_seed  # noqa: E402
 
+from support import ranks  # noqa: E402
 from support.adapters import attach, save_initial, save_trained  # noqa: E402
 from support.benchmark import Scores  # noqa: E402
 from support.config import Config  # noqa: E402
 from support.encoding import encode  # noqa: E402
-from support.evaluation.generate import Generator, Sampling  # noqa: E402
+from support.evaluation import tokenization  # noqa: E402
+from support.evaluation.answers import Generate  # noqa: E402
+from support.evaluation.generate import Chooser, Generator, Sampling  # noqa: E402
+from support.evaluation.loss import answer_loss  # noqa: E402
+from support.evaluation.prompts import Example  # noqa: E402
 from support.folders import RunFolder  # noqa: E402
-from support.loading import load_model, load_shape, target_modules  # noqa: E402
+from support.loading import choices_of, load_model, load_shape, target_modules  # noqa: E402
 from support.methods import METHODS  # noqa: E402
 from support.provenance import config_hash, environment, write_json, write_text  # noqa: E402
 from support.recipe import Recipe, Record  # noqa: E402
@@ -51,7 +56,8 @@ def run(
 ) -> dict[str, Any]:
     """Train and evaluate one method with one seed, and leave the run's folder below ``root``.
 
-    A finished run of the same configuration is not repeated when ``resume`` is set; an unfinished one goes on.
+    A finished run of the same configuration is not repeated when ``resume`` is set; an unfinished one goes on. Where there are
+    several ranks, all call this; the first one evaluates and writes, and all train.
 
     Returns:
         What ``result.json`` holds, and under ``folder`` where that is.
@@ -60,6 +66,20 @@ def run(
         ValueError: for what cannot work, before anything is evaluated or written.
     """
     config = recipe.resolve(config)
+    ranks.start()
+    if not ranks.is_first():
+        return train_along(recipe, config)
+    try:
+        result = run_alone(recipe, config, root, name, resume, quiet)
+    except BaseException as error:
+        ranks.tell(ranks.FirstFailed(f"{type(error).__name__} on the first rank: {error}"))
+        raise
+    ranks.tell(result)
+    return result
+
+
+def run_alone(recipe: Recipe, config: Config, root: Path, name: str, resume: bool, quiet: bool) -> dict[str, Any]:
+    """``run`` on the first rank, or the only one."""
     settings = config.settings()
     name = name or f"{recipe.name}-{config.preset}-{config.method}-seed{config.seed}-{config_hash(settings)}"
     folder = RunFolder(root, name)
@@ -78,31 +98,28 @@ def run(
         "name": name,
         "label": method.label,
         "config": settings,
-        "environment": environment(recipe.path.parent),
+        "environment": {**environment(recipe.path.parent), "ranks": ranks.world()},
     }
     start = time.perf_counter()
     with folder.working(result, keep=resume) as work:
         base = evaluate_base(recipe, config, evaluation, work, quiet)
-        model, tokenizer = load_model(recipe, config)
-        examples = encode(
-            tokenizer,
-            records,
-            recipe.prompt,
-            recipe.answer,
-            config.train_size,
-            config.max_length,
-            model.config.is_encoder_decoder,
-        )
-        set_seed(config.seed)
-        training = Training(tokenizer, examples, config, work, quiet)
-        model = attach(model, method, config, training.steps, lambda size: training.batches(size, model.device))
-        save_initial(model, method, work / "initial")
-        result |= train(model, method, training)
+        with ranks.training_together(work):
+            model, tokenizer, training = adapted(recipe, config, records, work, quiet)
+            save_initial(model, method, work / "initial")
+            result |= train(model, method, training)
+            if ranks.sharded():
+                values = ranks.whole(model)
+        if ranks.sharded():
+            model, tokenizer, _ = adapted(recipe, config, records, work, quiet)
+            unknown = model.load_state_dict(values, strict=False).unexpected_keys
+            assert not unknown, f"{unknown[0]} was trained, and the model has no such parameter"
         scores = evaluate(recipe, config, evaluation, lambda: (model, tokenizer), work, TRAINED, quiet)
         record_scores(result, config, work, scores, base)
+        if recipe.benchmark.answered:
+            result["metrics"]["eval_loss"] = loss_on(recipe, config, evaluation, model, tokenizer)
         result["metrics"] |= {
             "problems": len(evaluation),
-            "training_examples": len(examples),
+            "training_examples": len(training.examples),
             "seconds": time.perf_counter() - start,
         }
         save_trained(model, method, work)
@@ -110,6 +127,48 @@ def run(
         for leftover in ("checkpoints", "initial"):
             shutil.rmtree(work / leftover, ignore_errors=True)
     return {**result, "folder": str(folder.final)}
+
+
+def adapted(
+    recipe: Recipe, config: Config, records: Sequence[Record], work: Path, quiet: bool
+) -> tuple[Any, Any, Training]:
+    """The model as it is before training, its tokenizer, and what it is trained on; the same on all ranks."""
+    model, tokenizer = load_model(recipe, config)
+    examples = encode(
+        tokenizer,
+        records,
+        recipe.prompt,
+        recipe.answer,
+        config.train_size,
+        config.max_length,
+        model.config.is_encoder_decoder,
+        choices_of(recipe, config, model.config),
+    )
+    set_seed(config.seed)
+    training = Training(tokenizer, examples, config, work, quiet)
+    method = METHODS[config.method]
+    model = attach(model, method, config, training.steps, lambda size: training.batches(size, model.device))
+    return model, tokenizer, training
+
+
+def train_along(recipe: Recipe, config: Config) -> dict[str, Any]:
+    """What the other ranks do while the first one runs: they train when it trains, and return what it returns."""
+    while isinstance(heard := ranks.hear(), Path):
+        model, _, training = adapted(recipe, config, recipe.load(config)[0], heard, quiet=True)
+        train(model, METHODS[config.method], training)
+        if ranks.sharded():
+            ranks.whole(model)
+    result: dict[str, Any] = heard
+    return result
+
+
+def loss_on(recipe: Recipe, config: Config, records: Sequence[Record], model: Any, tokenizer: Any) -> float | None:
+    """The loss on the answers of the records that fit into ``--max-length`` tokens; None where none does."""
+    pairs = [Example(recipe.prompt(record), recipe.answer(record)) for record in records]
+    kind = model.config.is_encoder_decoder, choices_of(recipe, config, model.config)
+    examples = [tokenization.encode(tokenizer, pair, config.max_length, *kind) for pair in pairs]
+    fitting = [example for example in examples if example]
+    return answer_loss(model, tokenizer, fitting, config.micro_batch) if fitting else None
 
 
 TRAINED, BASE = "trained", "base"
@@ -145,8 +204,11 @@ def evaluate(
         stem = work / "answers" / "-".join(filter(None, (who, prefix.strip("_"))))
 
         @cache
-        def generator(drawn: tuple[float, float] | None = drawn) -> Generator:
+        def generator(drawn: tuple[float, float] | None = drawn) -> Generate:
             model, tokenizer = load()
+            choices = choices_of(recipe, config, model.config)
+            if choices is not None:
+                return Chooser(model, tokenizer, choices)
             return Generator(model, tokenizer, config.max_new_tokens, drawn and Sampling(config.seed, *drawn))
 
         with tqdm(desc=f"answers, {stem.name}", unit="prompt", disable=quiet) as bar:

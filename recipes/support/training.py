@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,25 @@ import torch
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from support.adapters import callbacks_of, make_optimizer
+from support import ranks
+from support.adapters import callbacks_of, finder_of, make_optimizer
 from support.config import Config
 from support.evaluation.tokenization import IGNORED, collator
 from support.generated import drop_generators
 from support.methods import Method
 from support.provenance import read_json, write_json
 from support.results import expansions
-from tnadapt import LoraOver, find_lora_matrices, plan, predefined
-from tnadapt.integrations.transformers import last_complete_checkpoint
+from tnadapt import LoraOver, finders, plan, predefined
+from tnadapt.integrations.transformers import LoraOverCallback, last_complete_checkpoint
+
+MakeOptimizer = Callable[[Any], torch.optim.Optimizer]
+
+
+class Made:
+    """What the Trainer makes its optimizer with, once the model is where it is trained."""
+
+    def __call__(self, model: Any, make: MakeOptimizer) -> torch.optim.Optimizer:
+        return make(model)
 
 
 class Training:
@@ -48,13 +58,35 @@ class Training:
         chosen = rng.sample(self.examples, min(self.config.micro_batch, len(self.examples)))
         return {name: tensor.to(device) for name, tensor in self.collate(chosen).items()}
 
-    def trainer(self, model: Any, optimizer: torch.optim.Optimizer, callbacks: Sequence[Any], name: str) -> Trainer:
-        """An unmodified Trainer whose checkpoints go to the folder ``name``."""
-        config = self.config
+    def per_device(self) -> int:
+        """Examples at once on each rank.
+
+        Raises:
+            ValueError: a batch that cannot be divided over the ranks.
+        """
+        config, world = self.config, ranks.world()
+        share = config.batch // world
+        size = min(config.micro_batch, max(share, 1))
+        if config.batch % world or share % size:
+            raise ValueError(
+                f"--batch is {config.batch}: {world} ranks cannot have equal shares of it in batches of --micro-batch "
+                f"{config.micro_batch}; give a multiple of {world * config.micro_batch}, or a --micro-batch that divides the shares"
+            )
+        return size
+
+    def trainer(self, model: Any, make: MakeOptimizer, callbacks: Sequence[Any], name: str) -> Trainer:
+        """An unmodified Trainer whose checkpoints go to the folder ``name``.
+
+        Raises:
+            ValueError: the model is to be sharded, and accelerate shards none here.
+        """
+        config, size = self.config, self.per_device()
+        # accelerate takes CPU ranks for ranks only where it is told that they have no GPU
+        on_cpu = ranks.world() > 1 and not torch.accelerator.is_available() and not ranks.sharded()
         arguments = TrainingArguments(
             output_dir=str(self.work / name),
-            per_device_train_batch_size=config.micro_batch,
-            gradient_accumulation_steps=config.batch // config.micro_batch,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=config.batch // (size * ranks.world()),
             max_steps=self.steps,
             lr_scheduler_type="cosine",
             max_grad_norm=config.clip,
@@ -70,26 +102,31 @@ class Training:
             include_num_input_tokens_seen="non_padding",
             disable_tqdm=self.quiet,
             report_to="none",
+            use_cpu=on_cpu,
+            ddp_find_unused_parameters=False if ranks.world() > 1 else None,
         )
         trainer = Trainer(
             model,
             arguments,
             train_dataset=self.examples,
             data_collator=self.collate,
-            optimizers=(optimizer, None),
+            optimizer_cls_and_kwargs=(Made, {"make": make}),
             callbacks=list(callbacks),
         )
+        if ranks.sharded() and not trainer.is_fsdp_enabled:
+            raise ValueError(
+                "accelerate was told to shard the model (FSDP), which it does on GPUs only, and there are none: start the ranks "
+                "with torchrun, or with accelerate launch --cpu, for DDP"
+            )
         trainer.remove_callback(PrinterCallback)
         if not self.quiet:
             trainer.remove_callback(ProgressCallback)
             trainer.add_callback(LossBar)
         return trainer
 
-    def run(
-        self, model: Any, optimizer: torch.optim.Optimizer, callbacks: Sequence[Any] = (), name: str = "checkpoints"
-    ) -> Any:
+    def run(self, model: Any, make: MakeOptimizer, callbacks: Sequence[Any] = (), name: str = "checkpoints") -> Any:
         """Train ``model`` in place, from the last complete checkpoint in the folder ``name``; returns the Trainer's state."""
-        trainer = self.trainer(model, optimizer, callbacks, name)
+        trainer = self.trainer(model, make, callbacks, name)
         trainer.train(resume_from_checkpoint=last_complete_checkpoint(self.work / name))
         return trainer.state
 
@@ -101,23 +138,34 @@ def train(model: Any, method: Method, training: Training) -> dict[str, Any]:
     if method.over is not None and method.over.choice == "predefined":
         scores = scores_of_ablation(model, method, training)
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    optimizer = make_optimizer(model, method, config)
-    over, table = None, ""
+    overs: list[LoraOver] = []
+    table, settings, beside = "", None, trainable
     if method.over is not None:
-        shapes = {
-            (matrix.parameter.shape[0], matrix.parameter.shape[1]) for matrix in find_lora_matrices(model)[0].values()
-        }
-        factorization, scheduler = (
-            method.over.make_factorization(config, shapes),
-            method.over.make_scheduler(config, scores),
-        )
-        # the table is of whole groups
-        table = "" if method.over.which else str(plan(model, factorization, top_n=getattr(scheduler, "top_n", None)))
+        finder = finder_of(method, config, model)
+        matrices = finders.collect(model, finder)[0].values()
+        beside -= sum(matrix.parameter.numel() for matrix in matrices)
+        shapes = {(matrix.parameter.shape[0], matrix.parameter.shape[1]) for matrix in matrices}
+        factorization = method.over.make_factorization(config, shapes)
+        scheduler = method.over.make_scheduler(config, scores)
+        if not method.over.which:  # the table is of whole groups
+            table = str(plan(model, factorization, top_n=getattr(scheduler, "top_n", None), matrices=finder))
         if not training.quiet:
             print(table)
-        over = LoraOver(model, optimizer, factorization, scheduler, core_lr=config.core_lr)
+        settings = (factorization, scheduler, finder)
+
+    def make(model: Any) -> torch.optim.Optimizer:
+        optimizer = make_optimizer(model, method, config)
+        if settings is not None:
+            factorization, scheduler, finder = settings
+            overs.append(LoraOver(model, optimizer, factorization, scheduler, core_lr=config.core_lr, matrices=finder))
+        return optimizer
+
+    callbacks = callbacks_of(model, method, training)
+    if settings is not None and ranks.sharded():
+        callbacks.append(LoraOverCallback())  # the optimizer's files of FSDP have no cores
     start = time.perf_counter()
-    state = training.run(model, optimizer, callbacks_of(model, method, training))
+    state = training.run(model, make, callbacks)
+    over = overs[0] if overs else None
     curve = [(entry["step"], entry["loss"]) for entry in state.log_history if "loss" in entry]
     tail = [loss for _, loss in curve[-5:]]
     result = {
@@ -127,7 +175,7 @@ def train(model: Any, method: Method, training: Training) -> dict[str, Any]:
             "tokens": int(state.num_input_tokens_seen),
             "training_seconds": time.perf_counter() - start,
             "lora_parameters": trainable,
-            "trained_parameters": over.trained_parameters if over else trainable,
+            "trained_parameters": beside + over.trained_parameters if over else trainable,
         },
         "curve": curve,
         "plan": table,
@@ -162,11 +210,12 @@ def scores_of_ablation(model: Any, method: Method, training: Training) -> dict[s
         return sum(loss * tokens for loss, tokens in losses) / sum(tokens for _, tokens in losses)
 
     def train_plain() -> None:
-        training.run(model, make_optimizer(model, method, training.config), name="ablation")
+        training.run(model, lambda model: make_optimizer(model, method, training.config), name="ablation")
 
     scores = predefined(model, train_plain, mean_loss, training.config.top_n).scores
-    write_json(file, scores)
-    shutil.rmtree(training.work / "ablation", ignore_errors=True)
+    if ranks.is_first():
+        write_json(file, scores)
+        shutil.rmtree(training.work / "ablation", ignore_errors=True)
     return scores
 
 

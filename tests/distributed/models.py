@@ -100,6 +100,7 @@ def train(model: nn.Module, optimizer: Any, steps: range, rank: int = 0, world: 
 
 def outcome(model: nn.Module, over: LoraOver) -> dict[str, Any]:
     """What ranks are compared by."""
+    over.consolidate()
     state = over.state_dict()["cores"]
     return {
         "values": whole_values(model),

@@ -1,4 +1,4 @@
-"""FSDP2 through HF Trainer: a PEFT model, `LoraOverCallback` and its `tnadapt.pt`."""
+"""FSDP2 and DDP through HF Trainer: a PEFT model, `LoraOverCallback` and its `tnadapt.pt`; cores on every rank, or dealt out."""
 
 from __future__ import annotations
 
@@ -29,9 +29,14 @@ pytest.importorskip("transformers")
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from tnadapt.integrations.transformers import LoraOverCallback, checkpoint_fault, last_complete_checkpoint
+from tnadapt.integrations.transformers import (
+    LoraOverCallback,
+    LoraOverOptimizer,
+    checkpoint_fault,
+    last_complete_checkpoint,
+)
 
-from .accelerated import OPTIONS, on_cpu_ranks
+from .accelerated import OPTIONS, fresh, on_cpu_ranks
 
 STEPS = 8
 SAVED_AT = 5  # two of three expansions are behind, one is to come
@@ -77,6 +82,8 @@ class _Watching(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         assert self.callback.over is not None
+        if self.callback.over.config()["shard"] and state.global_step < STEPS:
+            return  # to look is to consolidate, which the callback must do by itself
         self.last = outcome(kwargs["model"], self.callback.over)
         for name, cores in self.last["cores"].items():
             self.first_cores.setdefault(name, cores)
@@ -89,17 +96,27 @@ def _trained(
     resume: bool = False,
     best: bool = False,
     initial: dict[str, Tensor] | None = None,
+    cores: dict[str, Any] | None = None,
+    ddp: bool = False,
+    factory: bool = False,
     **fsdp: Any,
 ) -> dict[str, Any]:
-    """One run of Trainer, on the ranks that there are; from adapters of `seed`, from `initial` or from the checkpoint."""
+    """One run of Trainer, on the ranks that there are; from adapters of `seed`, from `initial` or from the checkpoint.
+
+    `LoraOver` is attached by the callback, or with `factory` where the trainer makes its own optimizer.
+    """
     world = dist.get_world_size() if dist.is_initialized() else 1
     model = _model(seed)
     if initial is not None:
         load_values(model, initial)
     offload = fsdp.pop("cpu_offload", None)
-    several = {
+    sharded = world > 1 and not ddp
+    engine: dict[str, Any] = {
         "fsdp": True,
         "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], **fsdp},
+    }
+    several = {
+        **({"use_cpu": True, "ddp_backend": "gloo", "ddp_find_unused_parameters": False} if ddp else engine),
         "save_strategy": "steps",
         "save_steps": 2 if best else SAVED_AT,
         "load_best_model_at_end": best,
@@ -121,16 +138,24 @@ def _trained(
     )
     if offload is not None:
         args.fsdp_plugin_args["cpu_offload"] = offload
-    callback = LoraOverCallback(MPO(order=4), choice())
+    settings = {"factorization": MPO(order=4), "scheduler": choice(), "lr": args.learning_rate, "weight_decay": 0.0}
+    callback = LoraOverCallback() if factory else LoraOverCallback(MPO(order=4), choice(), **(cores or {}))
     watching = _Watching(callback)
-    trainer = Trainer(model, args, train_dataset=_data(), eval_dataset=_data()[:4], callbacks=[callback, watching])
+    trainer = Trainer(
+        model,
+        args,
+        train_dataset=_data(),
+        eval_dataset=_data()[:4],
+        callbacks=[callback, watching],
+        optimizer_cls_and_kwargs=(LoraOverOptimizer, settings) if factory else None,
+    )
     trainer._get_train_sampler = lambda *_: SequentialSampler(_data())  # the same global batches in every world
     trainer.train(resume_from_checkpoint=str(Path(folder) / CHECKPOINT) if resume else None)
-    assert trainer.is_fsdp_enabled == (world > 1)
+    assert trainer.is_fsdp_enabled == sharded
     assert trainer.state.global_step == STEPS
     trained = [p for p in trainer.model.parameters() if p.requires_grad]
-    assert all(isinstance(p, DTensor) == (world > 1) for p in trained)
-    assert callback.report is not None
+    assert all(isinstance(p, DTensor) == sharded for p in trained)
+    assert (callback.report is None) == factory
     end = whole_values(trainer.model)
     if best:
         return {"end": end, "last": watching.last["values"], "best": trainer.state.best_model_checkpoint}
@@ -142,7 +167,11 @@ def _trained(
 
 def _on_ranks(start: Callable[[], None], folder: str, seed: int = 0, **options: Any) -> dict[str, Any]:
     start()
-    with on_cpu_ranks(), warnings.catch_warnings():
+    # accelerate knows DDP on the CPU; the process group is there already, so nobody meets at that address
+    with (
+        fresh(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500") if options.get("ddp") else on_cpu_ranks(),
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")
         return _trained(folder, seed + dist.get_rank(), **options)
 
@@ -181,6 +210,36 @@ def test_a_checkpoint_goes_on_to_the_same_end(two: Ranks, tmp_path: Path, kind: 
     assert drift(whole) == 0
     assert drift(resumed) == 0
     assert difference(resumed[0], whole[0]) == 0
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_cores_that_are_dealt_out_come_together_in_a_checkpoint(two: Ranks, tmp_path: Path, how: str) -> None:
+    """Under DDP in `optimizer.pt`, which one rank writes alone; as with cores on every rank, to the last digits."""
+    run = partial(_on_ranks, cores={"shard": True}, ddp=how == "ddp")
+    whole = two.run(run, str(tmp_path))
+    assert (tmp_path / CHECKPOINT / "optimizer.pt").exists() == (how == "ddp")
+    resumed = two.run(partial(run, resume=True), str(tmp_path), 50)
+    assert drift([*whole, *resumed]) == 0
+    alone = _trained(str(tmp_path / "alone"), initial=whole[0]["initial"])
+    assert difference(whole[0], alone) < 1e-9
+
+
+@pytest.mark.parametrize(
+    "choice", [pytest.param(_rounds, id="runtime"), pytest.param(Static, id="static", marks=pytest.mark.slow)]
+)
+def test_the_trainers_own_optimizer_resumes_with_nothing_said(
+    two: Ranks, tmp_path: Path, kind: str, choice: Any
+) -> None:
+    """To the same bits as the run that was not broken off, and as the callback that attaches."""
+    run = partial(_on_ranks, choice=choice, state_dict_type=kind)
+    attached = two.run(run, str(tmp_path / "callback"))
+    initial = attached[0]["initial"]
+    whole = two.run(partial(run, factory=True, initial=initial), str(tmp_path / "factory"))
+    resumed = two.run(partial(run, factory=True, resume=True), str(tmp_path / "factory"), 50)
+    for results in (whole, resumed):
+        assert drift(results) == 0
+        assert difference(results[0], attached[0]) == 0
+        assert _expansions(results[0]) == _expansions(attached[0])
 
 
 @pytest.fixture(scope="module")

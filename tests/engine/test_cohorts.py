@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import math
 import warnings
 from collections.abc import Mapping
 
@@ -11,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from tnadapt import CP, MPO, LoraOver, OverParamAdapter, Scheduler, Tucker
+from tnadapt import CP, MPO, LoraOver, OverParamAdapter, Scheduler, TaylorRuntime, Tucker
 from tnadapt.engine.cores import Cohort
 from tnadapt.engine.ranks import local_parts, stack_rows, write_rows
 from tnadapt.matrices import TrainedMatrix
@@ -479,3 +481,44 @@ def test_off_the_cpu_a_counted_write_is_followed_in_any_step(monkeypatch: pytest
     with pytest.warns(UserWarning, match="^A, B changed outside"):
         step(layer, optimizer)
     assert over.step == 3
+
+
+@pytest.mark.parametrize("limit", [1, 3])
+def test_a_cohort_stacks_no_more_than_its_limit(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Expanded in rounds and resumed, matrices fill cohorts up to the limit and train as they do without one."""
+
+    def run(resume: bool) -> tuple[nn.Module, LoraOver]:
+        torch.manual_seed(0)
+        pairs = [OverParamAdapter.from_linear(nn.Linear(12, 12), rank=4, alpha=8).double() for _ in range(5)]
+        for pair in pairs:
+            nn.init.normal_(pair.lora_B.weight, std=0.3)
+        model = nn.Sequential(*pairs)
+
+        def attach() -> tuple[torch.optim.Optimizer, LoraOver]:
+            optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+            return optimizer, LoraOver(model, optimizer, MPO(order=3), TaylorRuntime(top_n=4, split=2, every=2))
+
+        optimizer, over = attach()
+        for k in range(8):
+            if resume and k == 6:
+                saved = copy.deepcopy(optimizer.state_dict())
+                over.detach()
+                optimizer, over = attach()
+                optimizer.load_state_dict(saved)
+            generator = torch.Generator().manual_seed(k)
+            model(torch.randn(3, 12, generator=generator, dtype=torch.float64)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return model, over
+
+    free, unlimited = run(False)
+    key = unlimited._expanded.now.cohorts[0].key
+    monkeypatch.setattr("tnadapt.engine.cores.STACK_BYTES", limit * unlimited._expanded.now.cohorts[0].buffer[0].nbytes
+                        * sum(math.prod(shape) for shape in key.fused_shapes))  # fmt: skip
+    for resume in (False, True):
+        model, over = run(resume)
+        sizes = [len(cohort.matrices) for cohort in over._expanded.now.cohorts]
+        assert sum(sizes) == sum(len(c.matrices) for c in unlimited._expanded.now.cohorts) > limit
+        assert max(sizes) == limit, sizes
+        for name, parameter in model.named_parameters():
+            assert torch.allclose(parameter, dict(free.named_parameters())[name], rtol=1e-9, atol=1e-11), name

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from tnadapt import Budget, LossAblation, Scheduler, Static, TaylorRuntime
-from tnadapt.backends import Backend
-from tnadapt.backends.autograd_backend import AutogradKernel
+from tnadapt.backends import AutogradKernel, Backend
 from tnadapt.factorizations import CP, MPO, SVD, Factorization, TensorRing
 from tnadapt.testing import LawBroken, check_backend, check_factorization, check_scheduler, example_matrices
 
@@ -365,3 +364,11 @@ def test_broken_backends(make: Callable[[], Backend], law: int, example: str) ->
     with pytest.raises(LawBroken, match=rf"breaks law {law} of Backend: .*{example}") as caught:
         check_backend(make())
     assert caught.value.law == law
+
+
+@pytest.mark.parametrize("check", [check_factorization, check_scheduler, check_backend])
+@pytest.mark.parametrize("thing", [3, MPO])
+def test_a_checker_of_something_else_says_what_it_takes(check, thing) -> None:
+    message = f"{check.__name__} takes an object of a subclass of .*, got {'<class' if thing is MPO else '3'}"
+    with pytest.raises(TypeError, match=message):
+        check(thing)

@@ -7,6 +7,8 @@ its section on the experimental set-up. They are written out here and not derive
 from __future__ import annotations
 
 import dataclasses
+import math
+from functools import cache
 from typing import Any
 
 import peft
@@ -74,21 +76,17 @@ class Setting:
     every: int
     # table of structures
     order: int
-    matrices: int
-    per_group: int
 
 
 def glue(task: str, train: int, split: int, every: int) -> Setting:
-    # 12 layers of 4 attention and 2 feed-forward matrices, 12 of 8 and 2; A and B of each
     return Setting(
         t5_glue.RECIPE, "paper", "google-t5/t5-base", {"task": task}, 128, 32, 0.0, train,
-        4.9e-4, 5e-4, 4.9e-4, split, 9, every, 16, 2 * 12 * (6 + 10), 12,
+        4.9e-4, 5e-4, 4.9e-4, split, 9, every, 16,
     )  # fmt: skip
 
 
 LLAMA_31: tuple[Any, ...] = ("paper", "meta-llama/Llama-3.1-8B", {}, 512, 64, 5e-4)
 LLAMA_2: tuple[Any, ...] = ("paper-llama2", "meta-llama/Llama-2-7b-hf", {}, 1024, 32, 0.0)
-MATRICES_31, MATRICES_2 = 2 * 32 * 4, 2 * 32 * 7  # attention only; all linear layers
 GSM8K, CODE, CHAT = llama31_gsm8k.RECIPE, llama31_humaneval.RECIPE, llama31_mtbench.RECIPE
 
 SETTINGS = {
@@ -97,12 +95,12 @@ SETTINGS = {
     "cola": glue("cola", 8_551, 8, 5),
     "qnli": glue("qnli", 104_743, 7, 80),
     "mrpc": glue("mrpc", 3_668, 8, 5),
-    "gsm8k-3.1": Setting(GSM8K, *LLAMA_31, 100_000, 1.7e-4, 2e-4, 1.7e-4, 8, 30, 50, 10, MATRICES_31, 32),
-    "mtbench-3.1": Setting(CHAT, *LLAMA_31, 52_000, 1.7e-4, 2e-4, 1.7e-4, 6, 30, 50, 10, MATRICES_31, 32),
-    "humaneval-3.1": Setting(CODE, *LLAMA_31, 100_000, 7e-5, 1e-4, 7e-5, 4, 28, 50, 8, MATRICES_31, 32),
-    "gsm8k-2": Setting(GSM8K, *LLAMA_2, 100_000, 9.3e-5, 1e-4, 9.3e-5, 8, 30, 50, 9, MATRICES_2, 32),
-    "mtbench-2": Setting(CHAT, *LLAMA_2, 52_000, 9.3e-5, 1e-4, 9.3e-5, 6, 30, 50, 9, MATRICES_2, 32),
-    "humaneval-2": Setting(CODE, *LLAMA_2, 100_000, 1.1e-4, 1.2e-4, 1.1e-4, 8, 30, 50, 9, MATRICES_2, 32),
+    "gsm8k-3.1": Setting(GSM8K, *LLAMA_31, 100_000, 1.7e-4, 2e-4, 1.7e-4, 8, 30, 50, 10),
+    "mtbench-3.1": Setting(CHAT, *LLAMA_31, 52_000, 1.7e-4, 2e-4, 1.7e-4, 6, 30, 50, 10),
+    "humaneval-3.1": Setting(CODE, *LLAMA_31, 100_000, 7e-5, 1e-4, 7e-5, 4, 28, 50, 8),
+    "gsm8k-2": Setting(GSM8K, *LLAMA_2, 100_000, 9.3e-5, 1e-4, 9.3e-5, 8, 30, 50, 9),
+    "mtbench-2": Setting(CHAT, *LLAMA_2, 52_000, 9.3e-5, 1e-4, 9.3e-5, 6, 30, 50, 9),
+    "humaneval-2": Setting(CODE, *LLAMA_2, 100_000, 1.1e-4, 1.2e-4, 1.1e-4, 8, 30, 50, 9),
 }
 each_setting = pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
 
@@ -118,13 +116,16 @@ def resolved(setting: Setting, method: str) -> Any:
     return setting.recipe.resolve(config)
 
 
-def on_meta(setting: Setting, config: Any) -> Any:
-    """The published model with LoRA, without weights."""
-    published = PUBLISHED[setting.model]
+@cache
+def adapted(model: str, targets: str) -> Any:
+    """The published model with LoRA of rank 8 on the paper's layers, without weights."""
+    published = PUBLISHED[model]
     kind = AutoModelForSeq2SeqLM if published.is_encoder_decoder else AutoModelForCausalLM
+    recipe, preset = (t5_glue.RECIPE, "paper") if published.is_encoder_decoder else (GSM8K, "paper")
+    config = dataclasses.replace(recipe.presets[preset], model=model, targets=targets)
     with torch.device("meta"):
-        model = kind.from_config(published)
-        return peft.get_peft_model(model, adapters.adapter_config(METHODS[config.method], config, 100, model))
+        made = kind.from_config(published)
+        return peft.get_peft_model(made, adapters.adapter_config(METHODS["lora"], config, 100, made))
 
 
 @each_setting
@@ -157,31 +158,68 @@ ENDS = {
 }
 
 
-@pytest.mark.parametrize("name", ["mrpc", "gsm8k-3.1", "humaneval-3.1", "gsm8k-2"])
-@pytest.mark.parametrize("method", ["lora-over-svd", "lora-over-mpo-r"])
-def test_plan_and_rounds_are_the_papers(name: str, method: str) -> None:
-    setting = SETTINGS[name]
+ATTENTION = {f"model.layers.*.self_attn.{side}_proj": 32 for side in "qkvo"}
+T5_LAYERS = {
+    **{f"encoder.block.*.layer.*.SelfAttention.{side}": 12 for side in "qkvo"},
+    **{f"encoder.block.*.layer.*.DenseReluDense.{side}": 12 for side in ("wi", "wo")},
+    **{
+        f"decoder.block.*.layer.*.{kind}.{side}": 12 for kind in ("SelfAttention", "EncDecAttention") for side in "qkvo"
+    },
+    **{f"decoder.block.*.layer.*.DenseReluDense.{side}": 12 for side in ("wi", "wo")},
+}
+#: The groups that are ranked for themselves and the layers in each ("grouped by module"; T5's cross-attention is a group of its own).
+GROUPS = {
+    "google-t5/t5-base": T5_LAYERS,
+    "meta-llama/Llama-3.1-8B": ATTENTION,
+    "meta-llama/Llama-2-7b-hf": {
+        **ATTENTION,
+        **{f"model.layers.*.mlp.{side}_proj": 32 for side in ("gate", "up", "down")},
+    },
+}
+
+
+def core_numbers(sites: list[tuple[int, int]]) -> int:
+    """The parameters of a full MPO: the sum of i_k j_k d_(k-1) d_k, with the bonds of the paper's Eq. 4."""
+    sizes = [rows * columns for rows, columns in sites]
+    bonds = [min(math.prod(sizes[:k]), math.prod(sizes[k:])) for k in range(len(sizes) + 1)]
+    return sum(size * bonds[k] * bonds[k + 1] for k, size in enumerate(sizes))
+
+
+@each_setting
+@pytest.mark.parametrize("method", ["lora-over-svd", "lora-over-mpo", "lora-over-mpo-p", "lora-over-mpo-r"])
+def test_structures_groups_and_parameters_are_the_papers(setting: Setting, method: str) -> None:
     config = resolved(setting, method)
-    model = on_meta(setting, config)
     over = METHODS[method].over
     assert over is not None
-    factorization = over.make_factorization(config)
-    runtime = method == "lora-over-mpo-r"
-    planned = plan(model, factorization, top_n=config.top_n if runtime else None)
+    chosen = setting.top_n if over.choice != "all" else None
+    planned = plan(adapted(setting.model, config.targets), over.make_factorization(config), top_n=chosen)
     groups: dict[str, int] = {}
+    trained = 0
     for row in planned.rows:
         groups[row.group] = groups.get(row.group, 0) + row.count
-        assert row.expanded == (setting.top_n if runtime else row.count)
+        assert row.expanded == (chosen or row.count)
         rows, columns = row.structure.shape
-        sites = row.structure.sites
-        assert len(sites) == (setting.order if runtime else 2)
         first, last = ENDS[max(rows, columns), min(rows, columns)]
         if rows < columns:
             first, last = first[::-1], last[::-1]
-        assert (sites[0], sites[-1]) == (first, last)
-        assert all(site == (1, 1) for site in sites[1:-1])
-    assert sum(groups.values()) == setting.matrices
-    assert set(groups.values()) == {setting.per_group}
+        sites = [first, *[(1, 1)] * ((setting.order if method != "lora-over-svd" else 2) - 2), last]
+        assert list(row.structure.sites) == sites
+        trained += row.expanded * core_numbers(sites) + (row.count - row.expanded) * rows * columns
+    expected = GROUPS[setting.model]
+    assert groups == {f"{group}.{side}": layers for group, layers in expected.items() for side in "AB"}
+    assert planned.trained_parameters == trained
+
+
+@each_setting
+def test_rounds_are_the_papers_and_end_before_training_does(setting: Setting) -> None:
+    """The last round of MPO_R comes while there is something left to train, in one epoch of the setting's data."""
+    config = resolved(setting, "lora-over-mpo-r")
+    over = METHODS["lora-over-mpo-r"].over
+    assert over is not None
+    scheduler = over.make_scheduler(config)
+    assert isinstance(scheduler, TaylorRuntime)
+    assert (scheduler.top_n, scheduler.split, scheduler.every) == (setting.top_n, setting.split, setting.every)
+    assert setting.split * setting.every < -(-setting.train // setting.batch)
 
 
 #: The prompts of one known record, written out from LoRA-GA's code for the Llamas and from T5's paper (appendix D) for GLUE.
@@ -191,28 +229,42 @@ ALPACA = (
 )
 
 
-def test_prompts_are_those_of_the_set_up() -> None:
-    assert GSM8K.prompt({"question": "How many?"}) == "Q: How many?\nA: "
-    row = {"query": "Add.", "answer": "Thus:\n```python\na + b\n```\nDone."}
-    example = llama31_humaneval.prompts.codefeedback(row)
-    assert example is not None
-    assert CODE.prompt(example._asdict()) == ALPACA.format("Add.")
-    assert CODE.answer(example._asdict()) == "Thus:\n```python\na + b\n```"
-    example = llama31_mtbench.prompts.wizardlm({"instruction": "Sing.", "output": "La."})
-    assert example is not None
-    assert CHAT.prompt(example._asdict()) == ALPACA.format("Sing.")
-    record = {"sentence1": "A b.", "sentence2": "B a.", "label": 1, "task": "mrpc"}
-    assert SETTINGS["mrpc"].recipe.prompt(record) == "mrpc sentence1: A b. sentence2: B a."
-    assert SETTINGS["mrpc"].recipe.answer(record) == "equivalent"
+ADD = "Add two numbers."
+BLOCK = "```python\na + b\n```"
+SIGNATURE = "def add(a, b):\n"
+#: Setting -> what a recipe makes of one known training record, and what the model is asked in evaluation.
+PROMPTS: dict[str, tuple[dict[str, Any], str, str]] = {
+    "mnli": ({"premise": "P.", "hypothesis": "H.", "label": 2}, "mnli hypothesis: H. premise: P.", "contradiction"),
+    "sst2": ({"sentence": "fine", "label": 1}, "sst2 sentence: fine", "positive"),
+    "cola": ({"sentence": "He go.", "label": 0}, "cola sentence: He go.", "unacceptable"),
+    "qnli": ({"question": "Q?", "sentence": "S.", "label": 0}, "qnli question: Q? sentence: S.", "entailment"),
+    "mrpc": ({"sentence1": "A.", "sentence2": "B.", "label": 1}, "mrpc sentence1: A. sentence2: B.", "equivalent"),
+    "gsm8k-3.1": ({"question": "How many?", "answer": "1 + 1 = 2\n#### 2"}, "Q: How many?\nA: ", "1 + 1 = 2\n#### 2"),
+    "humaneval-3.1": ({"query": ADD, "answer": f"Thus:\n{BLOCK}\nDone."}, ALPACA.format(ADD), f"Thus:\n{BLOCK}"),
+    "mtbench-3.1": ({"instruction": "Sing.", "output": "La."}, ALPACA.format("Sing."), "La."),
+}
+PROMPTS |= {name.replace("3.1", "2"): known for name, known in PROMPTS.items()}
+MADE_FROM_ROWS: dict[str, Any] = {
+    CODE.name: llama31_humaneval.prompts.codefeedback,
+    CHAT.name: llama31_mtbench.prompts.wizardlm,
+}
 
 
-@each_setting
-def test_rounds_end_before_training_does(setting: Setting) -> None:
-    """The last round of MPO_R comes while there is something left to train, in one epoch of the setting's data."""
-    config = resolved(setting, "lora-over-mpo-r")
-    assert config.split * config.every < -(-setting.train // setting.batch)
-    over = METHODS["lora-over-mpo-r"].over
-    assert over is not None
-    scheduler = over.make_scheduler(config)
-    assert isinstance(scheduler, TaylorRuntime)
-    assert (scheduler.top_n, scheduler.split, scheduler.every) == (setting.top_n, setting.split, setting.every)
+@pytest.mark.parametrize("name", SETTINGS)
+def test_prompts_are_those_of_the_set_up(name: str) -> None:
+    setting, (row, prompt, answer) = SETTINGS[name], PROMPTS[name]
+    made = MADE_FROM_ROWS.get(setting.recipe.name)
+    record = {**(made(row)._asdict() if made else row), **setting.changes}
+    assert (setting.recipe.prompt(record), setting.recipe.answer(record)) == (prompt, answer)
+
+
+def test_questions_of_the_benchmarks_are_asked_in_the_form_of_training() -> None:
+    asked = llama31_humaneval.prompts.humaneval_prompt({"prompt": SIGNATURE})
+    head, tail = ALPACA.format("\0").split("\0")
+    assert asked.startswith(head + "Complete the following Python code: \n")
+    assert asked.endswith(f"code:\n```python\n{SIGNATURE}\n```{tail}```python\n")
+    ask = llama31_mtbench.prompts.mt_bench_prompt
+    assert ask(["Sing."]) == ALPACA.format("Sing.")
+    assert (
+        ask(["Sing.", "La.", "Again."]) == f"{ALPACA.format('Sing.')}La.\n\n### Instruction:\nAgain.\n\n### Response:\n"
+    )

@@ -167,15 +167,7 @@ def test_a_name_of_a_file_is_no_hub_id() -> None:
 
 def test_pictures_are_written(tmp_path: Path) -> None:
     curve = [(1, 2.0), (2, 1.0)]
-    matrices = [
-        {"kind": kind, "layer": layer, "module": f"model.layers.{layer}.q_proj", "expanded_at": step}
-        for kind in "AB"
-        for layer, step in ((0, 10), (1, None))
-    ]
-    matrices.append({"kind": "A", "layer": None, "module": "head", "expanded_at": 0})
     paths = [
-        pictures.loss_curves(tmp_path / "loss.png", {"a": curve}),
-        pictures.expansion_map(tmp_path / "map.png", matrices, 20, "title"),
         pictures.comparison(tmp_path / "bars.png", {"base": 0.1, "a": 0.5}, {"a": curve}),
         pictures.score_against(tmp_path / "lr.png", "lr", {"a": [(1e-3, 0.1), (1e-2, 0.2)]}, logarithmic=True),
         pictures.score_against(tmp_path / "gauge.png", "gauge", {"a": [("svd", 0.1), ("spread", 0.2)]}),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
@@ -16,14 +17,16 @@ pytest.importorskip("rich")
 
 from hypothesis import given
 from hypothesis import strategies as st
-from support import running
+from peft import PeftModel
+from support import loading, running
+from support.evaluation.generate import Chooser
 from support.glue import TASKS
-from transformers import AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForMaskedLM
 
-from recipes import ablate
+from recipes import ablate, llama31_gsm8k
 from recipes import t5_glue as recipe
 from recipes.embedded import sentences
-from tnadapt import MPO, TaylorRuntime
+from tnadapt import RowRescale
 
 pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning"), pytest.mark.filterwarnings("ignore::FutureWarning")]
 
@@ -152,6 +155,13 @@ def test_prompts_and_labels_are_t5s(task: str, record: dict[str, Any], prompt: s
     assert (TASKS[task].prompt(record), TASKS[task].answer(record)) == (prompt, answer)
 
 
+@EACH_TASK
+@pytest.mark.parametrize("label", [-1, 3, None, "positive"])
+def test_a_label_without_a_word_is_refused(task: str, label: Any) -> None:
+    with pytest.raises(ValueError, match=f"label {label} is none of {task}'s 0 to"):
+        TASKS[task].answer({"label": label})
+
+
 def test_an_answer_is_right_word_for_word() -> None:
     record = {"sentence": "x", "label": 1, "task": "sst2"}
     assert recipe.grade(record, "positive") == (True, True)
@@ -203,32 +213,7 @@ def test_a_folder_without_records_to_evaluate_on_says_which_files_it_looked_for(
         recipe.load_records(small(task="sst2", data=str(tmp_path)))
 
 
-# -- the paper's settings ---------------------------------------------------------------------------------------------
-
-#: LoRA-Over, appendix: T5-Base. Split number and eval step of MPO_R by task.
-ROUNDS = {"mnli": (5, 100), "qnli": (7, 80), "cola": (8, 5), "sst2": (7, 50), "mrpc": (8, 5)}
-
-
-@EACH_TASK
-def test_the_paper_preset_has_the_papers_settings(task: str) -> None:
-    config = dataclasses.replace(recipe.PRESETS["paper"], task=task, method="lora-over-mpo-r")
-    resolved = recipe.RECIPE.resolve(config)
-    assert (resolved.lr, resolved.core_lr) == (5e-4, 4.9e-4)
-    assert (resolved.split, resolved.every) == ROUNDS[task]
-    assert (resolved.rank, resolved.alpha, resolved.epochs) == (8, 16, 1)
-    assert (resolved.max_length, resolved.batch, resolved.weight_decay) == (128, 32, 0.0)
-    assert (resolved.order, resolved.top_n, resolved.targets) == (16, 9, "all-linear")
-    over = running.METHODS["lora-over-mpo-r"].over
-    assert over is not None
-    assert over.make_factorization(resolved) == MPO(order=16)
-    scheduler = over.make_scheduler(resolved)
-    assert isinstance(scheduler, TaylorRuntime)
-    assert (scheduler.top_n, scheduler.split, scheduler.every) == (9, *ROUNDS[task])
-    for method, rates in (("lora-over-svd", (4.9e-4, None)), ("lora-over-mpo", (4.9e-4, None))):
-        resolved = recipe.RECIPE.resolve(dataclasses.replace(config, method=method))
-        assert (resolved.lr, resolved.core_lr) == rates
-    resolved = recipe.RECIPE.resolve(dataclasses.replace(config, method="lora-over-mpo-p"))
-    assert (resolved.lr, resolved.core_lr) == (5e-4, 4.9e-4)
+# -- rates -----------------------------------------------------------------------------------------------------------
 
 
 def test_a_method_without_a_tuned_rate_is_refused_with_the_command_that_tunes_it() -> None:
@@ -280,3 +265,97 @@ def test_a_wrong_task_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         recipe.main(recipe.RECIPE, ["--task", "rte"])
     assert "invalid choice: 'rte' (choose from 'mnli', 'sst2', 'cola', 'qnli', 'mrpc')" in capsys.readouterr().err
+
+
+# -- encoders ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A random BERT of one layer with the embedded T5's tokenizer, in a folder."""
+    folder = tmp_path_factory.mktemp("encoder")
+    tokenizer = AutoTokenizer.from_pretrained(recipe.RECIPE.embedded_model)
+    torch.manual_seed(0)
+    shape = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        intermediate_size=48,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        initializer_range=0.3,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    BertForMaskedLM(shape).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("method", ["lora", "full", "lora-equal", "adalora", "alpha-lora", "lora-over-mpo-r"])
+def test_an_encoder_chooses_the_label(
+    tmp_path: Path, encoder: str, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """Its new head is trained with every method, saved, and the same for one seed; the loss falls on the records of training."""
+    trained: list[Any] = []
+    real = running.train
+    monkeypatch.setattr(running, "train", lambda model, *a: (trained.append(model), real(model, *a))[1])
+    few = {"train_size": 8, "batch": 8, "micro_batch": 8, "max_steps": 12, "every": 2}
+    lr = 5e-2 if method == "adalora" else 1e-2
+    config = small(task="mnli", model=encoder, method=method, lr=lr, **few)
+    result = running.run(recipe.RECIPE, config, tmp_path, quiet=True)
+    losses = [loss for _, loss in result["curve"]]
+    assert losses[-1] < 0.7 * losses[0]
+    assert result["metrics"]["format_rate"] == 1.0, "it can say nothing but a label"
+    folder, (model,) = Path(result["folder"]), trained
+    head = model.classifier if method == "full" else model.base_model.model.classifier.modules_to_save["default"]
+    assert head.weight.shape == (3, 32)
+    if method == "full":
+        loaded = AutoModelForSequenceClassification.from_pretrained(folder / "model")
+    else:
+        base = AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=3)
+        loaded = PeftModel.from_pretrained(base, folder / "adapter")
+    if method == "alpha-lora":
+        RowRescale.from_file(loaded, folder / "adapter" / "alpha.safetensors")
+    ids = torch.arange(4, 14)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.eval()(ids).logits, model.eval()(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_the_seed_decides_the_head_of_an_encoder(encoder: str) -> None:
+    weights = [
+        loading.load_model(recipe.RECIPE, small(model=encoder, seed=seed))[0].classifier.weight for seed in (0, 0, 1)
+    ]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_padding_changes_no_choice(encoder: str) -> None:
+    model, tokenizer = loading.load_model(recipe.RECIPE, small(model=encoder, task="sst2"))
+    choose = Chooser(model, tokenizer, TASKS["sst2"].labels)
+    prompts = [TASKS["sst2"].prompt(record) for record in sentences.generate(FAMILY, "sst2", "test", 8)]
+    assert choose(prompts) == [choose([prompt])[0] for prompt in prompts]
+
+
+@pytest.mark.parametrize(
+    ("method", "reason"),
+    [
+        ("tt-lora", "trains nothing but its own factors"),
+        ("lora-rite", "trains nothing but its own factors"),
+        ("pissa", "changes the base model"),
+        ("lora-ga", "changes the base model"),
+    ],
+)
+def test_a_method_that_leaves_no_room_for_a_head_is_refused_for_an_encoder(
+    tmp_path: Path, encoder: str, method: str, reason: str
+) -> None:
+    with pytest.raises(ValueError, match=f"--method is {method}, which {reason}"):
+        running.run(recipe.RECIPE, small(model=encoder, method=method), tmp_path)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_recipe_of_free_text_refuses_an_encoder(tmp_path: Path, encoder: str) -> None:
+    config = llama31_gsm8k.Config(model=encoder, lr=1e-3)
+    with pytest.raises(ValueError, match=r"an encoder \(bert\), which cannot write; llama31_gsm8k.py needs a decoder"):
+        running.run(llama31_gsm8k.RECIPE, config, tmp_path)
+    assert not [*tmp_path.iterdir()]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,11 @@ class LinearAdapter(nn.Module, ABC):
 
     Attributes:
         base: the adapted layer, which may be an adapter itself; None for the update alone.
+        notes: names of the settings that change nothing in what the layer computes.
     """
 
     base: nn.Module | None
+    notes: ClassVar[frozenset[str]] = frozenset()
 
     @classmethod
     @abstractmethod

@@ -6,8 +6,6 @@ adapter around an adapter, the inner one is called after the outer one, `proj.ba
 
 from __future__ import annotations
 
-import re
-import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, overload
@@ -18,6 +16,7 @@ from torch import Tensor, nn
 from tnadapt.adapter.base import LinearAdapter, check_base
 from tnadapt.adapter.files import named, read_tensors, write_tensors
 from tnadapt.adapter.pair import OverParamAdapter
+from tnadapt.adapter.targets import chosen_names, is_adapter
 from tnadapt.matrices import canonical_name
 
 __all__ = ["add_adapters", "chosen_layers", "find_adapters", "load_adapters", "merge_adapters", "save_adapters"]
@@ -73,46 +72,27 @@ def chosen_layers(model: nn.Module, targets: str | Iterable[str]) -> dict[str, n
     """The linear layers that `targets` means, by canonical name.
 
     Raises:
-        ValueError: none is meant, a name is not that of a linear layer or is given twice, or a layer has an adapter.
+        TypeError, ValueError: see `chosen_names`; a layer that has an adapter.
     """
     if isinstance(model, nn.Linear):
         raise ValueError(
             "the model is a linear layer itself, which cannot be replaced inside of itself; wrap it with from_linear"
         )
-    inside = {id(part) for owner in model.modules() if _is_adapter(owner) for part in list(owner.modules())[1:]}
-    linear = {
+    inside = {id(part) for owner in model.modules() if is_adapter(owner) for part in list(owner.modules())[1:]}
+    adapted = {canonical_name(path) for path, module in model.named_modules() if is_adapter(module)}
+    layers = {
         canonical_name(path): layer
         for path, layer in model.named_modules()
-        if isinstance(layer, nn.Linear) and id(layer) not in inside
+        if is_adapter(layer) or (isinstance(layer, nn.Linear) and id(layer) not in inside)
     }
-    adapted = {canonical_name(path) for path, module in model.named_modules() if _is_adapter(module)}
-    if isinstance(targets, str):
-        names = [name for name in linear if re.search(targets, name)]
-        taken = [name for name in adapted if re.search(targets, name)]
-        wanted = f"the pattern {targets!r}"
-    else:
-        given = list(targets)
-        twice = sorted({name for name in given if given.count(name) > 1})
-        if twice:
-            raise ValueError(f"targets names {named(twice)} more than once")
-        taken = [name for name in given if name in adapted]
-        missing = [name for name in given if name not in linear and name not in adapted]
-        if missing:
-            raise ValueError(
-                f"the model has no linear layer called {named(missing)}; the names of its {len(linear)} linear layers look "
-                f"like {named(linear)}"
-            )
-        names, wanted = [name for name in linear if name in set(given)], "an empty list of names"
+    names = chosen_names(targets, layers)
+    taken = [name for name in names if name in adapted]
     if taken:
         raise ValueError(
             f"{named(sorted(taken))} has an adapter already; merge it first (merge_adapters), or put another one around it "
             "by hand with from_linear"
         )
-    if not names:
-        raise ValueError(
-            f"{wanted} matches none of the {len(linear)} linear layers of the model, whose names look like {named(linear)}"
-        )
-    return {name: linear[name] for name in names}
+    return {name: layers[name] for name in names}
 
 
 @overload
@@ -154,8 +134,6 @@ def merge_adapters(model: nn.Module) -> list[str]:
 def save_adapters(model: nn.Module, file: str | Path, kind: type[LinearAdapter] = OverParamAdapter) -> None:
     """Write the adapters of a class to a safetensors file, with what is needed to make them anew.
 
-    Factorizations of `OverParamAdapter` are not written yet, and a warning says so.
-
     Raises:
         ValueError: the model has no adapters of that class, or one around (or inside of) an adapter of another class.
         ImportError: safetensors is not installed.
@@ -173,12 +151,6 @@ def save_adapters(model: nn.Module, file: str | Path, kind: type[LinearAdapter] 
             f"{named(mixed)} has an adapter of one class around one of another, which files of one class cannot say; merge "
             "the inner one first, and save the base with it"
         )
-    noted = [name for name, a in adapters.items() if any(getattr(a, "factorization", {}).values())]
-    if noted:
-        warnings.warn(
-            f"the factorizations of {named(noted)} are not written to adapter files; give them again after loading",
-            stacklevel=2,
-        )
     tensors = {
         _join(name, entry): tensor
         for name, adapter in adapters.items()
@@ -190,7 +162,7 @@ def save_adapters(model: nn.Module, file: str | Path, kind: type[LinearAdapter] 
 
 def load_adapters(model: nn.Module, file: str | Path, kind: type[A] = OverParamAdapter) -> dict[str, A]:  # type: ignore[assignment]
     """Read what `save_adapters` wrote. Linear layers get their adapters and everything else is frozen, as in `add_adapters`;
-    a model that has exactly these adapters already has their values replaced, in place.
+    a model that has exactly these adapters already has their values replaced, in place, and keeps its own factorizations.
 
     Returns:
         The adapters by the name of their layer.
@@ -273,10 +245,13 @@ def _load_values(
         )
     copies: list[tuple[nn.Parameter, Tensor]] = []
     for name, adapter in present.items():
-        if adapter.settings() != layers[name]:
+        own, its = (
+            {key: value for key, value in settings.items() if key not in adapter.notes}
+            for settings in (adapter.settings(), layers[name])
+        )
+        if own != its:
             raise ValueError(
-                f"{name} has the settings {adapter.settings()}, in {source} it has {dict(layers[name])}; load it into a "
-                "model without adapters"
+                f"{name} has the settings {own}, in {source} it has {its}; load it into a model without adapters"
             )
         for entry, parameter in _matched(name, adapter, tensors[name], source):
             value = tensors[name][entry]
@@ -307,11 +282,6 @@ def _matched(
                 f"layer, which maps {adapter.in_features} -> {adapter.out_features}"
             )
     return list(own.items())
-
-
-def _is_adapter(module: nn.Module) -> bool:
-    """Whether layers inside of `module` belong to an adapter: ours, one of PEFT, or a pair of somebody's own."""
-    return isinstance(module, LinearAdapter) or hasattr(module, "lora_A") or hasattr(module, "get_base_layer")
 
 
 def _inside(name: str, other: str) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -38,13 +38,15 @@ class OverParamAdapter(LinearAdapter):
             `{"A": MPO(order=9), "B": SVD()}`. It is a note for `LoraOver`; the adapter computes the same without it.
 
     Attributes:
-        factorization: `{"A": ..., "B": ...}`, None for a side without one.
+        factorization: `{"A": ..., "B": ...}`, None for a side without one. Files of adapters keep it.
 
     Raises:
         TypeError: `lora_A` or `lora_B` is not an `nn.Linear`, or `factorization` holds something else.
         ValueError: the dimensions of the pair and the base do not fit, the pair has biases, a bad dropout, or a
             factorization of another side or for another shape.
     """
+
+    notes: ClassVar[frozenset[str]] = frozenset({"factorization"})
 
     def __init__(
         self,
@@ -120,15 +122,29 @@ class OverParamAdapter(LinearAdapter):
 
     @classmethod
     def from_settings(cls, base: nn.Linear | LinearAdapter, settings: Mapping[str, Any]) -> OverParamAdapter:
-        adapter = cls.from_linear(base, rank=settings["rank"], dropout=settings["dropout"])
+        noted = settings.get("factorization")
+        if noted is not None and not isinstance(noted, Mapping):
+            raise TypeError(f"factorization={noted!r} has no entries for the sides of the pair")
+        adapter = cls.from_linear(
+            base,
+            rank=settings["rank"],
+            dropout=settings["dropout"],
+            factorization=noted and {side: Factorization.from_dict(one) for side, one in noted.items()},
+        )
         # not by way of alpha: alpha / r would round
         adapter.scaling = settings["scaling"]
         return adapter
 
     def settings(self) -> dict[str, Any]:
-        """Rank, scaling and dropout. The factorizations are not among them yet: they have no form in plain data."""
+        """Rank, scaling, dropout, and the factorization of each side that has one, as its `to_dict` describes it.
+
+        Raises:
+            TypeError, ValueError: a factorization cannot be described (see `Factorization.to_dict`).
+        """
         dropout = self.dropout.p if isinstance(self.dropout, nn.Dropout) else 0.0
-        return {"rank": self.rank, "scaling": self.scaling, "dropout": dropout}
+        settings = {"rank": self.rank, "scaling": self.scaling, "dropout": dropout}
+        noted = {side: one.to_dict() for side, one in self.factorization.items() if one is not None}
+        return {**settings, "factorization": noted} if noted else settings
 
     @property
     def rank(self) -> int:

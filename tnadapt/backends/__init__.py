@@ -11,10 +11,19 @@ from importlib import import_module
 from typing import TypeVar
 
 from tnadapt.backends.base import Backend
-from tnadapt.backends.kernels import Kernel, full_precision
+from tnadapt.backends.kernels import AutogradKernel, Kernel, full_precision
 from tnadapt.backends.torch_backend import TorchBackend
 
-__all__ = ["BACKENDS", "Backend", "Kernel", "TorchBackend", "full_precision", "get_backend", "register_backend"]
+__all__ = [
+    "BACKENDS",
+    "AutogradKernel",
+    "Backend",
+    "Kernel",
+    "TorchBackend",
+    "full_precision",
+    "get_backend",
+    "register_backend",
+]
 
 B = TypeVar("B", bound="type[Backend]")
 

@@ -13,14 +13,14 @@ A tensor is [n, p_1, ..., p_m]; contractions return it flat, [n, P].
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from tnadapt.backends.contractions import contract_tucker, cp_split, khatri_rao
-from tnadapt.backends.kernels import Kernel
+from tnadapt.backends.kernels import AutogradKernel, Kernel
 
 __all__ = ["Backend"]
 
@@ -86,7 +86,7 @@ class Backend(ABC):
 
     def chain_kernel(self, cores: Sequence[Tensor]) -> Kernel:
         """`chain_contract` and its gradients for cores that keep their memory."""
-        return _recorded(self.chain_contract, cores)
+        return AutogradKernel(self.chain_contract, cores)
 
     # -- Tucker -------------------------------------------------------------------------------------------------------
 
@@ -115,7 +115,7 @@ class Backend(ABC):
 
     def tucker_kernel(self, factors: Sequence[Tensor], core: Tensor) -> Kernel:
         """`tucker_contract` and its gradients for cores that keep their memory."""
-        return _recorded(lambda tensors: self.tucker_contract(tensors[:-1], tensors[-1]), [*factors, core])
+        return AutogradKernel(lambda tensors: self.tucker_contract(tensors[:-1], tensors[-1]), [*factors, core])
 
     # -- CP -----------------------------------------------------------------------------------------------------------
 
@@ -179,14 +179,7 @@ class Backend(ABC):
 
     def cp_kernel(self, factors: Sequence[Tensor]) -> Kernel:
         """`cp_contract` and its gradients for factors that keep their memory."""
-        return _recorded(self.cp_contract, factors)
-
-
-def _recorded(contract: Callable[[Sequence[Tensor]], Tensor], tensors: Sequence[Tensor]) -> Kernel:
-    # imported here, because its module builds on the torch backend, which builds on this one
-    from tnadapt.backends.autograd_backend import AutogradKernel
-
-    return AutogradKernel(contract, tensors)
+        return AutogradKernel(self.cp_contract, factors)
 
 
 def _unit_columns(columns: Tensor, fallback: Tensor) -> Tensor:

@@ -23,7 +23,16 @@ from torch import Tensor
 
 from tnadapt.backends.contractions import contract_cp, contract_tucker, sweeps_from_left
 
-__all__ = ["CPKernel", "ChainKernel", "Kernel", "TuckerKernel", "flatten", "full_precision", "ieee_matmul"]
+__all__ = [
+    "AutogradKernel",
+    "CPKernel",
+    "ChainKernel",
+    "Kernel",
+    "TuckerKernel",
+    "flatten",
+    "full_precision",
+    "ieee_matmul",
+]
 
 # -- precision ---------------------------------------------------------------------------------------------------------
 
@@ -162,6 +171,36 @@ class Kernel(ABC):
     @abstractmethod
     def _pull_back(self, grad: Tensor) -> Tensor:
         """`pull_back`, as a kernel does it."""
+
+
+class AutogradKernel(Kernel):
+    """Any differentiable contraction, pulled back through by autograd: its graph is kept from contracting to pulling back.
+
+    Args:
+        contract: contracts `tensors`, or others of the same shapes, to [n, P].
+        tensors: what is contracted; they keep their memory.
+    """
+
+    def __init__(self, contract: Callable[[Sequence[Tensor]], Tensor], tensors: Sequence[Tensor]) -> None:
+        super().__init__(tensors[0].device)
+        self._differentiable, self._tensors = contract, tensors
+        self._graph: tuple[list[Tensor], Tensor] | None = None
+
+    def _contract(self) -> Tensor:
+        """The contraction, [n, P]."""
+        with torch.enable_grad():
+            leaves = [tensor.detach().requires_grad_() for tensor in self._tensors]
+            result = self._differentiable(leaves)
+        self._graph = leaves, result
+        return result.detach()
+
+    def _pull_back(self, grad: Tensor) -> Tensor:
+        """Gradients of `sum(grad * contract())`, in memory of their own."""
+        if self._graph is None:
+            self._contract()
+        assert self._graph is not None
+        (leaves, result), self._graph = self._graph, None
+        return flatten(torch.autograd.grad(result, leaves, grad))
 
 
 class ChainKernel(Kernel):

@@ -12,12 +12,12 @@ from typing import Any
 import opt_einsum
 from torch import Tensor
 
-from tnadapt.backends.autograd_backend import AutogradBackend
+from tnadapt.backends.torch_backend import TorchPrimitives
 
 __all__ = ["OptEinsumBackend"]
 
 
-class OptEinsumBackend(AutogradBackend):
+class OptEinsumBackend(TorchPrimitives):
     """Contractions along the path that opt_einsum finds; the batch is one more index, on every tensor."""
 
     name = "opt_einsum"

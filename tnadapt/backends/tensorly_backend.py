@@ -16,12 +16,12 @@ from tensorly.backend import BackendManager
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from tnadapt.backends.autograd_backend import AutogradBackend
+from tnadapt.backends.torch_backend import TorchPrimitives
 
 __all__ = ["TensorlyBackend"]
 
 
-class TensorlyBackend(AutogradBackend):
+class TensorlyBackend(TorchPrimitives):
     """Decompositions and contractions by tensorly; plain matrix SVDs stay torch's, which batches them."""
 
     name = "tensorly"

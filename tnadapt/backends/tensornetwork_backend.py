@@ -15,12 +15,13 @@ import torch
 from tensornetwork import Edge, Node
 from torch import Tensor
 
-from tnadapt.backends.autograd_backend import AutogradBackend
+from tnadapt.backends.contractions import contract_cp
+from tnadapt.backends.torch_backend import TorchPrimitives
 
 __all__ = ["TensorNetworkBackend"]
 
 
-class TensorNetworkBackend(AutogradBackend):
+class TensorNetworkBackend(TorchPrimitives):
     """Splits and contracts nodes; CP stays torch's, because an index shared by all factors is no edge between two nodes
     (a copy node would hold it as a dense tensor of R^m entries)."""
 
@@ -75,6 +76,9 @@ class TensorNetworkBackend(AutogradBackend):
                 node[1] ^ centre[k]
             results.append(_contract([*nodes, centre], [node[0] for node in nodes]))
         return torch.stack(results)
+
+    def cp_contract(self, factors: Sequence[Tensor]) -> Tensor:
+        return contract_cp(factors)[0]
 
 
 def _edges(equation: str) -> tuple[list[str] | None, str]:

@@ -11,16 +11,12 @@ from tnadapt.backends.base import Backend
 from tnadapt.backends.contractions import contract_chain, contract_cp, contract_tucker
 from tnadapt.backends.kernels import ChainKernel, CPKernel, Kernel, TuckerKernel
 
-__all__ = ["TorchBackend"]
+__all__ = ["TorchBackend", "TorchPrimitives"]
 
 
-class TorchBackend(Backend):
-    """Contractions as batched matrix products, and kernels that pull back through them without recording them.
-
-    The backends of the package's other libraries derive from this class and override what their library does itself.
-    """
-
-    name = "torch"
+class TorchPrimitives(Backend):
+    """Contracts equations and decomposes matrices by torch. The backends of other libraries derive from this class and override
+    what their library does itself."""
 
     def contract(self, equation: str, *tensors: Tensor) -> Tensor:
         return torch.einsum(equation, *tensors)
@@ -28,6 +24,12 @@ class TorchBackend(Backend):
     def svd(self, matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
         return u[..., :rank], s[..., :rank], vh[..., :rank, :]
+
+
+class TorchBackend(TorchPrimitives):
+    """Contractions as batched matrix products, and kernels that pull back through them without recording them."""
+
+    name = "torch"
 
     # -- chains -------------------------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +23,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"tnadapt {options.command}: error: {error}", file=sys.stderr)
         return 2
-    print(text)
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        # who reads has seen enough, as `head` does; the interpreter is not to flush into the closed pipe when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
@@ -70,7 +75,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:
-    parser.description = "What a factorization would make of a model's LoRA matrices. Reads no weights."
+    parser.description = (
+        "What a factorization would make of a model's LoRA matrices, and what that costs. Reads no weights."
+    )
     parser.add_argument("model", help="a folder with config.json, that file, or a hub id")
     parser.add_argument(
         "--targets",
@@ -80,6 +87,16 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rank", type=int, default=8, help="rank of LoRA (default: 8)")
     parser.add_argument("--top-n", type=int, help="matrices to expand in each group (default: all)")
     parser.add_argument("--json", action="store_true", help="print JSON")
+    where = parser.add_argument_group("costs", "With AdamW. What a step needs above plain LoRA.")
+    where.add_argument("--ranks", type=int, default=1, help="ranks that train together (default: 1)")
+    where.add_argument("--engine", choices=("ddp", "fsdp2"), default="ddp", help="what they train with (default: ddp)")
+    where.add_argument("--shard", action="store_true", help="the cores of each matrix are on one rank only")
+    where.add_argument("--tokens-per-step", type=int, help="of one optimizer step, over all ranks and micro-batches")
+    where.add_argument(
+        "--decompose-gflops",
+        type=float,
+        help="10^9 flops a second of the CPU that decomposes, in float64 (default: measured here)",
+    )
     how = parser.add_argument_group("factorization", "Those that are not given keep the defaults of the factorization.")
     how.add_argument(
         "--factorization",

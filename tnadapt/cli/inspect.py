@@ -45,14 +45,17 @@ def _state_file(checkpoint: Path) -> Path:
 
 
 def _state(file: Path) -> Mapping[str, Any]:
-    """The part of a `LoraOver` in a file: the state itself, or that in the state of an optimizer or in a dict of such states."""
+    """The part of a `LoraOver` in a file: the state itself, or that in the state of an optimizer, in a dict of such states, or in a
+    checkpoint of Lightning."""
     try:
         loaded = torch.load(file, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"{file} is not a file of torch.save with tensors and plain containers: {first}") from error
     outer = loaded if isinstance(loaded, Mapping) else {}
-    for place in (outer, *(value for value in outer.values() if isinstance(value, Mapping))):
+    # Lightning has a list of the states of its optimizers
+    parts = [part for value in outer.values() for part in (value if isinstance(value, list) else [value])]
+    for place in (outer, *(part for part in parts if isinstance(part, Mapping))):
         for state in (place, place.get(STATE_KEY)):
             if isinstance(state, Mapping) and {"version", "factorization", "cores"} <= state.keys():
                 if state["version"] != VERSION:

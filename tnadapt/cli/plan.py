@@ -11,21 +11,25 @@ from typing import Any
 import torch
 from torch import nn
 
-from tnadapt.cli.tables import mebibytes
+from tnadapt.costs import Costs
 from tnadapt.factorizations import Factorization
 from tnadapt.planning import Plan, plan
 
 __all__ = ["run"]
-
-#: A core has a gradient and, with AdamW, two moments.
-_NUMBERS_PER_CORE_ENTRY = 4
 
 
 def run(options: argparse.Namespace) -> str:
     """The plan as text or JSON."""
     factorization = chosen_factorization(options)
     made = plan(lora_model(options.model, options.targets, options.rank), factorization, options.top_n)
-    return json.dumps(as_data(made, factorization), indent=2) if options.json else f"{made}\n\n{_memory(made)}"
+    costs = made.costs(
+        ranks=options.ranks,
+        engine=options.engine,
+        shard=options.shard,
+        tokens_per_step=options.tokens_per_step,
+        decompose_rate=None if options.decompose_gflops is None else options.decompose_gflops * 1e9,
+    )
+    return json.dumps(as_data(made, factorization, costs), indent=2) if options.json else f"{made}\n\n{costs}"
 
 
 def chosen_factorization(options: argparse.Namespace) -> Factorization:
@@ -120,13 +124,13 @@ def _base(transformers: Any, config: Any) -> Any:
     raise ValueError(f"transformers has no model for a configuration of type {config.model_type!r}")
 
 
-def as_data(made: Plan, factorization: Factorization) -> dict[str, Any]:
-    """The plan as JSON data; memory is of the cores, their gradients and two moments, in float32."""
+def as_data(made: Plan, factorization: Factorization, costs: Costs) -> dict[str, Any]:
+    """The plan and its costs as JSON data."""
     return {
         "factorization": factorization.to_dict(),
         "lora_parameters": made.lora_parameters,
         "trained_parameters": made.trained_parameters,
-        "core_memory_bytes": 4 * _NUMBERS_PER_CORE_ENTRY * _core_numbers(made),
+        "costs": costs.as_data(),
         "rows": [
             {
                 "group": row.group,
@@ -143,15 +147,3 @@ def as_data(made: Plan, factorization: Factorization) -> dict[str, Any]:
         "skipped": [{"name": one.name, "reason": one.reason} for one in made.skipped],
         "advice": list(made.advice),
     }
-
-
-def _core_numbers(made: Plan) -> int:
-    return sum(row.expanded * row.structure.num_parameters for row in made.rows)
-
-
-def _memory(made: Plan) -> str:
-    numbers = _core_numbers(made)
-    return (
-        f"{sum(row.expanded for row in made.rows)} matrices become {numbers:,} numbers in cores: with gradients and the two moments "
-        f"of AdamW {mebibytes(_NUMBERS_PER_CORE_ENTRY * numbers)} in float32."
-    )

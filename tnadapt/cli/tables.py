@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["aligned", "mebibytes"]
+__all__ = ["aligned"]
 
 
 def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -18,8 +18,3 @@ def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         )
         for line in shown
     )
-
-
-def mebibytes(numbers: int, each: int = 4) -> str:
-    """Memory of so many numbers of `each` bytes."""
-    return f"{numbers * each / 2**20:,.1f} MiB"

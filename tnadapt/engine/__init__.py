@@ -1,5 +1,6 @@
 """What happens to expanded matrices: their cores, which matrices they are, and the optimizer step."""
 
+from tnadapt.engine import ranks
 from tnadapt.engine.checks import (
     check_factorization,
     check_matrices,
@@ -12,7 +13,7 @@ from tnadapt.engine.checks import (
     unwrap,
 )
 from tnadapt.engine.cores import state_signature
-from tnadapt.engine.expanded import Event, Expanded
+from tnadapt.engine.expanded import Event, Expanded, Roster, on_cpu
 from tnadapt.engine.handover import HANDOVERS
 from tnadapt.engine.step import CoreRates, Step
 
@@ -21,6 +22,7 @@ __all__ = [
     "CoreRates",
     "Event",
     "Expanded",
+    "Roster",
     "Step",
     "check_factorization",
     "check_matrices",
@@ -29,6 +31,8 @@ __all__ = [
     "check_scheduler",
     "checked_choice",
     "is_elementwise",
+    "on_cpu",
+    "ranks",
     "shown",
     "state_signature",
     "unwrap",

@@ -28,7 +28,11 @@ from tnadapt.engine import ranks
 from tnadapt.factorizations import Factorization, site_axes
 from tnadapt.matrices import TrainedMatrix
 
-__all__ = ["Cohort", "Key", "Member", "Piece", "matrix_view_shape", "state_signature"]
+__all__ = ["STACK_BYTES", "Cohort", "Key", "Member", "Piece", "matrix_view_shape", "state_signature"]
+
+#: Bytes of cores that one cohort stacks at most, and of matrices that are unfolded as one batch; a matrix whose cores are
+#: larger is alone. It bounds the scratch of a step. Below a hundredth of it, launches cost more than arithmetic.
+STACK_BYTES = 2**28
 
 #: relative accuracy to which a capped update ends at its cap, and a matched one at the length that it is matched to; rounding
 #: of the matrix permitting
@@ -48,6 +52,11 @@ class Key(NamedTuple):
     device: torch.device
     #: index of the optimizer group that holds the matrices
     group: int
+
+    @property
+    def capacity(self) -> int:
+        """How many matrices may be stacked, see `STACK_BYTES`."""
+        return max(1, STACK_BYTES // (self.dtype.itemsize * sum(map(math.prod, self.fused_shapes))))
 
 
 @dataclass(eq=False)
@@ -149,8 +158,6 @@ class Cohort:
         self.update_norms = torch.stack(norms).to(key.device) if len(norms) == len(members) else None
         #: largest Frobenius norm of an update in the coming step; None for no cap
         self.cap: float | None = None
-        #: whether updates are to be as long as those that the optimizer makes of the matrices themselves
-        self.matched = False
         self._before: Tensor | None = None
         # by how much the steps of the cores were scaled last, [n]: where the search for the next scale begins
         scales = [member.scale for member in members if member.scale is not None]
@@ -230,27 +237,24 @@ class Cohort:
                 return True
         return False
 
-    def rows(self, tensors: Sequence[Tensor]) -> Tensor:
-        """One tensor of each member, parameters or gradients, as rows [n, numel]. Gathered where they are sharded; may be a view
-        of the tensor of an only member."""
-        if any(hasattr(t, "full_tensor") for t in tensors):
-            gathered: Tensor = ranks.stack_rows(tensors)
-            return gathered
+    def _rows(self, tensors: Sequence[Tensor]) -> Tensor:
+        """One whole tensor of each member as rows [n, numel]; may be a view of that of an only member."""
         flat: Tensor = _flatten_dense_tensors(tensors)  # type: ignore[no-untyped-call]
         return flat.view(len(tensors), -1)
 
-    def pull_back(self) -> Tensor | None:
+    def pull_back(self, gradients: Sequence[Tensor]) -> Tensor | None:
         """Pull the gradients of the matrices back to the cores.
 
         Off the CPU, where looking would wait for the device, zeros are pulled back in place of gradients that are not finite.
         Returns the boolean that tells whether they were finite there, None on the CPU.
 
+        Args:
+            gradients: of all members, whole.
+
         Raises:
             FloatingPointError: a gradient holds NaN or infinity, on the CPU.
         """
-        found = [p.grad for p in self.parameters if p.grad is not None]
-        assert len(found) == len(self.matrices), "members of a cohort have gradients in the same steps"
-        grads = self.rows(found).detach().to(self.key.dtype)
+        grads = self._rows(gradients).detach().to(self.key.dtype)
         finite = None
         if self.key.device.type == "cpu":
             # a finite sum has finite terms: one fast pass; where it overflows, each entry is looked at
@@ -276,7 +280,7 @@ class Cohort:
             matched: whether the optimizer steps the matrices too, and their updates are to be as long as it makes them.
         """
         assert self.grad is not None
-        self.cap, self.matched = cap, matched
+        self.cap = cap
         self._before = self.buffer.clone() if matched or cap is not None else None
         for piece in self.pieces:
             piece.parameter.grad = self.grad[piece.start : piece.stop].view(piece.parameter.shape)
@@ -297,21 +301,21 @@ class Cohort:
                 self._kernel = self.key.factorization.kernel(self._sites)
         return self._kernel
 
-    def refold(self, died: bool = False) -> None:
+    def refold(self, shadows: Sequence[Tensor] | None = None, died: bool = False) -> None:
         """Write what the stepped cores fold to into the matrices, and let go of the core gradients.
 
         Args:
+            shadows: where steps are matched, the matrices as the optimizer has stepped them, whole.
             died: the step was broken off. Matrices that were written since are left as they are, and `edited` names them.
         """
         self.release_gradients()
         parameters = self.parameters
         except_for = self._overtaken() if died else None
         before = self.written
-        if before is None:
-            before = ranks.stack_rows(parameters)
+        assert before is not None, "a matrix is looked at before its cores are stepped"
         start = before.to(self.key.dtype)
-        if self.matched and not died:
-            shadow = torch.linalg.vector_norm(ranks.stack_rows(parameters).to(start.dtype) - start, dim=1)
+        if shadows is not None:
+            shadow = torch.linalg.vector_norm(self._rows(shadows).to(start.dtype) - start, dim=1)
             values = self._rescaled(start, shadow, exactly=True)
         elif self.cap is not None:
             values = self._rescaled(start, torch.full_like(start[:, 0], self.cap), exactly=False)
@@ -438,10 +442,14 @@ class Cohort:
         flags = counted if edited is None else counted | edited
         return flags if bool(flags.any()) else None
 
-    def edited(self) -> Tensor | None:
+    def edited(self, present: Sequence[Tensor] | None = None) -> Tensor | None:
         """Which matrices somebody else has written since the last refold: [n] booleans (of this rank's shards where they are
-        sharded), None where no matrix was. Waits for the device."""
-        differs = self._differs()
+        sharded), None where no matrix was. Waits for the device.
+
+        Args:
+            present: the matrices whole, which the first look after a state was loaded needs; gathered by themselves if None.
+        """
+        differs = self._loaded(present) if self.written is None else self._differs()
         if differs is None:
             # what was written since, a loaded adapter say, is what the cores fold to
             self._versions = [parameter._version for parameter in self.parameters]
@@ -451,13 +459,11 @@ class Cohort:
 
     def _differs(self) -> Tensor | None:
         """Which matrices hold something else than what was written."""
+        assert self.written is not None
         parameters = self.parameters
         if any(hasattr(p, "full_tensor") for p in parameters):
-            written = self._loaded() if self.written is None else None
-            return written if written is not None else self._edited_shards()
-        if self.written is None:
-            return self._loaded()
-        present = self.rows(parameters)
+            return self._edited_shards()
+        present = self._rows(parameters)
         if torch.equal(present, self.written):
             return None
         return (present != self.written).any(1)
@@ -468,7 +474,7 @@ class Cohort:
         same = [torch.equal(ranks.local(p), part) for p, part in zip(self.parameters, parts, strict=True)]
         return None if all(same) else ~torch.tensor(same, device=self.key.device)
 
-    def _loaded(self) -> Tensor | None:
+    def _loaded(self, whole: Sequence[Tensor] | None) -> Tensor | None:
         """The first look after a state was loaded: whether a matrix differs from what its cores fold to by more than rounding.
         What agrees is what was written."""
         folded = self.fold()
@@ -478,7 +484,7 @@ class Cohort:
         bound = torch.finfo(folded.dtype).eps * many * folded.abs().amax(1, keepdim=True)
         if self.key.matrix_dtype != folded.dtype:
             bound = bound + torch.finfo(self.key.matrix_dtype).eps * folded.abs()
-        present = ranks.stack_rows(self.parameters)
+        present = ranks.stack_rows(self.parameters if whole is None else whole)
         agrees = ((present.to(folded.dtype) - folded).abs() <= bound).all(1)  # NaN does not agree
         self.written = torch.where(agrees[:, None], present, folded.to(present.dtype))
         return None if bool(agrees.all()) else ~agrees

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -20,10 +20,11 @@ from tnadapt.engine import ranks
 from tnadapt.engine.checks import lost
 from tnadapt.engine.cores import Cohort, Key, Member, state_signature
 from tnadapt.engine.handover import warm_state
+from tnadapt.engine.owners import deal
 from tnadapt.factorizations import core_dtype
 from tnadapt.matrices import TrainedMatrix
 
-__all__ = ["Event", "Expanded", "Roster"]
+__all__ = ["Event", "Expanded", "Roster", "on_cpu"]
 
 _LOGGER = logging.getLogger("tnadapt")
 
@@ -47,7 +48,9 @@ class Roster:
 
     Attributes:
         step: optimizer steps taken.
-        cohorts: the cores.
+        cohorts: the cores that this rank holds.
+        owners: rank that holds the cores of each matrix, by name, where they are dealt out over ranks; empty otherwise.
+        elsewhere: matrices whose cores another rank holds.
         waiting: names of matrices that get their cores at the next step. By then the model is where it will be trained:
             wrapped, loaded, and the same on all ranks.
         history: every expansion and folding so far.
@@ -55,13 +58,21 @@ class Roster:
 
     step: int = 0
     cohorts: tuple[Cohort, ...] = ()
+    owners: Mapping[str, int] = field(default_factory=dict)
+    elsewhere: tuple[TrainedMatrix, ...] = ()
     waiting: tuple[str, ...] = ()
     history: tuple[Event, ...] = ()
 
     @cached_property
     def names(self) -> frozenset[str]:
         """Of all expanded matrices, waiting ones included."""
-        return frozenset(self.waiting).union(matrix.name for cohort in self.cohorts for matrix in cohort.matrices)
+        return frozenset(self.waiting).union(matrix.name for matrix in self.trained)
+
+    @cached_property
+    def trained(self) -> tuple[TrainedMatrix, ...]:
+        """All matrices that have cores, on whichever rank, in an order that is the same on all ranks."""
+        here = (matrix for cohort in self.cohorts for matrix in cohort.matrices)
+        return tuple(sorted((*here, *self.elsewhere), key=lambda matrix: matrix.name))
 
 
 class Expanded:
@@ -73,6 +84,7 @@ class Expanded:
         elementwise: whether its update works element by element.
         warm: whether cores take over what the optimizer knows of their matrix; they start fresh otherwise.
         process_group: ranks that train the same matrices; None for all.
+        shard: whether the cores are dealt out over these ranks, see `tnadapt.engine.owners`; each rank holds all otherwise.
     """
 
     def __init__(
@@ -82,11 +94,15 @@ class Expanded:
         elementwise: bool,
         warm: bool,
         process_group: Any = None,
+        shard: bool = False,
     ) -> None:
         self.matrices = matrices
         self.elementwise = elementwise
         self.process_group = process_group
+        self.shard = shard
         self.now = Roster()
+        #: whether the matrices have not been looked at since a state was loaded
+        self.unseen = False
         self._optimizer = optimizer
         self._warm = warm
         for matrix in matrices.values():
@@ -112,16 +128,38 @@ class Expanded:
         for name in names:
             matrix = self.matrices[name]
             alike.setdefault((matrix.shape, self._key(matrix)), []).append(matrix)
+        owners = self._deal(names, self.now.owners)
         added: dict[Key, list[Member]] = {}
         for (_, key), matrices in alike.items():
-            added.setdefault(key, []).extend(self._unfold(matrices, fresh))
+            for stack in _batched(matrices, key.capacity):
+                added.setdefault(key, []).extend(self._unfold(stack, fresh, owners))
         cohorts = list(self.now.cohorts)
         for key, members in added.items():
             for past in _by_past(members, self.elementwise).values():
                 _join_in(cohorts, key, self.elementwise, past)
         chosen = set(names)
         waiting = tuple(name for name in self.now.waiting if name not in chosen)
-        self.now = replace(self.now, cohorts=tuple(cohorts), waiting=waiting)
+        elsewhere = (*self.now.elsewhere, *(self.matrices[name] for name in names if not self._is_here(name, owners)))
+        self.now = replace(
+            self.now, cohorts=tuple(cohorts), owners={**self.now.owners, **owners}, elsewhere=elsewhere, waiting=waiting
+        )
+
+    def _deal(self, names: Sequence[str], taken: Mapping[str, int]) -> dict[str, int]:
+        """Owners of the cores of these matrices, beside those that have one; none where every rank holds all cores."""
+        count = ranks.position(self.process_group)[1]
+        if not self.shard or count == 1:
+            return {}
+        sizes = {name: self._core_numbers(self.matrices[name]) for name in (*taken, *names)}
+        return deal(names, taken, sizes, count)
+
+    def _is_here(self, name: str, owners: Mapping[str, int]) -> bool:
+        """Whether this rank holds the cores of a matrix."""
+        return name not in owners or owners[name] == ranks.position(self.process_group)[0]
+
+    @staticmethod
+    def _core_numbers(matrix: TrainedMatrix) -> int:
+        assert matrix.factorization is not None
+        return sum(map(math.prod, matrix.factorization.core_shapes(matrix.shape)))
 
     def drop(self, names: Iterable[str]) -> None:
         """Forget the cores of these matrices, which keep their values."""
@@ -133,8 +171,13 @@ class Expanded:
                 cohorts.append(cohort)
             elif kept:
                 cohorts.append(Cohort(cohort.key, self.elementwise, kept))
-        waiting = tuple(name for name in self.now.waiting if name not in chosen)
-        self.now = replace(self.now, cohorts=tuple(cohorts), waiting=waiting)
+        self.now = replace(
+            self.now,
+            cohorts=tuple(cohorts),
+            owners={name: rank for name, rank in self.now.owners.items() if name not in chosen},
+            elsewhere=tuple(matrix for matrix in self.now.elsewhere if matrix.name not in chosen),
+            waiting=tuple(name for name in self.now.waiting if name not in chosen),
+        )
 
     def record(self, step: int, action: Literal["expand", "fold"], names: Iterable[str]) -> None:
         """Note an expansion or a folding in the history, and log it."""
@@ -191,8 +234,30 @@ class Expanded:
         dtype = core_dtype(parameter.dtype)
         return Key(factorization, fused, dtype, parameter.dtype, parameter.device, self.group_of(matrix))
 
-    def _unfold(self, matrices: Sequence[TrainedMatrix], fresh: bool) -> list[Member]:
-        """Members for matrices of one shape and factorization."""
+    def gathered(
+        self, of: Callable[[TrainedMatrix], Any], among: Sequence[TrainedMatrix]
+    ) -> Callable[[Cohort], list[Tensor]]:
+        """A tensor of each member of a cohort, its parameter or gradient, whole. Where ranks hold different cohorts, shards of
+        all matrices `among` which the members are get gathered at once: every rank enters the same collectives."""
+        if not (self.now.owners and any(ranks.is_sharded(m.parameter) for m in among)):
+            return lambda cohort: ranks.whole([of(matrix) for matrix in cohort.matrices])
+        found = dict(zip((m.name for m in among), ranks.whole([of(m) for m in among]), strict=True))
+        return lambda cohort: [found[matrix.name] for matrix in cohort.matrices]
+
+    def edited(self, cohorts: Iterable[Cohort]) -> list[str]:
+        """Names of matrices of these cohorts that hold something else than what their cores fold to, because somebody wrote
+        them; where they are sharded, those of which it can be told from this rank's shards. Waits for the device."""
+        present = self.gathered(lambda matrix: matrix.parameter, self.now.trained) if self.unseen else None
+        return [
+            matrix.name
+            for cohort in cohorts
+            if (flags := cohort.edited(None if present is None else present(cohort))) is not None
+            for matrix, flag in zip(cohort.matrices, flags.tolist(), strict=True)
+            if flag
+        ]
+
+    def _unfold(self, matrices: Sequence[TrainedMatrix], fresh: bool, owners: Mapping[str, int]) -> list[Member]:
+        """Members for those of the matrices, of one shape and factorization, whose cores this rank is to hold."""
         rows = self._same_on_all_ranks(matrices, ranks.stack_rows([m.parameter.detach() for m in matrices]))
         finite = torch.isfinite(rows).all(1).tolist()
         broken = [m.name for m, ok in zip(matrices, finite, strict=True) if not ok]
@@ -201,20 +266,28 @@ class Expanded:
                 f"cannot expand {', '.join(broken[:5])}: the matrix holds NaN or infinity; restore it from the last good "
                 "checkpoint, or lower the learning rate that broke it"
             )
-        factorization = matrices[0].factorization
+        factorization, shape = matrices[0].factorization, matrices[0].shape
         assert factorization is not None
-        values = rows.view(-1, *matrices[0].shape)
+        values = rows.view(-1, *shape)
         gradient = None
         if factorization.needs_gradient:
             # that of a matrix which has none yet points nowhere
             grads = [torch.zeros_like(m.parameter) if m.parameter.grad is None else m.parameter.grad for m in matrices]
             gradient = ranks.stack_rows(grads).view_as(values)
-        cores = factorization.unfold(values, gradient)
-        ranks.broadcast_from_first(cores, self.process_group)
-        residual = None
-        if not factorization.structure(matrices[0].shape).exact:
-            residual = values.to(cores[0].dtype) - factorization.fold(cores)
         states = [{} if fresh else self._known_state(m) for m in matrices]
+        # all that is collective is done
+        here = [k for k, matrix in enumerate(matrices) if self._is_here(matrix.name, owners)]
+        if len(here) < len(matrices):
+            matrices, states = [matrices[k] for k in here], [states[k] for k in here]
+            rows, values, gradient = rows[here], values[here], None if gradient is None else gradient[here]
+        if not matrices:
+            return []
+        cores = factorization.unfold(values, gradient)
+        if not owners:
+            ranks.broadcast_from_first(cores, self.process_group)
+        residual = None
+        if not factorization.structure(shape).exact:
+            residual = values.to(cores[0].dtype) - factorization.fold(cores)
         known = [k for k, state in enumerate(states) if state]
         warm = warm_state(factorization, [core[known] for core in cores], [states[k] for k in known])
         handed = {} if warm is None else dict(zip(known, warm, strict=True))
@@ -267,10 +340,13 @@ class Expanded:
     # -- state --------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Cores and their optimizer state by matrix name: tensors and plain containers. Tensors are references."""
+        """Cores and their optimizer state by matrix name: tensors and plain containers. Tensors are references. Of what is
+        dealt out over ranks, the part of this rank."""
+        here, count = ranks.position(self.process_group) if self.now.owners else (0, 1)
         return {
             member.matrix.name: {
-                "cohort": number,
+                "owner": here,
+                "cohort": number * count + here,
                 "cores": [core.detach() for core in member.cores],
                 "state": member.state,
                 "residual": member.residual,
@@ -280,10 +356,36 @@ class Expanded:
             for member in cohort.members()
         }
 
-    def load_state(self, cores: Mapping[str, Any], step: int, waiting: Sequence[str], history: Sequence[Event]) -> None:
-        """Replace everything by a validated state (see `tnadapt.state`); tensors are copied."""
-        grouped: dict[tuple[int, Key], list[Member]] = {}
+    def collected(self, wanted: bool) -> dict[str, Any]:
+        """`state_dict` of all ranks together, on the CPU, where it is `wanted`; empty elsewhere. Each rank must call it. Matrices
+        travel one at a time."""
+        here = ranks.position(self.process_group)[0]
+        mine, found = self.state_dict(), dict[str, Any]()
+        for matrix in self.now.trained:
+            owner = self.now.owners[matrix.name]
+            own = on_cpu(mine[matrix.name]) if owner == here else None
+            entry = ranks.object_of(owner, own, self.process_group)
+            if wanted:
+                found[matrix.name] = entry
+        return found
+
+    def load_state(
+        self, cores: Mapping[str, Any], count: int, step: int, waiting: Sequence[str], history: Sequence[Event]
+    ) -> None:
+        """Replace everything by a validated state (see `tnadapt.state`); tensors are copied.
+
+        Cores go to the ranks that held them where there are as many ranks now, and are dealt out anew otherwise.
+
+        Args:
+            count: ranks over which the cores were dealt out.
+        """
+        anew = self._deal(list(cores), {})
+        same = count == (ranks.position(self.process_group)[1] if self.shard else 1)
+        owners = {name: int(cores[name]["owner"]) for name in anew} if same else anew
+        grouped: dict[tuple[Any, Key], list[Member]] = {}
         for name, entry in cores.items():
+            if not self._is_here(name, owners):
+                continue
             matrix = self.matrices[name]
             key = self._key(matrix)
             group = self._optimizer.param_groups[key.group]
@@ -292,9 +394,33 @@ class Expanded:
                 # torch's own loading does the same: these read their step counts on the device
                 state = [{**one, "step": one["step"].to(key.device)} if "step" in one else one for one in state]
             member = Member(matrix, entry["cores"], None, state, entry["residual"], scale=entry["scale"])
-            grouped.setdefault((entry["cohort"], key), []).append(member)
-        cohorts = tuple(Cohort(key, self.elementwise, members) for (_, key), members in grouped.items())
-        self.now = Roster(step, cohorts, tuple(waiting), tuple(history))
+            # what was stepped together goes on together; what ranks have stepped apart is joined
+            (past,) = [entry["cohort"]] if same or count == 1 else _by_past([member], self.elementwise)
+            grouped.setdefault((past, key), []).append(member)
+        cohorts = tuple(
+            Cohort(key, self.elementwise, stack)
+            for (_, key), members in grouped.items()
+            for stack in _batched(members, key.capacity)
+        )
+        elsewhere = tuple(self.matrices[name] for name in cores if not self._is_here(name, owners))
+        self.now = Roster(step, cohorts, owners, elsewhere, tuple(waiting), tuple(history))
+        self.unseen = True
+
+
+def on_cpu(value: Any) -> Any:
+    """Containers with their tensors copied to the CPU."""
+    if isinstance(value, Tensor):
+        return value.detach().cpu()
+    if isinstance(value, Mapping):
+        return {key: on_cpu(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(on_cpu(entry) for entry in value)
+    return value
+
+
+def _batched(items: Sequence[Any], size: int) -> Iterable[Sequence[Any]]:
+    """Runs of at most `size` items, in order."""
+    return (items[start : start + size] for start in range(0, len(items), size))
 
 
 def _by_past(members: Sequence[Member], elementwise: bool) -> dict[Any, list[Member]]:
@@ -307,12 +433,16 @@ def _by_past(members: Sequence[Member], elementwise: bool) -> dict[Any, list[Mem
 
 
 def _join_in(cohorts: list[Cohort], key: Key, elementwise: bool, members: Sequence[Member]) -> None:
-    """Add members of one past to the cohort that they can be stepped with; a new one where there is none."""
+    """Add members of one past to the cohorts that they can be stepped with, as far as these have room; make new ones of the
+    others."""
+    (past,) = _by_past(members, elementwise)
+    rest = list(members)
     for k, present in enumerate(cohorts):
-        if present.key == key and present.signature() in _by_past(members, elementwise):
-            cohorts[k] = Cohort(key, elementwise, [*present.members(), *members])
-            return
-    cohorts.append(Cohort(key, elementwise, members))
+        room = key.capacity - len(present.matrices)
+        if rest and room > 0 and present.key == key and present.signature() == past:
+            cohorts[k] = Cohort(key, elementwise, [*present.members(), *rest[:room]])
+            rest = rest[room:]
+    cohorts += [Cohort(key, elementwise, stack) for stack in _batched(rest, key.capacity)]
 
 
 def _converted(member: Member, old: torch.dtype, new: torch.dtype) -> Member:

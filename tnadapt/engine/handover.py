@@ -72,7 +72,8 @@ def _pull_squares(factorization: Factorization, cores: Sequence[Tensor], moment:
     root = moment.sqrt()
     totals = [torch.zeros_like(core) for core in cores]
     for _ in range(_SAMPLES):
-        signs = torch.randint(0, 2, root.shape, generator=generator, device="cpu").to(root) * 2 - 1
+        # the same for every matrix, so that none depends on which others are expanded with it
+        signs = torch.randint(0, 2, root.shape[1:], generator=generator, device="cpu").to(root) * 2 - 1
         for total, pulled in zip(totals, factorization.pull_back(cores, root * signs), strict=True):
             total.addcmul_(pulled, pulled, value=1 / _SAMPLES)
     return totals

@@ -21,14 +21,19 @@ __all__ = [
     "agree_any",
     "broadcast_from_first",
     "choice_of_first",
+    "exchange_bytes",
     "gather_objects",
     "is_distributed",
     "is_sharded",
     "local",
     "local_parts",
+    "object_of",
     "obstacle_to_gathering",
+    "position",
     "require_agreement",
     "stack_rows",
+    "whole",
+    "write_all",
     "write_rows",
 ]
 
@@ -83,6 +88,17 @@ def stack_rows(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack([rows[k] for k in range(len(tensors))])
 
 
+def whole(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors of any sizes, each gathered where it is a DTensor: one collective per layout and shape. Others are given back."""
+    if not any(is_sharded(t) for t in tensors):
+        return list(tensors)
+    found: dict[int, Tensor] = {}
+    for layout, indices in _alike(tensors):
+        chosen = [tensors[k] for k in indices]
+        found.update(zip(indices, chosen if layout is None else _gather(chosen, layout).unbind(0), strict=True))
+    return [found[k] for k in range(len(tensors))]
+
+
 def local_parts(parameters: Sequence[Tensor], rows: Tensor) -> list[Tensor]:
     """`rows` [n, numel] in the shapes of the parameters they belong to, each cut to what this rank holds of its parameter."""
     if not any(is_sharded(p) for p in parameters):
@@ -105,6 +121,15 @@ def local_parts(parameters: Sequence[Tensor], rows: Tensor) -> list[Tensor]:
 def write_rows(parameters: Sequence[Tensor], rows: Tensor) -> None:
     """Write `rows` [n, numel] into the parameters in place, or each rank's shard of them where they are sharded."""
     torch._foreach_copy_([local(p) for p in parameters], local_parts(parameters, rows))
+
+
+def write_all(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Write values [numel], each row-major, into parameters of any sizes, or each rank's shard of them."""
+    by_size: dict[int, list[int]] = {}
+    for k, parameter in enumerate(parameters):
+        by_size.setdefault(parameter.numel(), []).append(k)
+    for indices in by_size.values():
+        write_rows([parameters[k] for k in indices], torch.stack([values[k] for k in indices]))
 
 
 def _layout(tensor: Tensor) -> _Layout:
@@ -156,6 +181,11 @@ def is_distributed(group: Any = None) -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1
 
 
+def position(group: Any = None) -> tuple[int, int]:
+    """This rank's number in `group`, and how many there are."""
+    return (dist.get_rank(group), dist.get_world_size(group)) if is_distributed(group) else (0, 1)
+
+
 def broadcast_from_first(tensors: Sequence[Tensor], group: Any = None) -> None:
     """Give every rank of `group` the tensors of its first rank, in place and in one piece."""
     if not is_distributed(group):
@@ -176,6 +206,17 @@ def agree_any(flags: Tensor, group: Any = None) -> Tensor:
     return counts.to(flags.device, torch.bool)
 
 
+def exchange_bytes(mine: Tensor, sizes: Sequence[int], group: Any = None) -> list[Tensor]:
+    """The message of every rank of `group`, whose lengths are known: one collective of messages that are filled up to the
+    longest."""
+    longest, device = max(sizes), _carrier(mine.device, group)
+    message = mine.new_zeros(longest, device=device)
+    message[: mine.numel()].copy_(mine)
+    everyone = [torch.empty_like(message) for _ in sizes]
+    dist.all_gather(everyone, message, group=group)
+    return [one[:size].to(mine.device) for one, size in zip(everyone, sizes, strict=True)]
+
+
 def _carrier(device: torch.device, group: Any = None) -> torch.device:
     """`device` where the backend of `group` sends from there, and what it sends from otherwise: NCCL has no CPU tensors."""
     kinds = [pair.partition(":")[0] for pair in dist.get_backend_config(group).split(",")]
@@ -189,6 +230,13 @@ def gather_objects(value: Any, group: Any = None) -> list[Any]:
     values: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(values, value, group=group)
     return values
+
+
+def object_of(rank: int, value: Any, group: Any = None) -> Any:
+    """The `value` of one rank of `group`, on all of them."""
+    holder = [value]
+    dist.broadcast_object_list(holder, dist.get_global_rank(group, rank) if group is not None else rank, group=group)
+    return holder[0]
 
 
 def require_agreement(facts: Mapping[str, Any], group: Any = None) -> None:

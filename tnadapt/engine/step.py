@@ -30,6 +30,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import wraps
+from itertools import chain
 from types import FrameType
 from typing import Any
 
@@ -41,7 +42,8 @@ from tnadapt.engine import ranks
 from tnadapt.engine.checks import checked_choice, checked_release, require_same_place, shown
 from tnadapt.engine.cores import Cohort, Piece, raise_nonfinite
 from tnadapt.engine.expanded import Expanded, Roster
-from tnadapt.matrices import Skipped
+from tnadapt.engine.owners import Exchange
+from tnadapt.matrices import Skipped, TrainedMatrix
 from tnadapt.schedulers import Scheduler
 
 __all__ = ["CoreRates", "Step"]
@@ -100,7 +102,7 @@ class _Loan:
     cohorts: list[Cohort]
     #: the user's lists of parameters, in which stand-ins take the places of the matrices
     lists: list[tuple[dict[str, Any], list[nn.Parameter]]]
-    #: matrices whose cores are lent, with their gradients and torch's count of writes to these
+    #: matrices whose cores are lent, on whichever rank, with their gradients and torch's count of writes to these
     gradients: list[tuple[nn.Parameter, Tensor, int]]
     #: scale of a GradScaler that the optimizer takes out of the gradients itself
     scale: Tensor | None
@@ -141,6 +143,10 @@ class Step:
         self._asleep = [s for s in skipped if s.parameter is not None and not s.parameter.requires_grad]
         self._resting: set[str] = set()
         self._distributed = False
+        self._exchange = Exchange(expanded.process_group)
+        self._places: list[tuple[torch.device, torch.dtype]] = []
+        #: refolded matrices that owners have not sent yet
+        self._unsent: list[TrainedMatrix] = []
         self._begun = False
         # torch's own optimizers step what is lent to them, and may take steps too small for a core to show
         self._proven = type(optimizer).__module__.startswith("torch.optim")
@@ -175,6 +181,8 @@ class Step:
         @wraps(original)
         def zero_grad(set_to_none: bool = True) -> None:
             self.recover()
+            if self._unsent:
+                self._send(after_fault=True)
             original(set_to_none)
             # inside a step, cores stand in for the matrices
             for parameter, _, _ in self._loan.gradients if self._loan is not None else ():
@@ -238,6 +246,8 @@ class Step:
             )
         self._resolve()
         self._warn_of_switches()
+        if self._unsent:
+            self._send(after_fault=True)
         if self._moves_nothing():
             return
         self._raise_earlier_nonfinite()
@@ -291,6 +301,9 @@ class Step:
             if current is not known or id(current) not in owners or current.dim() < 2:
                 require_same_place(matrix, current, id(current) in owners)
                 matrix.parameter = current
+        places = [(m.parameter.device, m.parameter.dtype) for m in self.expanded.now.elsewhere]
+        if places != self._places:
+            self._places, self.expanded.unseen = places, True
         for cohort in self.expanded.now.cohorts:
             key = cohort.key
             for matrix in cohort.matrices if cohort.is_active() else ():
@@ -340,7 +353,11 @@ class Step:
                     "the scheduler": self.scheduler.label,
                     "steps taken": now.step,
                     "expanded matrices": sorted(now.names),
-                    "the values of the cores": [float(cohort.buffer.double().sum()) for cohort in now.cohorts],
+                    "shard": self.expanded.shard,
+                    "the owners of the cores": sorted(now.owners.items()),
+                    "the values of the cores": []
+                    if now.owners
+                    else [float(cohort.buffer.double().sum()) for cohort in now.cohorts],
                 },
                 self.expanded.process_group,
             )
@@ -350,54 +367,54 @@ class Step:
 
     def _follow_edits(self, step: int) -> list[str]:
         """Unfold anew what somebody else has written (a loaded adapter, a hand edit); returns the names."""
-        looked: list[tuple[Cohort, Tensor | None]] = []
-        for cohort in self.expanded.now.cohorts:
-            if self._distributed:
-                # what only one rank has seen must not make it look alone
-                looks = cohort.key.device.type == "cpu" or cohort.written is None or step % _LOOK_EVERY == 1
-            else:
-                # what rests in this step is looked at when it is trained again
-                looks = cohort.is_active() and (
-                    cohort.key.device.type == "cpu"
-                    or cohort.written is None
-                    or step % _LOOK_EVERY == 1
-                    or cohort.was_written_to()
-                )
-            if looks:
-                looked.append((cohort, cohort.edited()))
-        if self._distributed and looked:
-            looked = self._agreed(looked)
-        names = [
-            matrix.name
-            for cohort, flags in looked
-            if flags is not None
-            for matrix, flag in zip(cohort.matrices, flags.tolist(), strict=True)
-            if flag
-        ]
+        if self._distributed:
+            names = self._edited_on_any_rank(step)
+        else:
+            # what rests in this step is looked at when it is trained again
+            looked = [
+                cohort for cohort in self.expanded.now.cohorts if cohort.is_active() and self._looks(cohort, step)
+            ]
+            names = self.expanded.edited(looked)
         if names:
             warnings.warn(
                 f"{shown(names)} changed outside the optimizer (a loaded adapter, a hand edit); unfolding anew, with "
                 "fresh optimizer state for the cores",
                 stacklevel=2,
             )
+            self._exchange.forget(names)
             self.expanded.drop(names)
             self.expanded.expand(names, fresh=True)
         return names
 
-    def _agreed(self, looked: Sequence[tuple[Cohort, Tensor | None]]) -> list[tuple[Cohort, Tensor | None]]:
-        """The same with flags that are set where any rank has set them: one collective."""
-        flags = [torch.zeros(len(c.matrices), dtype=torch.bool) if f is None else f.cpu() for c, f in looked]
-        together = torch.cat(flags).to(looked[0][0].key.device)
-        agreed = ranks.agree_any(together, self.expanded.process_group).cpu()
-        parts = torch.split(agreed, [len(f) for f in flags])
-        return [(cohort, part if bool(part.any()) else None) for (cohort, _), part in zip(looked, parts, strict=True)]
+    @staticmethod
+    def _looks(cohort: Cohort, step: int) -> bool:
+        """Whether to look at the matrices of a cohort, for which the host must wait off the CPU."""
+        return (
+            cohort.key.device.type == "cpu"
+            or cohort.written is None
+            or step % _LOOK_EVERY == 1
+            or cohort.was_written_to()
+        )
+
+    def _edited_on_any_rank(self, step: int) -> list[str]:
+        """Names of matrices that any rank has seen written by somebody else: one collective, in steps that all ranks agree on
+        without asking each other."""
+        now = self.expanded.now
+        on_cpu = any(ranks.local(matrix.parameter).device.type == "cpu" for matrix in now.trained)
+        if not now.trained or not (on_cpu or self.expanded.unseen or step % _LOOK_EVERY == 1):
+            return []
+        mine = {*self.expanded.edited(now.cohorts), *self._exchange.edited(now.elsewhere)}
+        self.expanded.unseen = False
+        flags = torch.tensor([matrix.name in mine for matrix in now.trained])
+        agreed = ranks.agree_any(flags.to(ranks.local(now.trained[0].parameter).device), self.expanded.process_group)
+        return [matrix.name for matrix, flag in zip(now.trained, agreed.tolist(), strict=True) if flag]
 
     def _warn_of_switches(self) -> None:
         """Say once of each matrix that it was frozen or woken since the attachment, as `set_adapter` does."""
+        now = self.expanded.now
         frozen = [
             matrix.name
-            for cohort in self.expanded.now.cohorts
-            for matrix in cohort.matrices
+            for matrix in chain(now.elsewhere, *(cohort.matrices for cohort in now.cohorts))
             if not matrix.parameter.requires_grad and matrix.name not in self._resting
         ]
         if frozen:
@@ -434,6 +451,7 @@ class Step:
             released, chosen = choose()
         released = checked_release(released, matrices, scheduler)
         if released:
+            self._exchange.forget(released)
             self.expanded.drop(released)
             self.expanded.record(step, "fold", released)
         chosen = checked_choice(chosen, matrices, scheduler)
@@ -450,22 +468,33 @@ class Step:
         """Pull the gradients back to the cores of all matrices that have one; the others rest. Returns flags that tell off the
         CPU whether gradients were finite."""
         self._require_finite_plain()
-        flags: list[Tensor] = []
-        for cohort in self.expanded.now.cohorts:
+        now, flags = self.expanded.now, list[Tensor]()
+        active = [m for m in now.trained if m.parameter.grad is not None] if now.owners else []
+        gradients = self.expanded.gathered(lambda matrix: matrix.parameter.grad, active)
+        for cohort in now.cohorts:
             if not cohort.is_active():
                 continue
             idle = [matrix.parameter.grad is None for matrix in cohort.matrices]
-            active = self.expanded.divide(cohort, idle) if any(idle) else cohort
-            finite = active.pull_back()
+            part = self.expanded.divide(cohort, idle) if any(idle) else cohort
+            finite = part.pull_back(gradients(part))
             if finite is not None:
                 flags.append(finite)
+        if active and ranks.local(active[0].parameter).device.type != "cpu":
+            # a gradient that is not finite stops all ranks, not only its owner
+            finite = (
+                torch.stack(flags).all()
+                if flags
+                else torch.tensor(True, device=ranks.local(active[0].parameter).device)
+            )
+            flags = [~ranks.agree_any(~finite, self.expanded.process_group)]
         return [_read_later(flags)] if flags else []
 
     def _require_finite_plain(self) -> None:
-        """Raise where the gradient of a matrix that is not expanded is not finite; on the CPU, where it makes nobody wait."""
+        """Raise where the gradient of a matrix without cores on this rank is not finite; on the CPU, where it makes nobody wait.
+        Where cores are dealt out, all ranks look at all matrices, so that all of them stop."""
         if sum(len(cohort.matrices) for cohort in self.expanded.now.cohorts) == len(self.expanded.matrices):
             return
-        names = self.expanded.now.names
+        names = frozenset[str]() if self.expanded.now.owners else self.expanded.now.names
         plain = [
             matrix
             for matrix in self.expanded.matrices.values()
@@ -507,6 +536,7 @@ class Step:
             by_group.setdefault(cohort.key.group, []).extend(pieces)
         groups = [(self.optimizer.param_groups[k], self._core_group(k, pieces)) for k, pieces in by_group.items()]
         parameters = [p for cohort in cohorts for p in cohort.parameters]
+        parameters += [matrix.parameter for matrix in self.expanded.now.elsewhere]
         gradients = [(p, p.grad, p.grad._version) for p in parameters if p.grad is not None]
         watched = [] if self._proven else self._watched(by_group)
         return _Loan(groups, cohorts, [], gradients, scale, watched)
@@ -548,10 +578,11 @@ class Step:
         and positions in groups stay what they were; the matrices keep their gradients for everybody else. Where steps are
         matched, the optimizer steps the matrices as well, and its step is measured and overwritten."""
         lent = set() if self.rates.matched else {id(p) for p, _, _ in loan.gradients}
-        for owner, _ in loan.groups:
-            own = owner["params"]
-            loan.lists.append((owner, own))
-            owner["params"] = [self._stand_in(p) if id(p) in lent else p for p in own]
+        for group in self.optimizer.param_groups:
+            own = group["params"]
+            if any(id(p) in lent for p in own):
+                loan.lists.append((group, own))
+                group["params"] = [self._stand_in(p) if id(p) in lent else p for p in own]
         for cohort in loan.cohorts:
             for piece in cohort.pieces:
                 if piece.state:
@@ -578,11 +609,16 @@ class Step:
             if not died:
                 faults = self._faults(loan)
             self._loan = None
+        now, shadows = self.expanded.now, None
+        lent = set() if loan is None else {id(parameter) for parameter, _, _ in loan.gradients}
+        stepped = [matrix for matrix in now.trained if id(matrix.parameter) in lent] if now.owners else []
         try:
-            for cohort in self.expanded.now.cohorts:
+            if self.rates.matched and not died:
+                shadows = self.expanded.gathered(lambda matrix: matrix.parameter, stepped)
+            for cohort in now.cohorts:
                 if cohort.lent:
                     # what was restored after a step that died is not overwritten; the next step unfolds it anew
-                    cohort.refold(died)
+                    cohort.refold(None if shadows is None else shadows(cohort), died)
         except BaseException as error:
             # the frame is kept, so that `recover` tries again
             error.add_note(
@@ -591,8 +627,43 @@ class Step:
             )
             raise
         self._frame = None
+        self._unsent = self._unsent or stepped
+        if self._unsent and not died:
+            self._send()
         if faults:
             raise RuntimeError(faults[0])
+
+    @torch.no_grad()
+    def _send(self, after_fault: bool = False) -> None:
+        """Owners send what they have refolded. All ranks are here at once: at the end of a step, or, where it died, at the
+        beginning of the next. What was written by somebody else after a fault is not sent: it is unfolded anew."""
+        now = self.expanded.now
+        unsent = [matrix for matrix in self._unsent if matrix.name in now.owners]
+        if after_fault:
+            overtaken = {
+                name for names in ranks.gather_objects(self._overtaken(), self.expanded.process_group) for name in names
+            }
+            unsent = [matrix for matrix in unsent if matrix.name not in overtaken]
+        try:
+            if unsent:
+                self._exchange.run(unsent, now.owners, now.cohorts)
+        except RuntimeError as error:
+            error.add_note(
+                "tnadapt: the cores were stepped, but the ranks could not exchange the refolded matrices, so they hold different "
+                "ones now. A rank has died, or takes other steps: restart all ranks from the last whole checkpoint"
+            )
+            raise
+        self._unsent = []
+
+    def _overtaken(self) -> list[str]:
+        """Names of matrices of this rank that somebody has written since a step that died."""
+        return [
+            matrix.name
+            for cohort in self.expanded.now.cohorts
+            if cohort.overtaken is not None
+            for matrix, flag in zip(cohort.matrices, cohort.overtaken.tolist(), strict=True)
+            if flag
+        ]
 
     def _take_back(self, loan: _Loan) -> None:
         """Give the optimizer its own groups again, and keep its state of the cores."""
@@ -676,7 +747,8 @@ class Step:
 
     def reset(self) -> None:
         """Another state has been loaded: forget what earlier steps left to be checked, and check anew what ranks hold."""
-        self._nonfinite = []
+        self._nonfinite, self._unsent = [], []
+        self._exchange.forget()
         self._begun = self.missed = False
 
     # -- the optimizer's own state of the matrices --------------------------------------------------------------------

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from tnadapt.backends import Kernel
-from tnadapt.backends.autograd_backend import AutogradKernel
+from tnadapt.backends import AutogradKernel, Kernel
 from tnadapt.factorizations.base import Factorization, check_cap
 from tnadapt.factorizations.mpo import sweep_chain
 from tnadapt.factorizations.sites import to_sites

@@ -21,8 +21,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
+from tnadapt.engine import on_cpu
 from tnadapt.lora_over import LoraOver
 
 __all__ = ["Checkpointed"]
@@ -33,8 +32,9 @@ _KEY = "tnadapt"
 class Checkpointed:
     """The state of a `LoraOver` as one entry of a distributed checkpoint (a `Stateful`).
 
-    Cores are the same on all ranks, so the number of ranks may change between saving and loading. Tensors are copied to
-    the CPU: loading needs no device of the saving run.
+    The number of ranks may change between saving and loading: cores that are dealt out over ranks are brought together when a
+    checkpoint is saved (every rank takes part in that anyway) and dealt out anew when it is read. Tensors are copied to the CPU:
+    loading needs no device of the saving run.
     """
 
     def __init__(self, over: LoraOver) -> None:
@@ -42,7 +42,8 @@ class Checkpointed:
 
     def state_dict(self) -> dict[str, Any]:
         """One entry. A tuple is what DCP does not look into."""
-        return {_KEY: (_on_cpu(self.over.state_dict()),)}
+        self.over.consolidate()
+        return {_KEY: (on_cpu(self.over.state_dict()),)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore it, see `LoraOver.load_state_dict`.
@@ -54,13 +55,3 @@ class Checkpointed:
         if not isinstance(entry, tuple) or len(entry) != 1:
             raise ValueError("the checkpoint has no state of Checkpointed(over); save it with Checkpointed(over), too")
         self.over.load_state_dict(entry[0])
-
-
-def _on_cpu(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.detach().cpu()
-    if isinstance(value, Mapping):
-        return {key: _on_cpu(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_on_cpu(entry) for entry in value)
-    return value

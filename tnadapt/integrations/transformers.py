@@ -21,6 +21,7 @@ from torch import nn
 try:
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
     from transformers.trainer_callback import CallbackHandler
+    from transformers.trainer_utils import SaveStrategy
 except ImportError as error:
     raise ImportError(
         "tnadapt.integrations.transformers needs transformers: pip install 'tnadapt[transformers]'"
@@ -87,8 +88,30 @@ class LoraOverOptimizer:
         return create_loraover_optimizer(model, optimizer_cls, replace=True, **kwargs)
 
 
-def _call_first(callback: TrainerCallback) -> None:
-    """Have Trainer call a callback before those that report logs. Trainer puts them first and hands no callback the list."""
+class _Consolidation(TrainerCallback):  # type: ignore[misc]
+    """Brings cores that are dealt out over ranks together before Trainer saves, which it does on one rank alone. Trainer calls it
+    after all others, any of which may ask for a checkpoint."""
+
+    def __init__(self, reporter: LoraOverCallback) -> None:
+        self._reporter = reporter
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        over = self._reporter.over
+        if control.should_save and over is not None and over.attached:
+            over.consolidate(None if args.save_on_each_node else 0)
+
+    on_epoch_end = on_step_end
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        over = self._reporter.over
+        if args.save_strategy == SaveStrategy.BEST and over is not None and over.attached:
+            # Trainer decides after the evaluation whether to save
+            over.consolidate(None if args.save_on_each_node else 0)
+
+
+def _put_in_order(callback: LoraOverCallback) -> None:
+    """Have Trainer call a callback before those that report logs, and consolidation last. Trainer puts reporters first and hands
+    no callback the list."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         handler = frame.f_locals.get("self")
@@ -96,6 +119,8 @@ def _call_first(callback: TrainerCallback) -> None:
             if callback in handler.callbacks:
                 handler.callbacks.remove(callback)
                 handler.callbacks.insert(0, callback)
+                if not any(isinstance(other, _Consolidation) for other in handler.callbacks):
+                    handler.callbacks.append(_Consolidation(callback))
             return
         frame = frame.f_back
 
@@ -144,14 +169,14 @@ class LoraOverCallback(TrainerCallback):  # type: ignore[misc]
         self.report: FoldReport | None = None
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        _call_first(self)
+        _put_in_order(self)
         if self._resume_from is not None:
             require_whole(self._resume_from)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        _call_first(self)
+        _put_in_order(self)
         model, optimizer = kwargs["model"], kwargs["optimizer"]
         folder = self._checkpoint(args, state)
         attached = LoraOver.of(model)

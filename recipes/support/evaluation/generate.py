@@ -108,6 +108,26 @@ class Generator:
             )
 
 
+class Chooser:
+    """Called with prompts, returns for each the choice that an encoder's head gives the highest score; an ``answers.Generate``."""
+
+    def __init__(self, model: Any, tokenizer: Any, choices: Sequence[str]) -> None:
+        self._model, self._choices = model, choices
+        self._tokenizer = padding_tokenizer(tokenizer, "right")
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[str], number: int = 0) -> list[str]:
+        tokens = [prompt_tokens(self._tokenizer, prompt, True) for prompt in prompts]
+        inputs = self._tokenizer.pad({"input_ids": tokens}, return_tensors="pt").to(self._model.device)
+        training = self._model.training
+        self._model.eval()
+        try:
+            scores = self._model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+        finally:
+            self._model.train(training)
+        return [self._choices[row] for row in scores.argmax(-1).tolist()]
+
+
 def _seed(seed: int, number: int) -> int:
     """A seed for one batch; seeds that differ by one do not share the streams of neighbouring batches."""
     return int.from_bytes(hashlib.sha256(f"{seed} {number}".encode()).digest()[:4], "big")

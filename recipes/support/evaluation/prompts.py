@@ -1,4 +1,4 @@
-r"""What a model reads and learns in each of LoRA-Over's settings.
+r"""What a Llama reads and learns in each of LoRA-Over's settings; T5's prompts are in ``support/glue.py``.
 
 LoRA-Over (arXiv:2605.16470) takes its set-up from GoRA (arXiv:2502.12171) and prints no prompt, and GoRA's code reads its prompts
 from files that were not published. So these are the prompts of LoRA-GA (arXiv:2407.05000, repository Outsider565/LoRA-GA,
@@ -14,7 +14,6 @@ effect, since its result is dropped). Further ones stand at each setting.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 Row = Mapping[str, Any]
@@ -122,59 +121,3 @@ def humaneval_prompt(problem: Row) -> str:
         f"code:\n```python\n{prompt}\n```"
     )
     return f"{alpaca_prompt(instruction)}```python\n"
-
-
-# -- GLUE for T5 ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class GlueTask:
-    """One task of ``nyu-mll/glue``: LoRA-GA's instruction, the columns with text, and the words for the labels."""
-
-    instruction: str
-    columns: tuple[str, ...]
-    labels: tuple[str, ...]
-    """The word for label 0, for label 1, ..."""
-    validation: str = "validation"
-    """The split that is evaluated on."""
-
-    def example(self, row: Row) -> Example:
-        """``ValueError`` for a row without its columns, or with a label that has no word (-1 in the test splits)."""
-        texts = _columns(row, *self.columns)
-        label = row.get("label")
-        if not isinstance(label, int) or not 0 <= label < len(self.labels):
-            raise ValueError(f"label {label!r} is none of 0 to {len(self.labels) - 1} ({', '.join(self.labels)})")
-        return Example("\n".join([f"{self.instruction}: {texts[0]}", *texts[1:], "result: "]), self.labels[label])
-
-
-_SIMILARITY = "classify the semantic similarity of the text"
-
-#: The five tasks of LoRA-Over. LoRA-GA says "semantic similarity" also where the task is entailment.
-#: LoRA-GA counts the padding of answers into the loss; here only the answer and its end count. LoRA-GA compares the scores
-#: of two first tokens; here an answer is right if the text that is generated is the label's word (see ``label_of``).
-GLUE = {
-    "sst2": GlueTask("classify the sentiment of the text", ("sentence",), ("negative", "positive")),
-    "cola": GlueTask("classify the grammaticality of the text", ("sentence",), ("unacceptable", "acceptable")),
-    "mrpc": GlueTask(_SIMILARITY, ("sentence1", "sentence2"), ("different", "equivalent")),
-    "mnli": GlueTask(
-        _SIMILARITY, ("premise", "hypothesis"), ("entailment", "neutral", "contradiction"), "validation_matched"
-    ),
-    "qnli": GlueTask(
-        "classify the semantic similarity of the question and the sentence",
-        ("question", "sentence"),
-        ("entailment", "not_entailment"),
-    ),
-}
-
-
-def glue_task(name: str) -> GlueTask:
-    """The task of that name; ``ValueError`` with the names that there are for any other."""
-    if name not in GLUE:
-        raise ValueError(f"no GLUE task {name!r}; there are {', '.join(GLUE)}")
-    return GLUE[name]
-
-
-def label_of(task: GlueTask, answer: str) -> int | None:
-    """The label whose word the answer is, spaces around it aside; ``None`` for any other answer, which is wrong."""
-    word = answer.strip()
-    return task.labels.index(word) if word in task.labels else None

@@ -34,14 +34,23 @@ def answer_tokens(tokenizer: Any, answer: str) -> list[int]:
 
 
 def encode(
-    tokenizer: Any, example: Example, max_length: int, encoder_decoder: bool = False
-) -> dict[str, list[int]] | None:
+    tokenizer: Any,
+    example: Example,
+    max_length: int,
+    encoder_decoder: bool = False,
+    choices: Sequence[str] | None = None,
+) -> dict[str, Any] | None:
     """``input_ids``, ``attention_mask`` and ``labels``; ``None`` for an example that is longer than ``max_length`` tokens.
 
     A decoder reads prompt and answer, and its labels hide the prompt. An encoder-decoder reads the prompt, its labels are
-    the answer, and either may have ``max_length`` tokens.
+    the answer, and either may have ``max_length`` tokens. An encoder, for which ``choices`` are given, reads the prompt, and its
+    label is the number of the answer among them.
     """
-    prompt = prompt_tokens(tokenizer, example.prompt, encoder_decoder)
+    prompt = prompt_tokens(tokenizer, example.prompt, encoder_decoder or choices is not None)
+    if choices is not None:
+        fits = len(prompt) <= max_length
+        label = choices.index(example.answer)
+        return {"input_ids": prompt, "attention_mask": [1] * len(prompt), "labels": label} if fits else None
     answer = answer_tokens(tokenizer, example.answer)
     if encoder_decoder:
         tokens, labels, length = prompt, answer, max(len(prompt), len(answer))
@@ -67,9 +76,16 @@ def padding_tokenizer(tokenizer: Any, side: str) -> Any:
 
 def collator(tokenizer: Any) -> Callable[[Sequence[dict[str, Any]]], dict[str, Any]]:
     """Makes tensors of encoded examples, padded on the right to the longest; labels are padded with ``IGNORED``."""
-    from transformers import DataCollatorForSeq2Seq
+    from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding
 
-    collate: Callable[[Sequence[dict[str, Any]]], dict[str, Any]] = DataCollatorForSeq2Seq(
-        padding_tokenizer(tokenizer, "right"), label_pad_token_id=IGNORED
+    padding = padding_tokenizer(tokenizer, "right")
+    of_tokens, of_numbers = (
+        DataCollatorForSeq2Seq(padding, label_pad_token_id=IGNORED),
+        DataCollatorWithPadding(padding),
     )
+
+    def collate(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        made: dict[str, Any] = (of_numbers if isinstance(examples[0]["labels"], int) else of_tokens)(examples)
+        return made
+
     return collate

@@ -9,8 +9,6 @@ import torch
 
 pytest.importorskip("transformers")
 
-from hypothesis import given
-from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
@@ -209,40 +207,3 @@ def test_code():
     asked = prompts.humaneval_prompt({"prompt": "def f():\n"})
     assert asked.startswith(ALPACA.split("Do it.")[0] + "Complete the following Python code: \n")
     assert asked.endswith("code:\n```python\ndef f():\n\n```\n\n### Response:\n```python\n")
-
-
-GLUE = [
-    ("sst2", {"sentence": "Fine."}, 1, "classify the sentiment of the text: Fine.\nresult: ", "positive"),
-    ("cola", {"sentence": "Fine."}, 0, "classify the grammaticality of the text: Fine.\nresult: ", "unacceptable"),
-    ("mrpc", {"sentence1": "A", "sentence2": "B"}, 1,
-     "classify the semantic similarity of the text: A\nB\nresult: ", "equivalent"),
-    ("mnli", {"premise": "A", "hypothesis": "B"}, 2,
-     "classify the semantic similarity of the text: A\nB\nresult: ", "contradiction"),
-    ("qnli", {"question": "A", "sentence": "B"}, 1,
-     "classify the semantic similarity of the question and the sentence: A\nB\nresult: ", "not_entailment"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("name", "texts", "label", "prompt", "answer"), GLUE)
-def test_glue(name: str, texts: dict[str, str], label: int, prompt: str, answer: str):
-    task = prompts.glue_task(name)
-    assert task.example({**texts, "label": label}) == Example(prompt, answer)
-    assert prompts.label_of(task, f" {answer}\n") == label
-    assert prompts.label_of(task, f"{answer}s") is None
-    for wrong in (-1, len(task.labels), None):
-        with pytest.raises(ValueError, match=f"label {wrong} is none of 0 to"):
-            task.example({**texts, "label": wrong})
-    with pytest.raises(ValueError, match="no text in column"):
-        task.example({"label": 0})
-
-
-def test_an_unknown_task_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match="no GLUE task 'rte'; there are sst2, cola, mrpc, mnli, qnli"):
-        prompts.glue_task("rte")
-
-
-@given(st.sampled_from(sorted(prompts.GLUE)), st.text())
-def test_only_the_words_of_labels_are_labels(name: str, answer: str):
-    task = prompts.GLUE[name]
-    label = prompts.label_of(task, answer)
-    assert label is None or task.labels[label] == answer.strip()

@@ -1,0 +1,55 @@
+"""Cores dealt out over four ranks, all of which are killed at a random moment; the run goes on on two, and then on one."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from .models import MPO, STEPS, LoraOver, net, optimizer_of, scheduler, train, trainable, whole_values
+
+HERE = Path(__file__).parent
+
+
+def _start(folder: Path, world: int, pause: float) -> subprocess.Popen[bytes]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)] if world > 1 else []
+    root = HERE.parent.parent
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    command = [sys.executable, *launcher, str(HERE / "sharded_loop.py"), str(folder), str(pause)]
+    return subprocess.Popen(command, env=environment, cwd=root, start_new_session=True)
+
+
+def _kill_after(process: subprocess.Popen[bytes], mark: Path, delay: float) -> None:
+    """Kill the launcher and its ranks `delay` seconds after they have come to a step."""
+    deadline = time.monotonic() + 200
+    while not mark.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert mark.exists(), "the run did not come to the step at which it is killed"
+    time.sleep(delay)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_killed_on_four_ranks_resumed_on_two_and_on_one(tmp_path: Path, seed: int) -> None:
+    """The end is that of one process that was never killed, up to the order in which ranks add gradients."""
+    draw = random.Random(seed)
+    for world, step in ((4, 2), (2, 6)):
+        _kill_after(_start(tmp_path, world, 0.4), tmp_path / f"reached{step}", draw.uniform(0, 1.5))
+        assert not (tmp_path / "end.pt").exists()
+    assert _start(tmp_path, 1, 0.0).wait(timeout=200) == 0
+    model = net(0)
+    optimizer = optimizer_of(trainable(model))
+    LoraOver(model, optimizer, MPO(order=4), scheduler())
+    train(model, optimizer, range(1, STEPS + 1))
+    wanted = whole_values(model)
+    found = torch.load(tmp_path / "end.pt")
+    assert max(float((found[name] - wanted[name]).abs().max()) for name in wanted) < 1e-9

@@ -1,0 +1,396 @@
+"""What training through cores costs: memory of a rank, what ranks send, arithmetic of a step, and the time to expand.
+
+All but that time follow from shapes. What a factorization multiplies and keeps is not written down a second time: `counting` runs it.
+
+Letters: C = numbers in all cores of expanded matrices, M = numbers in these matrices, s = numbers that the optimizer keeps for each
+that it steps, R = ranks. A flop is a multiplication or an addition.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tnadapt.factorizations import Factorization, Structure, core_dtype
+
+if TYPE_CHECKING:
+    from tnadapt.counting import StepWork
+
+__all__ = ["ENGINES", "Alike", "Costs", "Expansion", "Memory", "ModelSize", "Sent", "costs_of", "owners"]
+
+ENGINES = ("ddp", "fsdp2")
+
+#: Bytes of cores that the engine stacks at most; a matrix whose cores are larger is alone. It bounds the scratch of a step.
+_STACK_BYTES = 2**28
+#: Pull-backs by which a warm hand-over estimates second moments, and the one for first moments.
+_HANDOVER_PULL_BACKS = 33
+
+
+# -- what is counted --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Alike:
+    """Expanded matrices of one structure.
+
+    Attributes:
+        count: how many there are.
+        factorization: what each is trained through.
+        structure: what each becomes.
+        dtype: of the matrices.
+    """
+
+    count: int
+    factorization: Factorization
+    structure: Structure
+    dtype: torch.dtype
+
+    @property
+    def numel(self) -> int:
+        """Numbers in one matrix."""
+        return self.structure.shape[0] * self.structure.shape[1]
+
+    @property
+    def core_bytes(self) -> int:
+        """Bytes of the cores of one matrix."""
+        return self.structure.num_parameters * core_dtype(self.dtype).itemsize
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Of a model with its adapters.
+
+    Attributes:
+        frozen: numbers in frozen weights that the forward pass multiplies by: all matrices but embeddings that are looked up.
+        trained: the same of weights that are trained.
+        frozen_bytes: of all frozen parameters.
+        trained_numbers, trained_bytes: of all parameters that are trained.
+    """
+
+    frozen: int
+    trained: int
+    frozen_bytes: int
+    trained_numbers: int
+    trained_bytes: int
+
+    def flops(self, tokens: int) -> int:
+        """Of a forward and a backward pass over so many tokens, without recomputation and without the products of attention:
+        4 for each token and frozen weight (2 forward, 2 for the gradient that goes on), 6 for each trained one (2 more for its own
+        gradient)."""
+        return (4 * self.frozen + 6 * self.trained) * tokens
+
+
+# -- what it costs ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one rank, beside what plain LoRA needs.
+
+    The terms are those of `LoraOver`. Of a truncated factorization, the residuals come on top.
+
+    Attributes:
+        cores: C.
+        optimizer_state: s C.
+        gradients_and_prefixes: core gradients and kept prefixes, which share one memory: the larger of both, core by core.
+        copies: of the matrices, M.
+        residuals: M for truncated factorizations.
+        scratch: during a step, of the largest cohort.
+        messages: refolded matrices on their way between ranks, M; only where cores are sharded.
+        spared: optimizer state that plain LoRA has of these matrices, s M (FSDP2: its share of a rank).
+    """
+
+    cores: int
+    optimizer_state: int
+    gradients_and_prefixes: int
+    copies: int
+    residuals: int
+    scratch: int
+    messages: int
+    spared: int
+
+    @property
+    def total(self) -> int:
+        """Bytes at the highest point of a step, above plain LoRA."""
+        held = self.cores + self.optimizer_state + self.gradients_and_prefixes + self.copies + self.residuals
+        return held + self.scratch + self.messages - self.spared
+
+
+@dataclass(frozen=True)
+class Sent:
+    """Numbers in the tensors that ranks reduce, gather or broadcast in one step, and their bytes. Each collective is counted once with
+    the whole tensor, however its algorithm moves the parts.
+
+    Attributes:
+        gathered, gathered_bytes: gradients of sharded matrices, made whole.
+        broadcast, broadcast_bytes: refolded matrices, from their owners.
+        plain, plain_bytes: gradients of all trained parameters, which plain LoRA sends anyway.
+    """
+
+    gathered: int
+    gathered_bytes: int
+    broadcast: int
+    broadcast_bytes: int
+    plain: int
+    plain_bytes: int
+
+    @property
+    def added(self) -> int:
+        """Numbers above plain LoRA."""
+        return self.gathered + self.broadcast
+
+    @property
+    def added_bytes(self) -> int:
+        """Bytes above plain LoRA."""
+        return self.gathered_bytes + self.broadcast_bytes
+
+
+@dataclass(frozen=True)
+class Expansion:
+    """Making the cores, once for each matrix, on the rank that has most of them.
+
+    Attributes:
+        flops: of the singular value decompositions, in float64 on the CPU: 6 a b^2 + 20 b^3 for an a x b matrix, a >= b (Golub and
+            Van Loan, Matrix Computations, section 8.6).
+        rate: flops in a second.
+        measured: whether the rate was measured on this machine, with the threads that torch has now.
+        handover_flops: of the pull-backs that hand Adam's moments over when expanding in mid-run; on the device.
+    """
+
+    flops: int
+    rate: float
+    measured: bool
+    handover_flops: int
+
+    @property
+    def seconds(self) -> float:
+        """The time that decomposing takes."""
+        return self.flops / self.rate
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What `Plan.costs` gives; `print` it.
+
+    Attributes:
+        ranks, engine, shard, tokens_per_step: as asked.
+        memory: of the rank that needs most.
+        plain_bytes: adapters, their gradients and optimizer state on a rank, of plain LoRA.
+        base_bytes: frozen parameters on a rank.
+        sent: by all ranks together in a step.
+        flops: of refolding and pulling back in a step, on the rank that has most of it.
+        model_flops: of forward and backward passes in a step, on a rank; None without `tokens_per_step`.
+        expansion: making the cores.
+    """
+
+    ranks: int
+    engine: str
+    shard: bool
+    tokens_per_step: int | None
+    memory: Memory
+    plain_bytes: int
+    base_bytes: int
+    sent: Sent
+    flops: int
+    model_flops: int | None
+    expansion: Expansion
+
+    @property
+    def ratio(self) -> float | None:
+        """Arithmetic of refolding and pulling back over that of the model."""
+        return None if self.model_flops is None else self.flops / self.model_flops
+
+    def as_data(self) -> dict[str, Any]:
+        """Everything as JSON data."""
+        memory, sent, expansion = vars(self.memory), vars(self.sent), vars(self.expansion)
+        return {
+            "ranks": self.ranks,
+            "engine": self.engine,
+            "shard": self.shard,
+            "tokens_per_step": self.tokens_per_step,
+            "memory_bytes": {**memory, "total": self.memory.total},
+            "plain_lora_bytes": self.plain_bytes,
+            "base_bytes": self.base_bytes,
+            "sent": {**sent, "added": self.sent.added, "added_bytes": self.sent.added_bytes},
+            "flops": self.flops,
+            "model_flops": self.model_flops,
+            "ratio": self.ratio,
+            "expansion": {**expansion, "seconds": self.expansion.seconds},
+        }
+
+    def __str__(self) -> str:
+        memory, sent = self.memory, self.sent
+        how = "1 rank" if self.ranks == 1 else f"{self.ranks} ranks, {_NAMES[self.engine]}"
+        if self.ranks > 1:
+            how += ", each matrix's cores on one rank" if self.shard else ", all cores on every rank"
+        rows = [
+            ("cores", _bytes(memory.cores)),
+            ("their optimizer state", _bytes(memory.optimizer_state)),
+            ("core gradients or prefixes", _bytes(memory.gradients_and_prefixes)),
+            ("copies of the matrices", _bytes(memory.copies)),
+            *([("residuals", _bytes(memory.residuals))] if memory.residuals else []),
+            ("scratch of a step", _bytes(memory.scratch)),
+            *([("refolded matrices being sent", _bytes(memory.messages))] if memory.messages else []),
+            ("less plain LoRA's optimizer state", f"-{_bytes(memory.spared)}"),
+            ("memory of a rank above plain LoRA", _bytes(memory.total)),
+            ("beside adapters, gradients and state", _bytes(self.plain_bytes)),
+            ("and the frozen model", _bytes(self.base_bytes)),
+        ]
+        if self.ranks > 1:
+            rows.append(("sent in a step above plain LoRA", f"{sent.added:,} numbers, {_bytes(sent.added_bytes)}"))
+            rows.append(("beside plain LoRA's gradients", f"{sent.plain:,} numbers, {_bytes(sent.plain_bytes)}"))
+        rows.append(("refold and pull back, each step", f"{self.flops:.3g} flops"))
+        if self.model_flops is not None:
+            rows.append(("of the model's arithmetic", f"{self.ratio:.3%} of {self.model_flops:.3g} flops"))
+        rate = f"{self.expansion.rate / 1e9:.3g} Gflop/s{' as measured here' if self.expansion.measured else ''}"
+        rows.append(("time to expand", f"{self.expansion.seconds:.2g} s at {rate}"))
+        wide = max(len(name) for name, _ in rows)
+        return "\n".join([f"{how}:", *(f"  {name.ljust(wide)}  {value}" for name, value in rows)])
+
+
+_NAMES = {"ddp": "DDP", "fsdp2": "FSDP2"}
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 2**30:,.2f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"
+
+
+def costs_of(
+    matrices: Sequence[Alike],
+    model: ModelSize,
+    *,
+    ranks: int = 1,
+    engine: str = "ddp",
+    shard: bool = False,
+    tokens_per_step: int | None = None,
+    optimizer_state: int = 2,
+    decompose_rate: float | None = None,
+) -> Costs:
+    """What training these matrices of `model` through cores costs.
+
+    Args:
+        ranks: ranks that train together.
+        engine: `"ddp"`, where each rank holds the model, or `"fsdp2"`, where parameters, gradients and optimizer state are sharded.
+        shard: whether each expanded matrix has an owner that alone holds and steps its cores.
+        tokens_per_step: of one optimizer step, over all ranks and micro-batches; None leaves the model's arithmetic out.
+        optimizer_state: numbers that the optimizer keeps for each that it steps: 2 for Adam, 1 for SGD with momentum.
+        decompose_rate: flops in a second of singular value decompositions in float64 on the CPU; None measures it here.
+
+    Raises:
+        ValueError: an unknown engine, or a number that is too small.
+    """
+    if engine not in ENGINES:
+        raise ValueError(f"engine={engine!r} is unknown; choose one of {', '.join(ENGINES)}")
+    for name, value, least in (
+        ("ranks", ranks, 1),
+        ("tokens_per_step", tokens_per_step, 1),
+        ("optimizer_state", optimizer_state, 0),
+    ):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+            raise ValueError(f"{name}={value!r}: give a whole number of at least {least}")
+    if decompose_rate is not None and not 0 < decompose_rate < math.inf:
+        raise ValueError(f"decompose_rate={decompose_rate!r}: give flops in a second, above 0")
+    matrices = [one for one in matrices if one.count]
+    sharded = engine == "fsdp2"
+    mine = _fullest(matrices, ranks) if shard else [one.count for one in matrices]
+    numel = sum(one.count * one.numel for one in matrices)
+    numel_bytes = sum(one.count * one.numel * one.dtype.itemsize for one in matrices)
+    memory = _memory(matrices, mine, optimizer_state)
+    spared = -(-optimizer_state * numel_bytes // (ranks if sharded else 1))
+    several = ranks > 1
+    gathered, broadcast = several and sharded, several and shard
+    parameters = model.trained_bytes // (ranks if sharded else 1)
+    flops = sum(count * _work(one).flops for count, one in zip(mine, matrices, strict=True))
+    return Costs(
+        ranks=ranks,
+        engine=engine,
+        shard=shard,
+        tokens_per_step=tokens_per_step,
+        memory=Memory(**memory, copies=numel_bytes, messages=numel_bytes if broadcast else 0, spared=spared),
+        plain_bytes=(2 + optimizer_state) * parameters,
+        base_bytes=model.frozen_bytes // (ranks if sharded else 1),
+        sent=Sent(
+            numel if gathered else 0,
+            numel_bytes if gathered else 0,
+            numel if broadcast else 0,
+            numel_bytes if broadcast else 0,
+            model.trained_numbers if several else 0,
+            model.trained_bytes if several else 0,
+        ),
+        flops=flops,
+        model_flops=None if tokens_per_step is None else model.flops(tokens_per_step) // ranks,
+        expansion=_expansion(matrices, mine, decompose_rate),
+    )
+
+
+# -- owners -----------------------------------------------------------------------------------------------------------
+
+
+def owners(sizes: Sequence[int], ranks: int) -> list[int]:
+    """An owner for each of matrices whose cores have these bytes: the largest first, each to the rank with the least so far. The
+    fullest rank then has at most the mean and one matrix more."""
+    loads = [(0, rank) for rank in range(ranks)]
+    chosen = [0] * len(sizes)
+    for index in sorted(range(len(sizes)), key=lambda k: (-sizes[k], k)):
+        load, rank = heapq.heappop(loads)
+        chosen[index] = rank
+        heapq.heappush(loads, (load + sizes[index], rank))
+    return chosen
+
+
+def _fullest(matrices: Sequence[Alike], ranks: int) -> list[int]:
+    """How many of each kind the rank owns that has the most bytes."""
+    kinds = [kind for kind, one in enumerate(matrices) for _ in range(one.count)]
+    held: dict[int, Counter[int]] = {rank: Counter() for rank in range(ranks)}
+    for kind, rank in zip(kinds, owners([matrices[kind].core_bytes for kind in kinds], ranks), strict=True):
+        held[rank][kind] += 1
+    most = max(held.values(), key=lambda own: sum(count * matrices[kind].core_bytes for kind, count in own.items()))
+    return [most[kind] for kind in range(len(matrices))]
+
+
+def _memory(matrices: Sequence[Alike], counts: Sequence[int], state: int) -> dict[str, int]:
+    """What the holder of so many of each kind has of them, in bytes."""
+    found = dict.fromkeys(("cores", "gradients_and_prefixes", "residuals", "scratch"), 0)
+    cohorts: dict[Any, list[tuple[int, int]]] = {}
+    for count, one in zip(counts, matrices, strict=True):
+        step, width = _work(one), core_dtype(one.dtype).itemsize
+        found["cores"] += count * one.core_bytes
+        found["gradients_and_prefixes"] += count * width * step.kept
+        found["residuals"] += 0 if one.structure.exact else count * width * one.numel
+        fused = one.factorization.fused_shapes(one.structure.core_shapes)
+        # gradients as they come, and in the order of the sites
+        stack = cohorts.setdefault((one.factorization, fused, one.dtype, one.core_bytes), [])
+        stack.append((width * (2 * one.numel + step.scratch), count))
+    for (*_, core_bytes), stack in cohorts.items():
+        room, total = max(1, _STACK_BYTES // core_bytes), 0
+        for size, count in sorted(stack, reverse=True):
+            taken = min(count, room)
+            room, total = room - taken, total + taken * size
+        found["scratch"] = max(found["scratch"], total)
+    return {**found, "optimizer_state": state * found["cores"]}
+
+
+def _work(one: Alike) -> StepWork:
+    from tnadapt.counting import step_work  # it takes a fifth of a second to import
+
+    return step_work(one.factorization, one.structure)
+
+
+# -- expanding --------------------------------------------------------------------------------------------------------
+
+
+def _expansion(matrices: Sequence[Alike], counts: Sequence[int], rate: float | None) -> Expansion:
+    from tnadapt.counting import decomposition_work
+
+    made = [decomposition_work(one.factorization, one.structure) for one in matrices]
+    flops = sum(count * work for count, (work, _) in zip(counts, made, strict=True))
+    seconds = sum(count * taken for count, (_, taken) in zip(counts, made, strict=True))
+    handover = sum(count * _HANDOVER_PULL_BACKS * _work(one).flops for count, one in zip(counts, matrices, strict=True))
+    measured = flops / seconds if flops else math.inf
+    return Expansion(flops, measured if rate is None else rate, rate is None, handover)
