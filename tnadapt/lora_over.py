@@ -306,7 +306,7 @@ class LoraOver:
     def changed_outside(self) -> tuple[str, ...]:
         """Names of expanded matrices that hold something else than what their cores fold to, because somebody wrote them
         (`load_best_model_at_end`, a hand edit). Waits for the device."""
-        return tuple(self._expanded.edited(self._expanded.now.cohorts))
+        return tuple(self._expanded.edited())
 
     def __repr__(self) -> str:
         how = f"{len(self.expanded)} of {len(self.matrices)} matrices expanded" if self.attached else "folded"

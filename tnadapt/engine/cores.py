@@ -238,22 +238,26 @@ class Cohort:
         return False
 
     def _rows(self, tensors: Sequence[Tensor]) -> Tensor:
-        """One whole tensor of each member as rows [n, numel]; may be a view of that of an only member."""
+        """One tensor of each member as rows [n, numel], gathered where they are sharded; may be a view of that of an only member."""
+        if any(hasattr(t, "full_tensor") for t in tensors):
+            return ranks.stack_rows(tensors)
         flat: Tensor = _flatten_dense_tensors(tensors)  # type: ignore[no-untyped-call]
         return flat.view(len(tensors), -1)
 
-    def pull_back(self, gradients: Sequence[Tensor]) -> Tensor | None:
+    def pull_back(self, gradients: Sequence[Tensor] | None = None) -> Tensor | None:
         """Pull the gradients of the matrices back to the cores.
 
         Off the CPU, where looking would wait for the device, zeros are pulled back in place of gradients that are not finite.
         Returns the boolean that tells whether they were finite there, None on the CPU.
 
         Args:
-            gradients: of all members, whole.
+            gradients: of all members, whole; those of the parameters if None.
 
         Raises:
             FloatingPointError: a gradient holds NaN or infinity, on the CPU.
         """
+        if gradients is None:
+            gradients = [p.grad for p in self.parameters if p.grad is not None]
         grads = self._rows(gradients).detach().to(self.key.dtype)
         finite = None
         if self.key.device.type == "cpu":
@@ -307,11 +311,12 @@ class Cohort:
                 self._kernel = self.key.factorization.kernel(self._sites)
         return self._kernel
 
-    def refold(self, shadows: Sequence[Tensor] | None = None, died: bool = False) -> None:
+    def refold(self, matched: bool = False, shadows: Sequence[Tensor] | None = None, died: bool = False) -> None:
         """Write what the stepped cores fold to into the matrices, and let go of the core gradients.
 
         Args:
-            shadows: where steps are matched, the matrices as the optimizer has stepped them, whole.
+            matched: whether updates are to be as long as those that the optimizer has made of the matrices.
+            shadows: the matrices as the optimizer has stepped them, whole; the parameters if None.
             died: the step was broken off. Matrices that were written since are left as they are, and `edited` names them.
         """
         self.release_gradients()
@@ -320,8 +325,8 @@ class Cohort:
         before = self.written
         assert before is not None, "a matrix is looked at before its cores are stepped"
         start = before.to(self.key.dtype)
-        if shadows is not None:
-            shadow = torch.linalg.vector_norm(self._rows(shadows).to(start.dtype) - start, dim=1)
+        if matched:
+            shadow = torch.linalg.vector_norm(self._rows(shadows or parameters).to(start.dtype) - start, dim=1)
             values = self._rescaled(start, shadow, exactly=True)
         elif self.cap is not None:
             values = self._rescaled(start, torch.full_like(start[:, 0], self.cap), exactly=False)
@@ -462,6 +467,13 @@ class Cohort:
         if self.overtaken is None or differs is None:
             return differs if self.overtaken is None else self.overtaken
         return differs | self.overtaken
+
+    def edited_names(self, present: Sequence[Tensor] | None = None) -> list[str]:
+        """Names of the matrices that `edited` tells."""
+        flags = self.edited(present)
+        if flags is None:
+            return []
+        return [matrix.name for matrix, flag in zip(self.matrices, flags.tolist(), strict=True) if flag]
 
     def _differs(self) -> Tensor | None:
         """Which matrices hold something else than what was written."""

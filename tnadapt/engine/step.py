@@ -377,7 +377,7 @@ class Step:
             looked = [
                 cohort for cohort in self.expanded.now.cohorts if cohort.is_active() and self._looks(cohort, step)
             ]
-            names = self.expanded.edited(looked)
+            names = [name for cohort in looked for name in cohort.edited_names()]
         if names:
             warnings.warn(
                 f"{shown(names)} changed outside the optimizer (a loaded adapter, a hand edit); unfolding anew, with "
@@ -406,7 +406,7 @@ class Step:
         on_cpu = any(ranks.local(matrix.parameter).device.type == "cpu" for matrix in now.trained)
         if not now.trained or not (on_cpu or self.expanded.unseen or step % _LOOK_EVERY == 1):
             return []
-        mine = {*self.expanded.edited(now.cohorts), *self._exchange.edited(now.elsewhere)}
+        mine = {*self.expanded.edited(), *self._exchange.edited(now.elsewhere)}
         self.expanded.unseen = False
         flags = torch.tensor([matrix.name in mine for matrix in now.trained])
         agreed = ranks.agree_any(flags.to(ranks.local(now.trained[0].parameter).device), self.expanded.process_group)
@@ -473,13 +473,13 @@ class Step:
         self._require_finite_plain()
         now, flags = self.expanded.now, list[Tensor]()
         active = [m for m in now.trained if m.parameter.grad is not None] if now.owners else []
-        gradients = self.expanded.gathered(lambda matrix: matrix.parameter.grad, active)
+        gradients = self.expanded.gathered(lambda matrix: matrix.parameter.grad, active) if active else None
         for cohort in now.cohorts:
             if not cohort.is_active():
                 continue
             idle = [matrix.parameter.grad is None for matrix in cohort.matrices]
             part = self.expanded.divide(cohort, idle) if any(idle) else cohort
-            finite = part.pull_back(gradients(part))
+            finite = part.pull_back(None if gradients is None else gradients(part))
             if finite is not None:
                 flags.append(finite)
         if active and ranks.local(active[0].parameter).device.type != "cpu":
@@ -615,13 +615,14 @@ class Step:
         now, shadows = self.expanded.now, None
         lent = set() if loan is None else {id(parameter) for parameter, _, _ in loan.gradients}
         stepped = [matrix for matrix in now.trained if id(matrix.parameter) in lent] if now.owners else []
+        matched = self.rates.matched and not died
         try:
-            if self.rates.matched and not died:
+            if matched and stepped:
                 shadows = self.expanded.gathered(lambda matrix: matrix.parameter, stepped)
             for cohort in now.cohorts:
                 if cohort.lent:
                     # what was restored after a step that died is not overwritten; the next step unfolds it anew
-                    cohort.refold(None if shadows is None else shadows(cohort), died)
+                    cohort.refold(matched, None if shadows is None else shadows(cohort), died)
         except BaseException as error:
             # the frame is kept, so that `recover` tries again
             error.add_note(
