@@ -158,7 +158,8 @@ class Cohort:
         self.update_norms = torch.stack(norms).to(key.device) if len(norms) == len(members) else None
         #: largest Frobenius norm of an update in the coming step; None for no cap
         self.cap: float | None = None
-        self._before: Tensor | None = None
+        #: the cores before the step and after it, where steps are scaled; stays, since new memory costs as much as the copy
+        self._kept: tuple[Tensor, Tensor] | None = None
         # by how much the steps of the cores were scaled last, [n]: where the search for the next scale begins
         scales = [member.scale for member in members if member.scale is not None]
         self._scale = torch.stack(scales).to(key.device, key.dtype) if len(scales) == len(members) else None
@@ -283,7 +284,10 @@ class Cohort:
         """
         assert self.grad is not None
         self.cap = cap
-        self._before = self.buffer.clone() if matched or cap is not None else None
+        if matched or cap is not None:
+            if self._kept is None:
+                self._kept = torch.empty_like(self.buffer), torch.empty_like(self.buffer)
+            self._kept[0].copy_(self.buffer)
         for piece in self.pieces:
             piece.parameter.grad = self.grad[piece.start : piece.stop].view(piece.parameter.shape)
         self.lent = True
@@ -359,14 +363,15 @@ class Cohort:
             wanted: Frobenius norm of each update, [n].
             exactly: whether shorter steps are lengthened too; they are left alone otherwise.
         """
-        assert self._before is not None
+        assert self._kept is not None
 
         def lengths(rows: Tensor) -> Tensor:
             # what overflowed on the way is too long
             norms: Tensor = torch.linalg.vector_norm(rows - before, dim=1)
             return norms.nan_to_num(math.inf, math.inf)
 
-        start, stepped = self._before, self.buffer.clone()
+        start, stepped = self._kept
+        stepped.copy_(self.buffer)
 
         def fold_at(scale: Tensor) -> Tensor:
             for now, old, new in zip(*map(self._by_site, (self.buffer, start, stepped)), strict=True):
@@ -432,11 +437,10 @@ class Cohort:
         """The step is over, or was called off."""
         self.release_gradients()
         self.lent = False
-        self._before = None
 
     def close(self) -> None:
         """Free what only training needs; the cores stay."""
-        self._kernel = None
+        self._kernel = self._kept = None
 
     # -- writes of others ---------------------------------------------------------------------------------------------
 
