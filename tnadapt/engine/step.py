@@ -252,7 +252,7 @@ class Step:
             return
         self._raise_earlier_nonfinite()
         matrices, before, scheduler_before = self.expanded.matrices, self.expanded.now, self.scheduler.state_dict()
-        step = before.step + 1
+        step, begun, base = before.step + 1, self._begun, self.rates.base
         scale = getattr(self.optimizer, "grad_scale", None)
         if scale is not None:
             for matrix in matrices.values():
@@ -271,6 +271,7 @@ class Step:
         except BaseException as error:
             _advise(error)
             self._undo(before, scheduler_before)
+            self._begun, self.rates.base = begun, base
             raise
         finally:
             if scale is not None:
