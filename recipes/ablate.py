@@ -533,7 +533,8 @@ def tuned_page(name: str, settings: dict[str, Any], rows: Sequence[dict[str, Any
     """A row for each method, a column for each rate; the lowest loss of a method is bold."""
     lrs = sorted({row["value"] for row in rows})
     cells = []
-    for (method, factor), lane in lanes(rows).items():
+    order = [*METHODS]
+    for (method, factor), lane in sorted(lanes(rows).items(), key=lambda each: (order.index(each[0][0]), each[0][1])):
         best, inside = best_of_lane(lane)
         losses = {row["value"]: "failed" if math.isinf(loss_of(row)) else f"{loss_of(row):.4f}" for row in lane}
         if inside:
