@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -53,3 +54,32 @@ def test_killed_on_four_ranks_resumed_on_two_and_on_one(tmp_path: Path, seed: in
     wanted = whole_values(model)
     found = torch.load(tmp_path / "end.pt")
     assert max(float((found[name] - wanted[name]).abs().max()) for name in wanted) < 1e-9
+
+
+@pytest.mark.slow
+def test_an_owner_that_dies_stops_the_others_and_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    ranks = []
+    for rank in range(2):
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(HERE.parent.parent),
+            "OMP_NUM_THREADS": "1",
+            "GLOO_SOCKET_IFNAME": "lo",
+        }
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": str(rank), "WORLD_SIZE": "2"}
+        command = [sys.executable, str(HERE / "sharded_loop.py"), str(tmp_path), "0.4"]
+        ranks.append(subprocess.Popen(command, env=environment, cwd=HERE.parent.parent, stderr=subprocess.PIPE))
+    deadline = time.monotonic() + 200
+    while not (tmp_path / "reached4").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    ranks[1].kill()
+    _, said = ranks[0].communicate(timeout=200)
+    ranks[1].communicate()
+    assert ranks[0].returncode not in (0, None)
+    assert b"Error" in said
+    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert saved["optimizer"]["tnadapt"]["step"] >= 4
+    assert len(saved["optimizer"]["tnadapt"]["cores"]) == len(saved["optimizer"]["tnadapt"]["expanded"])

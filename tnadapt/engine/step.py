@@ -12,6 +12,7 @@
     after it (`_finish`)
         8. take the cores and their state back
         9. refold: write what the cores fold to into the matrices
+       10. where ranks share the cores, send the refolded matrices to the others
 
 Whatever fails in 1 to 6 leaves everything as it was. Cores are in `optimizer.param_groups` only while the optimizer steps, so
 learning-rate schedulers, named parameters, checkpoints and whoever else counts groups see the user's own. Being stepped by
