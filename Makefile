@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-all recipes lint docs wheel fuzz ablation mutation clean
+.PHONY: demo test test-all oldest recipes lint docs wheel fuzz ablation mutation clean
 
 demo: $(VENV)/.recipes
 	$(BIN)/python recipes/llama31_gsm8k.py --method lora lora-over-mpo-r
@@ -14,6 +14,16 @@ test: lint
 
 test-all: lint
 	TNADAPT_HYPOTHESIS_PROFILE=all $(BIN)/python -m pytest -n 2 --dist loadfile
+
+# The tests of the core with the oldest torch that pyproject.toml states, in an environment of its own.
+OLDEST := .venv-oldest
+OLDEST_TORCH := $(shell sed -n 's/^dependencies = \["torch>=\([0-9.]*\)"\]$$/\1/p' pyproject.toml)
+CORE_TESTS := tests/engine tests/factorizations $(addprefix tests/test_,$(addsuffix .py,\
+	adapter adapter_models algorithm2 loss_ablation matrices planning schedulers))
+
+oldest: $(OLDEST)/.torch-$(OLDEST_TORCH)
+	$(OLDEST)/bin/python -c "import torch; print('torch', torch.__version__)"
+	$(OLDEST)/bin/python -m pytest -m "not slow" $(CORE_TESTS)
 
 # Every method in every recipe, for a few steps of its laptop preset.
 recipes: $(VENV)/.dev
@@ -81,5 +91,13 @@ $(VENV)/.mutation: $(VENV)/.dev
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --progress-bar on -c constraints.txt -e ".[mutation]"
 	@touch $@
 
+# that torch asks for a sympy of its own
+$(OLDEST)/.torch-$(OLDEST_TORCH): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(OLDEST)
+	grep -v -e '^torch==' -e '^sympy==' constraints.txt > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip install --disable-pip-version-check --quiet --progress-bar on -c $(OLDEST)/constraints.txt \
+		"torch==$(OLDEST_TORCH).*" -e ".[transformers,all]" hypothesis jaxtyping pytest scipy tqdm
+	@touch $@
+
 clean:
-	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

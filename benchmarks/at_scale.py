@@ -7,7 +7,7 @@ Plans: `tnadapt.plan` on the meta device, for Llama 3.1 as its configurations ar
 layer and every matrix expanded, on 8, 64 and 512 GPUs.
 
 Measurements: a stack of adapters on 1, 2 and 4 processes over gloo, with DDP and FSDP2. Each process records what torch's
-allocator gives out in steps with and without LoraOver; the difference is compared with `plan(...).costs().memory`. The numbers in
+allocator gives out in steps with and without LoraOver; the difference is compared with `plan(...).costs().memory`. The bytes of
 the tensors of all collectives of a step are counted and compared with `costs().sent`.
 
 Writes the numbers with their provenance to benchmarks/results/at_scale.json, and the tables between the marks of docs/scale.md.
@@ -183,11 +183,11 @@ class Stack(nn.Module):
 
 
 class Collectives(TorchDispatchMode):
-    """Numbers in the tensors that collectives make or change, without the flags by which ranks agree."""
+    """Bytes of the tensors that collectives make or change, without the flags by which ranks agree, which are integers."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.numbers: dict[str, int] = {}
+        self.bytes: dict[str, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if DTensor in types:
@@ -197,8 +197,9 @@ class Collectives(TorchDispatchMode):
         if name.startswith(("c10d::", "_c10d_functional::")) and not name.endswith(
             ("wait_tensor", "_wrap_tensor_autograd")
         ):
-            tensors = [t for t in tree_iter(out) if isinstance(t, torch.Tensor) and t.is_floating_point()]
-            self.numbers[name] = self.numbers.get(name, 0) + sum(t.numel() for t in tensors)
+            tensors = [t for t in tree_iter(out) if isinstance(t, torch.Tensor)]
+            sent = sum(t.nbytes for t in tensors if t.is_floating_point() or t.dtype == torch.uint8)
+            self.bytes[name] = self.bytes.get(name, 0) + sent
         return out
 
 
@@ -241,7 +242,7 @@ def measured(engine: str, how: str, layers: int, width: int) -> dict[str, Any]:
         peak = max(peak, level)
     with Collectives() as sent:
         optimizer.step()
-    return {"rest": rest, "peak": rest + peak, "sent": sum(sent.numbers.values()), "collectives": sent.numbers}
+    return {"rest": rest, "peak": rest + peak, "sent": sum(sent.bytes.values()), "collectives": sent.bytes}
 
 
 def worker(rank: int, world: int, folder: str, ways: Sequence[tuple[str, str]], layers: int, width: int) -> None:
@@ -286,7 +287,7 @@ def measurements(worlds: Sequence[int], layers: int, width: int) -> Iterator[dic
                 "formula_bytes": costs.memory.total,
                 "ratio": above["peak"] / costs.memory.total,
                 "sent": max(found[f"{engine} {how}"]["sent"] for found in ranks),
-                "formula_sent": costs.sent.added,
+                "formula_sent": costs.sent.added_bytes,
                 "collectives": ranks[0][f"{engine} {how}"]["collectives"],
             }
 
@@ -299,8 +300,8 @@ def measured_table(rows: Sequence[dict[str, Any]]) -> str:
         "measured, MiB",
         "formula, MiB",
         "ratio",
-        "sent, measured",
-        "sent, formula",
+        "sent, bytes",
+        "formula, bytes",
     )
     return table(
         header,

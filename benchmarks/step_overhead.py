@@ -273,10 +273,14 @@ class Variant:
         if self.rescale is None:
             return 0.0
         micro = {key: value[: self.case.micro] for key, value in batch.items()}
+
+        def loss() -> Tensor:
+            with torch.autocast(self.case.device, torch.bfloat16, enabled=self.case.device == "cuda"):
+                return self.model(**micro).loss  # type: ignore[no-any-return]
+
         synchronize(self.case)
         started = time.perf_counter()
-        with torch.autocast(self.case.device, torch.bfloat16, enabled=self.case.device == "cuda"):
-            self.rescale.step(lambda: self.model(**micro).loss)
+        self.rescale.step(loss)
         synchronize(self.case)
         return time.perf_counter() - started
 

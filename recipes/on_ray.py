@@ -67,6 +67,7 @@ def train(options: argparse.Namespace) -> None:
         raise ValueError(f"--ranks is {options.ranks}: give a number of at least 1")
     if not options.recipe.is_file():
         raise ValueError(f"{options.recipe} does not exist; the recipes lie in {HERE}")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # it would print everything twice
     with connected(options.cluster, options.ranks + 1, shown=True) as ray:
         if options.gpus:
             require_gpus(ray, options.cluster, 1.0)

@@ -93,6 +93,18 @@ print(sorted(name for name in set(sys.modules) - before if name.split(".")[0] no
     assert result.stdout.strip().splitlines()[-1] == "['tnadapt', 'tnadapt.cli']"
 
 
+def test_a_reader_that_has_seen_enough(tmp_path):
+    """`tnadapt inspect … | head -1` ends without a traceback."""
+    torch.save(Trained().over.state_dict(), tmp_path / "tnadapt.pt")
+    command = [sys.executable, "-m", "tnadapt.cli", "inspect", str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 0
+
+
 # -- plan ------------------------------------------------------------------------------------------------------------------
 
 

@@ -136,7 +136,7 @@ def commands() -> list[tuple[str, list[str]]]:
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         for language, block in re.findall(r"^```([^\n]*)\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
-            for line in block.splitlines():
+            for line in block.replace("\\\n", " ").splitlines():
                 if language in ("", "bash") and re.match(r"(tnadapt|python|make) ", line):
                     found.append((name(page), shlex.split(line, comments=True)))
     return found

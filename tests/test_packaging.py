@@ -52,6 +52,15 @@ def test_the_licence_is_the_one_that_is_named():
     assert "END OF TERMS AND CONDITIONS" in text
 
 
+def test_the_oldest_torch_is_named_alike():
+    (torch_requirement,) = map(Requirement, PROJECT["dependencies"])
+    oldest = str(torch_requirement.specifier).removeprefix(">=")
+    assert f"The oldest torch is {oldest}:" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"| torch {oldest} and later" in (ROOT / "docs" / "compatibility.md").read_text(encoding="utf-8")
+    said = subprocess.run(["make", "-n", "oldest"], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    assert f'"torch=={oldest}.*"' in said
+
+
 def test_all_has_every_backend():
     assert requirements("all") == requirements("opt_einsum") | requirements("tensorly") | requirements("tensornetwork")
 

@@ -8,7 +8,6 @@ that it steps, R = ranks. A flop is a multiplication or an addition.
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -17,17 +16,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tnadapt.engine.cores import STACK_BYTES
+from tnadapt.engine.owners import deal
 from tnadapt.factorizations import Factorization, Structure, core_dtype
 
 if TYPE_CHECKING:
     from tnadapt.counting import StepWork
 
-__all__ = ["ENGINES", "Alike", "Costs", "Expansion", "Memory", "ModelSize", "Sent", "costs_of", "owners"]
+__all__ = ["ENGINES", "Alike", "Costs", "Expansion", "Memory", "ModelSize", "Sent", "costs_of"]
 
 ENGINES = ("ddp", "fsdp2")
 
-#: Bytes of cores that the engine stacks at most; a matrix whose cores are larger is alone. It bounds the scratch of a step.
-_STACK_BYTES = 2**28
 #: Pull-backs by which a warm hand-over estimates second moments, and the one for first moments.
 _HANDOVER_PULL_BACKS = 33
 
@@ -99,10 +98,10 @@ class Memory:
         cores: C.
         optimizer_state: s C.
         gradients_and_prefixes: core gradients and kept prefixes, which share one memory: the larger of both, core by core.
-        copies: of the matrices, M.
+        copies: of the matrices, M; where cores are dealt out, of those that the rank owns, and under FSDP2 of its shards of the others.
         residuals: M for truncated factorizations.
-        scratch: during a step, of the largest cohort.
-        messages: refolded matrices on their way between ranks, M; only where cores are sharded.
+        scratch: while pulling back and refolding, of the largest cohort.
+        messages: after that, refolded matrices on their way between ranks; only where cores are dealt out.
         spared: optimizer state that plain LoRA has of these matrices, s M (FSDP2: its share of a rank).
     """
 
@@ -119,7 +118,7 @@ class Memory:
     def total(self) -> int:
         """Bytes at the highest point of a step, above plain LoRA."""
         held = self.cores + self.optimizer_state + self.gradients_and_prefixes + self.copies + self.residuals
-        return held + self.scratch + self.messages - self.spared
+        return held + max(self.scratch, self.messages) - self.spared
 
 
 @dataclass(frozen=True)
@@ -129,7 +128,7 @@ class Sent:
 
     Attributes:
         gathered, gathered_bytes: gradients of sharded matrices, made whole.
-        broadcast, broadcast_bytes: refolded matrices, from their owners.
+        broadcast, broadcast_bytes: refolded matrices, from their owners, in messages that are filled up to the longest one.
         plain, plain_bytes: gradients of all trained parameters, which plain LoRA sends anyway.
     """
 
@@ -297,61 +296,74 @@ def costs_of(
     if decompose_rate is not None and not 0 < decompose_rate < math.inf:
         raise ValueError(f"decompose_rate={decompose_rate!r}: give flops in a second, above 0")
     matrices = [one for one in matrices if one.count]
-    sharded = engine == "fsdp2"
-    mine = _fullest(matrices, ranks) if shard else [one.count for one in matrices]
-    numel = sum(one.count * one.numel for one in matrices)
-    numel_bytes = sum(one.count * one.numel * one.dtype.itemsize for one in matrices)
-    memory = _memory(matrices, mine, optimizer_state)
-    spared = -(-optimizer_state * numel_bytes // (ranks if sharded else 1))
-    several = ranks > 1
-    gathered, broadcast = several and sharded, several and shard
-    parameters = model.trained_bytes // (ranks if sharded else 1)
-    flops = sum(count * _work(one).flops for count, one in zip(mine, matrices, strict=True))
+    all_of_them = tuple(one.count for one in matrices)
+    several, among = ranks > 1, ranks if engine == "fsdp2" else 1
+    dealt = sorted(set(_dealt(matrices, ranks))) if shard and several else [all_of_them]
+    numel, numel_bytes = sum(one.count * one.numel for one in matrices), _matrix_bytes(matrices, all_of_them)
+    longest = max(_matrix_bytes(matrices, mine) for mine in dealt)
+    messages = ranks * longest if shard and several else 0
+
+    def memory_with(mine: tuple[int, ...]) -> Memory:
+        own = _matrix_bytes(matrices, mine)
+        return Memory(
+            **_memory(matrices, mine, optimizer_state),
+            # under FSDP2 a rank also has a copy of its shards of the others' matrices
+            copies=own + ((numel_bytes - own) // among if among > 1 else 0),
+            messages=_exchange(matrices, mine, longest, ranks) if messages else 0,
+            spared=optimizer_state * numel_bytes // among,
+        )
+
+    gathered = several and among > 1
+    parameters = model.trained_bytes // among
+    flops = [sum(count * _work(one).flops for count, one in zip(mine, matrices, strict=True)) for mine in dealt]
+    expansions = [_expansion(matrices, mine, decompose_rate) for mine in dealt]
     return Costs(
         ranks=ranks,
         engine=engine,
         shard=shard,
         tokens_per_step=tokens_per_step,
-        memory=Memory(**memory, copies=numel_bytes, messages=numel_bytes if broadcast else 0, spared=spared),
+        memory=max(map(memory_with, dealt), key=lambda memory: memory.total),
         plain_bytes=(2 + optimizer_state) * parameters,
-        base_bytes=model.frozen_bytes // (ranks if sharded else 1),
+        base_bytes=model.frozen_bytes // among,
         sent=Sent(
             numel if gathered else 0,
             numel_bytes if gathered else 0,
-            numel if broadcast else 0,
-            numel_bytes if broadcast else 0,
+            messages * numel // max(numel_bytes, 1),
+            messages,
             model.trained_numbers if several else 0,
             model.trained_bytes if several else 0,
         ),
-        flops=flops,
+        flops=max(flops),
         model_flops=None if tokens_per_step is None else model.flops(tokens_per_step) // ranks,
-        expansion=_expansion(matrices, mine, decompose_rate),
+        expansion=max(expansions, key=lambda expansion: expansion.seconds),
     )
 
 
-# -- owners -----------------------------------------------------------------------------------------------------------
+# -- ranks ------------------------------------------------------------------------------------------------------------
 
 
-def owners(sizes: Sequence[int], ranks: int) -> list[int]:
-    """An owner for each of matrices whose cores have these bytes: the largest first, each to the rank with the least so far. The
-    fullest rank then has at most the mean and one matrix more."""
-    loads = [(0, rank) for rank in range(ranks)]
-    chosen = [0] * len(sizes)
-    for index in sorted(range(len(sizes)), key=lambda k: (-sizes[k], k)):
-        load, rank = heapq.heappop(loads)
-        chosen[index] = rank
-        heapq.heappush(loads, (load + sizes[index], rank))
-    return chosen
+def _dealt(matrices: Sequence[Alike], ranks: int) -> list[tuple[int, ...]]:
+    """How many of each kind each rank owns, as the engine deals them out."""
+    kinds = {f"{kind:06} {k:09}": kind for kind, one in enumerate(matrices) for k in range(one.count)}
+    sizes = {name: matrices[kind].structure.num_parameters for name, kind in kinds.items()}
+    held = [[0] * len(matrices) for _ in range(ranks)]
+    for name, rank in deal(list(kinds), {}, sizes, ranks).items():
+        held[rank][kinds[name]] += 1
+    return [tuple(counts) for counts in held]
 
 
-def _fullest(matrices: Sequence[Alike], ranks: int) -> list[int]:
-    """How many of each kind the rank owns that has the most bytes."""
-    kinds = [kind for kind, one in enumerate(matrices) for _ in range(one.count)]
-    held: dict[int, Counter[int]] = {rank: Counter() for rank in range(ranks)}
-    for kind, rank in zip(kinds, owners([matrices[kind].core_bytes for kind in kinds], ranks), strict=True):
-        held[rank][kind] += 1
-    most = max(held.values(), key=lambda own: sum(count * matrices[kind].core_bytes for kind, count in own.items()))
-    return [most[kind] for kind in range(len(matrices))]
+def _matrix_bytes(matrices: Sequence[Alike], counts: Sequence[int]) -> int:
+    return sum(count * one.numel * one.dtype.itemsize for count, one in zip(counts, matrices, strict=True))
+
+
+def _exchange(matrices: Sequence[Alike], mine: Sequence[int], longest: int, ranks: int) -> int:
+    """Bytes on a rank while owners send their matrices: its own message, filled up to the longest one; those of all ranks; the
+    matrices of others taken out of them, and those of one size stacked to be written."""
+    of_others: Counter[int] = Counter()
+    for count, one in zip(mine, matrices, strict=True):
+        of_others[one.numel] += (one.count - count) * one.numel * one.dtype.itemsize
+    own = _matrix_bytes(matrices, mine)
+    return own + longest + ranks * longest + of_others.total() + max(of_others.values(), default=0)
 
 
 def _memory(matrices: Sequence[Alike], counts: Sequence[int], state: int) -> dict[str, int]:
@@ -368,7 +380,7 @@ def _memory(matrices: Sequence[Alike], counts: Sequence[int], state: int) -> dic
         stack = cohorts.setdefault((one.factorization, fused, one.dtype, one.core_bytes), [])
         stack.append((width * (2 * one.numel + step.scratch), count))
     for (*_, core_bytes), stack in cohorts.items():
-        room, total = max(1, _STACK_BYTES // core_bytes), 0
+        room, total = max(1, STACK_BYTES // core_bytes), 0
         for size, count in sorted(stack, reverse=True):
             taken = min(count, room)
             room, total = room - taken, total + taken * size

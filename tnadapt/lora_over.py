@@ -85,7 +85,7 @@ class LoraOver:
     Memory above plain LoRA, for the matrices that are expanded: cores, their optimizer state, max(core gradients, kept
     prefixes), a copy of the matrices, and the scratch of the largest cohort (its matrices twice, and beyond order 2 two squares
     of the largest bond for each of them); less the optimizer state that plain LoRA would have of these matrices. Gradients
-    and prefixes share one memory, which stays between steps.
+    and prefixes share one memory, which stays between steps. `matched` and `max_update` need the cores twice more.
 
     Args:
         model: any model with LoRA pairs on linear layers (PEFT, `OverParamAdapter`, or one's own `lora_A`/`lora_B`).
@@ -306,7 +306,7 @@ class LoraOver:
     def changed_outside(self) -> tuple[str, ...]:
         """Names of expanded matrices that hold something else than what their cores fold to, because somebody wrote them
         (`load_best_model_at_end`, a hand edit). Waits for the device."""
-        return tuple(self._expanded.edited(self._expanded.now.cohorts))
+        return tuple(self._expanded.edited())
 
     def __repr__(self) -> str:
         how = f"{len(self.expanded)} of {len(self.matrices)} matrices expanded" if self.attached else "folded"

@@ -12,7 +12,7 @@ import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,9 @@ __all__ = ["LawBroken", "check_backend", "check_factorization", "check_scheduler
 
 SHAPES = ((24, 8), (8, 24), (1, 1), (1, 6), (13, 17), (30, 30))
 KINDS = ("normal", "zero", "rank-1", "constant")
+
+
+_Described = TypeVar("_Described", Factorization, Scheduler)
 
 
 class LawBroken(AssertionError):
@@ -75,6 +78,14 @@ class _Judge:
             raise LawBroken(self.owner, number, f"{case}: {type(error).__name__}: {error}") from error
 
 
+def _rebuilt(judge: _Judge, plugin: _Described, make: Callable[[dict[str, Any]], _Described]) -> _Described:
+    """A plug-in made again from the JSON of its description, which it must describe alike."""
+    data = plugin.to_dict()
+    again = make(json.loads(json.dumps({key: value for key, value in data.items() if key != "type"})))
+    judge.require(again.to_dict() == data, 6, f"to_dict() gives {data}, which is rebuilt as {again!r}")
+    return again
+
+
 # -- factorizations ---------------------------------------------------------------------------------------------------------
 
 
@@ -107,11 +118,8 @@ def check_factorization(
 
 def _check_description(judge: _Judge, factorization: Factorization) -> None:
     with judge.law(6, "description"):
-        data = factorization.to_dict()
-        again = type(factorization)._from_settings(
-            json.loads(json.dumps({k: v for k, v in data.items() if k != "type"}))
-        )
-        judge.require(again == factorization, 6, f"to_dict() gives {data}, which is rebuilt as {again!r}")
+        again = _rebuilt(judge, factorization, type(factorization)._from_settings)
+        judge.require(again == factorization, 6, f"to_dict() is rebuilt as {again!r}, which is not equal")
         judge.require(hash(again) == hash(factorization), 6, f"{again!r} is equal and has another hash")
         try:
             again.backend = again.backend  # type: ignore[misc]
@@ -274,13 +282,10 @@ def check_scheduler(scheduler: Scheduler, steps: int = 24, layers: int = 4) -> N
     """
     judge = _Judge(scheduler, Scheduler)
     with judge.law(6, "description"):
-        data = scheduler.to_dict()
-        settings = json.loads(json.dumps({key: value for key, value in data.items() if key != "type"}))
-        again = type(scheduler)(**settings).to_dict()
-        judge.require(again == data, 6, f"to_dict() gives {data}, which is rebuilt as {again}")
+        _rebuilt(judge, scheduler, lambda settings: type(scheduler)(**settings))
     whole, _ = _run(judge, copy.deepcopy(scheduler), example_matrices(layers), range(steps + 1))
-    again_, _ = _run(judge, copy.deepcopy(scheduler), example_matrices(layers), range(steps + 1))
-    judge.require(whole == again_, 5, f"of two runs on the same matrices one chose {whole}, the other {again_}")
+    again, _ = _run(judge, copy.deepcopy(scheduler), example_matrices(layers), range(steps + 1))
+    judge.require(whole == again, 5, f"of two runs on the same matrices one chose {whole}, the other {again}")
     for stop in sorted({1, steps // 3, steps // 2, steps - 1}):
         case = f"saved after step {stop} of {steps}"
         with judge.law(4, case):

@@ -16,6 +16,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 TIMEOUT = 100.0
+IMPORTED = ["torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict"]
 
 
 class Failed(RuntimeError):
@@ -27,12 +28,16 @@ class Ranks:
 
     A function of a test is called on each as `function(start, *arguments)`: `start()` makes the process group (gloo), which
     some tests want to happen late. Its process group is destroyed afterwards. What it returns comes back, by rank.
-    With TNADAPT_RANKS=fork in the environment they start at once, as forks of this process.
+    They are forks of a process that has imported torch and nothing else: one for all ranks of a test run. With
+    TNADAPT_RANKS=fork in the environment they are forks of this process.
     """
 
     def __init__(self, world: int) -> None:
         self.world = world
-        context = mp.get_context(os.environ.get("TNADAPT_RANKS", "spawn"))
+        how = os.environ.get("TNADAPT_RANKS", "forkserver")
+        context: Any = mp.get_context(how)
+        if how == "forkserver":
+            context.set_forkserver_preload(IMPORTED)
         self._folder = tempfile.TemporaryDirectory()
         self._calls = 0
         self._inboxes = [context.Queue() for _ in range(world)]

@@ -94,9 +94,29 @@ def _end_of(initial: dict[str, Tensor], choice: str, kind: str) -> dict[str, Any
     return on_one_process(initial, lambda: _scheduler(choice), kind)
 
 
-@pytest.mark.parametrize("keep_gradients", [False, True])
-@pytest.mark.parametrize("kind", ["foreach", "sgd"])
-@pytest.mark.parametrize("choice", ["runtime", "static", "half"])
+@pytest.mark.parametrize(
+    ("choice", "kind", "keep_gradients"),
+    [
+        # each value with two of another; the other combinations take longer than the suite may
+        ("runtime", "foreach", False),
+        ("runtime", "sgd", True),
+        ("static", "foreach", True),
+        ("half", "sgd", False),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [
+                ("runtime", "foreach", True),
+                ("runtime", "sgd", False),
+                ("static", "foreach", False),
+                ("static", "sgd", False),
+                ("static", "sgd", True),
+                ("half", "foreach", False),
+                ("half", "foreach", True),
+                ("half", "sgd", True),
+            ]
+        ),
+    ],
+)
 def test_resumed_on_as_many_ranks(two: Ranks, tmp_path: Path, choice: str, kind: str, keep_gradients: bool) -> None:
     folder = str(tmp_path / "checkpoint")
     initial = two.run(_save, folder, choice, kind, keep_gradients)[0]
@@ -106,7 +126,7 @@ def test_resumed_on_as_many_ranks(two: Ranks, tmp_path: Path, choice: str, kind:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("choice", ["runtime", "static"])
+@pytest.mark.parametrize("choice", ["runtime", pytest.param("static", marks=pytest.mark.slow)])
 def test_saved_on_two_ranks_and_resumed_on_four(two: Ranks, four: Ranks, tmp_path: Path, choice: str) -> None:
     folder = str(tmp_path / "checkpoint")
     initial = two.run(_save, folder, choice, "fused", False)[0]

@@ -199,7 +199,15 @@ def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.mark.parametrize("choice", [_rounds, Static], ids=["runtime", "static"])
+@pytest.mark.parametrize(
+    ("kind", "choice"),
+    [
+        pytest.param(SHARDED, Static, id="sharded-static"),
+        pytest.param(FULL, _rounds, id="full-runtime"),
+        pytest.param(SHARDED, _rounds, id="sharded-runtime", marks=pytest.mark.slow),
+        pytest.param(FULL, Static, id="full-static", marks=pytest.mark.slow),
+    ],
+)
 def test_a_checkpoint_goes_on_to_the_same_end(two: Ranks, tmp_path: Path, kind: str, choice: Any) -> None:
     run = partial(_on_ranks, choice=choice, state_dict_type=kind)
     whole = two.run(run, str(tmp_path))

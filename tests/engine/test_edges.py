@@ -389,6 +389,25 @@ def test_core_lr_keeps_the_ratio_between_groups() -> None:
     assert sorted(lent[0]) == pytest.approx([1e-4, 16e-4])
 
 
+def test_a_first_step_that_fails_leaves_the_base_rate_open() -> None:
+    """What is found out in a preparation that fails is forgotten, the base rate too."""
+    model = adapters(12)
+    optimizer = torch.optim.SGD(trainable(model), lr=0.1)
+    over = LoraOver(model, optimizer, MPO(order=3), core_lr=0.2)
+    backward_through(model, 0)
+    before = copy.deepcopy(over.state_dict())
+    matrix = next(iter(over.matrices.values()))
+    good = matrix.parameter.grad.clone()
+    matrix.parameter.grad.fill_(float("nan"))
+    with pytest.raises(FloatingPointError):
+        optimizer.step()
+    assert same(over.state_dict(), before)
+    assert before["rates"]["base"] is None
+    matrix.parameter.grad.copy_(good)
+    optimizer.step()
+    assert over.state_dict()["rates"]["base"] == 0.1
+
+
 def test_core_lr_survives_an_optimizer_with_another_default() -> None:
     model = adapters(12)
     optimizer = torch.optim.AdamW(trainable(model), lr=2e-4)

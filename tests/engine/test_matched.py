@@ -38,9 +38,10 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "AdamW fused": lambda p: torch.optim.AdamW(p, lr=1e-2, fused=True),
     "SGD with momentum": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9),
     "Adafactor": lambda p: torch.optim.Adafactor(p, lr=1e-2),
-    "Muon": lambda p: torch.optim.Muon(p, lr=1e-2),
     "Lion": lambda p: Lion(p, lr=1e-3),
 }
+if hasattr(torch.optim, "Muon"):  # torch 2.9 and later
+    OPTIMIZERS["Muon"] = lambda p: torch.optim.Muon(p, lr=1e-2)
 
 FACTORIZATIONS: dict[str, Factorization] = {
     "order 2": SVD(),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.pages import DOCS, run
+from tests.pages import DOCS, ROOT, as_script, run
 from tnadapt import LoraOver
 
 GUIDES = DOCS / "guides"
@@ -110,6 +113,19 @@ def test_qlora() -> None:
     )
     base = page["prepare_model_for_kbit_training"](base)
     require_plain("adapter", base, page["model"])
+
+
+@pytest.mark.slow
+def test_accelerate_on_two_ranks(tmp_path: Path) -> None:
+    """All blocks are one script, which torchrun starts; each rank takes half of the steps that one process takes."""
+    pytest.importorskip("accelerate")
+    (tmp_path / "train.py").write_text(as_script(GUIDES / "accelerate.md"), encoding="utf-8")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "folded 2 matrices after 4 steps" in done.stdout
+    assert "2 steps are behind it, 2 matrices are expanded" in done.stdout
 
 
 def test_accelerate() -> None:

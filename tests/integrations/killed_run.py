@@ -1,11 +1,11 @@
-"""Runs of HF Trainer in processes of their own, to be killed and resumed: `python -m integrations.killed_run FOLDER KILL_AT`.
+"""Runs of HF Trainer in processes of their own, to be killed and resumed: `python -m integrations.killed_run FOLDER KILL_AT [KILL_AT ...]`.
 
 In FOLDER/passed an optimizer with `LoraOver` attached is given to the trainer, in FOLDER/callback the trainer makes it. Each
 run resumes from the newest whole checkpoint of its folder, if any, and dies without notice at the end of the step KILL_AT,
 while a checkpoint of that step is being written; with 0 it goes on to its end and writes `final.pt`. Printed is how each
-ended: the exit code, negative for a signal.
+ended, as `WAY KILL_AT CODE WHOLE`: the exit code, negative for a signal, and the newest checkpoint that is whole.
 
-`FOLDER WAY STEPS` is one such run in this very process, of STEPS steps, for others to kill: "ready" is printed before.
+`FOLDER --clocked WAY STEPS` is one such run in this very process, of STEPS steps, for others to kill: "ready" is printed before.
 """
 
 from __future__ import annotations
@@ -89,9 +89,11 @@ def run_in_child(way: str, folder: Path, kill_at: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-if __name__ == "__main__" and len(sys.argv) == 4:
+if __name__ == "__main__" and sys.argv[2] == "--clocked":
     print("ready", file=sys.stderr, flush=True)
-    torch.save(run(sys.argv[2], Path(sys.argv[1]), steps=int(sys.argv[3])), Path(sys.argv[1]) / "final.pt")
+    torch.save(run(sys.argv[3], Path(sys.argv[1]), steps=int(sys.argv[4])), Path(sys.argv[1]) / "final.pt")
 elif __name__ == "__main__":
-    for way in WAYS:
-        print(way, run_in_child(way, Path(sys.argv[1]) / way, int(sys.argv[2])), file=sys.stderr)
+    for kill_at in map(int, sys.argv[2:]):
+        for way in WAYS:
+            own = Path(sys.argv[1]) / way
+            print(way, kill_at, run_in_child(way, own, kill_at), last_complete_checkpoint(own), file=sys.stderr)

@@ -33,22 +33,17 @@ def command_of(*arguments: object) -> dict[str, object]:
     }
 
 
-def in_new_process(folder: Path, kill_at: int) -> str:
-    done = subprocess.run(**command_of(folder, kill_at), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stderr
-
-
 def test_killed_twice_and_resumed(tmp_path: Path) -> None:
-    for kill_at in (AFTER_EXPANSION, BETWEEN):
-        output = in_new_process(tmp_path, kill_at)
-        for way in killed_run.WAYS:
-            assert f"{way} {-signal.SIGKILL}\n" in output, output
-            assert (tmp_path / way / f"checkpoint-{kill_at}" / "optimizer.pt").is_file()
-            assert last_complete_checkpoint(tmp_path / way) == str(tmp_path / way / f"checkpoint-{kill_at - 1}")
-    output = in_new_process(tmp_path, 0)
+    """Each run is a process of its own, forked from one that has computed nothing."""
+    done = subprocess.run(
+        **command_of(tmp_path, AFTER_EXPANSION, BETWEEN, 0), capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
     for way in killed_run.WAYS:
-        assert f"{way} 0\n" in output, output
+        for kill_at in (AFTER_EXPANSION, BETWEEN):
+            wanted = f"{way} {kill_at} {-signal.SIGKILL} {tmp_path / way / f'checkpoint-{kill_at - 1}'}\n"
+            assert wanted in done.stderr, done.stderr
+        assert f"{way} 0 0 " in done.stderr, done.stderr
         whole, rounds = killed_run.run(way, tmp_path / "whole" / way)
         resumed, rounds_again = torch.load(tmp_path / way / "final.pt")
         assert set(resumed) == set(whole)
@@ -69,7 +64,7 @@ def test_killed_twenty_times_at_random(way: str, tmp_path: Path) -> None:
     kills, incomplete, reached = 0, 0, []
     while kills < 10:
         child = subprocess.Popen(
-            **command_of(folder, way, killed_run.LONG), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
+            **command_of(folder, "--clocked", way, killed_run.LONG), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
         )
         assert child.stderr is not None
         try:
@@ -89,7 +84,9 @@ def test_killed_twenty_times_at_random(way: str, tmp_path: Path) -> None:
             shutil.rmtree(folder)
             folder.mkdir()
     print(f"{way}: whole checkpoints after each kill {reached}, {incomplete} times half a checkpoint was the newest")
-    done = subprocess.run(**command_of(folder, way, killed_run.LONG), capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        **command_of(folder, "--clocked", way, killed_run.LONG), capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     resumed, rounds_again = torch.load(folder / "final.pt")
     assert set(resumed) == set(whole)

@@ -111,9 +111,15 @@ def run_module(path: str, workers: int, again: bool, share: float, scratch: Path
     return len(whole), [known[key] for key in keys]
 
 
+def recorded() -> dict[str, Any]:
+    """Outcomes of the modules that there still are."""
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    return {path: found for path, found in results.items() if (ROOT / path).exists()}
+
+
 def record(path: str, scratch: Path, exist: int, found: list[dict[str, Any]]) -> None:
     """Write the outcome of a module beside the others; reasons that stand there are kept."""
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    results = recorded()
     reasons = {
         (s["operator"], s["before"], s["after"]): s["reason"] for s in results.get(path, {}).get("survivors", [])
     }
@@ -159,7 +165,7 @@ def scores(row: list[int]) -> str:
 
 def tables() -> str:
     """The results as Markdown: a line per module, then the survivors of each."""
-    results = json.loads(RESULTS.read_text())
+    results = recorded()
     columns = (
         "module",
         "mutants",
@@ -232,6 +238,7 @@ def main() -> None:
             exist, found = run_module(path, arguments.workers, arguments.survivors, arguments.share, scratch)
             if found:
                 record(path, scratch, exist, found)
+    RESULTS.write_text(json.dumps(recorded(), indent=1, ensure_ascii=False) + "\n")
     write_page()
 
 

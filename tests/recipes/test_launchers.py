@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ pytest.importorskip("peft")
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
+import psutil
 import torch
 from safetensors.torch import load_file
 from support.training import Training
@@ -68,7 +68,6 @@ def started(command: list[str], folder: Path, changes: dict[str, str], *options:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        start_new_session=True,
     )
 
 
@@ -153,10 +152,11 @@ def test_ranks_that_are_killed_go_on_to_the_same_bits(how: str, tmp_path: Path) 
         assert time.monotonic() < deadline
         assert process.poll() is None, process.communicate()[0][-4000:]
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
+    # the ranks are sessions of their own, which outlive their launcher
+    for one in [*psutil.Process(process.pid).children(recursive=True), process]:
+        one.kill()
     process.communicate()
     assert not list(broken.glob("runs/*/result.json"))
-    time.sleep(2)  # the ranks are sessions of their own, and notice that their launcher is gone
     finished(*_placed(how, broken), *longer)
     (first, first_adapter, _), (result, adapter, _) = result_of(whole), result_of(broken)
     assert result["curve"] == first["curve"]

@@ -105,10 +105,9 @@ def train(optimizer_name: str, scheduler_name: str, steps: int, check_every: int
         assert last[key] <= first[key] + slack, key
 
 
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize(("optimizer", "scheduler"), [("AdamW", "budget"), ("Adafactor", "random")])
 def test_three_hundred_steps(optimizer: str, scheduler: str) -> None:
-    train(optimizer, scheduler, 300, check_every=1)
+    train(optimizer, scheduler, 300, check_every=4)
 
 
 @pytest.mark.slow

@@ -158,7 +158,8 @@ class Cohort:
         self.update_norms = torch.stack(norms).to(key.device) if len(norms) == len(members) else None
         #: largest Frobenius norm of an update in the coming step; None for no cap
         self.cap: float | None = None
-        self._before: Tensor | None = None
+        #: the cores before the step and after it, where steps are scaled; stays, since new memory costs as much as the copy
+        self._kept: tuple[Tensor, Tensor] | None = None
         # by how much the steps of the cores were scaled last, [n]: where the search for the next scale begins
         scales = [member.scale for member in members if member.scale is not None]
         self._scale = torch.stack(scales).to(key.device, key.dtype) if len(scales) == len(members) else None
@@ -238,22 +239,26 @@ class Cohort:
         return False
 
     def _rows(self, tensors: Sequence[Tensor]) -> Tensor:
-        """One whole tensor of each member as rows [n, numel]; may be a view of that of an only member."""
+        """One tensor of each member as rows [n, numel], gathered where they are sharded; may be a view of that of an only member."""
+        if any(hasattr(t, "full_tensor") for t in tensors):
+            return ranks.stack_rows(tensors)
         flat: Tensor = _flatten_dense_tensors(tensors)  # type: ignore[no-untyped-call]
         return flat.view(len(tensors), -1)
 
-    def pull_back(self, gradients: Sequence[Tensor]) -> Tensor | None:
+    def pull_back(self, gradients: Sequence[Tensor] | None = None) -> Tensor | None:
         """Pull the gradients of the matrices back to the cores.
 
         Off the CPU, where looking would wait for the device, zeros are pulled back in place of gradients that are not finite.
         Returns the boolean that tells whether they were finite there, None on the CPU.
 
         Args:
-            gradients: of all members, whole.
+            gradients: of all members, whole; those of the parameters if None.
 
         Raises:
             FloatingPointError: a gradient holds NaN or infinity, on the CPU.
         """
+        if gradients is None:
+            gradients = [p.grad for p in self.parameters if p.grad is not None]
         grads = self._rows(gradients).detach().to(self.key.dtype)
         finite = None
         if self.key.device.type == "cpu":
@@ -263,9 +268,7 @@ class Cohort:
         else:
             finite = torch.isfinite(grads).all()
             grads = torch.where(finite, grads, torch.zeros((), dtype=grads.dtype, device=grads.device))
-        flat = torch.empty_like(grads)
-        for run, (sizes, there, sites, _) in self._runs:
-            flat[run].view(-1, *sites).copy_(grads[run].view(-1, *sizes).permute(0, *there))
+        flat = self._reordered(grads, [(run, sizes, there) for run, (sizes, there, _, _) in self._runs])
         self.grad = self._contraction().pull_back(flat)
         if not self.elementwise:
             # torch's own optimizers copy what they keep of a gradient, others may not: its memory is not used again
@@ -281,7 +284,10 @@ class Cohort:
         """
         assert self.grad is not None
         self.cap = cap
-        self._before = self.buffer.clone() if matched or cap is not None else None
+        if matched or cap is not None:
+            if self._kept is None:
+                self._kept = torch.empty_like(self.buffer), torch.empty_like(self.buffer)
+            self._kept[0].copy_(self.buffer)
         for piece in self.pieces:
             piece.parameter.grad = self.grad[piece.start : piece.stop].view(piece.parameter.shape)
         self.lent = True
@@ -290,10 +296,18 @@ class Cohort:
     def fold(self) -> Tensor:
         """All members folded, residuals added: [n, numel] in the dtype of the cores. Keeps what the next pull-back reuses."""
         flat = self._contraction().contract()
-        rows = torch.empty_like(flat)
-        for run, (sizes, _, sites, back) in self._runs:
-            rows[run].view(-1, *sizes).copy_(flat[run].view(-1, *sites).permute(0, *back))
+        rows = self._reordered(flat, [(run, sites, back) for run, (_, _, sites, back) in self._runs])
         return rows if self.residual is None else rows.add_(self.residual)
+
+    @staticmethod
+    def _reordered(rows: Tensor, runs: Sequence[tuple[slice, Sequence[int], Sequence[int]]]) -> Tensor:
+        """Rows [n, numel] with their axes permuted: for each run of members, the sizes of the axes and their new order."""
+        parts = [rows[run] if len(runs) > 1 else rows for run, _, _ in runs]
+        parts = [
+            part.view(-1, *sizes).permute(0, *order).reshape(part.shape)
+            for part, (_, sizes, order) in zip(parts, runs, strict=True)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _contraction(self) -> Kernel:
         if self._kernel is None:
@@ -301,11 +315,12 @@ class Cohort:
                 self._kernel = self.key.factorization.kernel(self._sites)
         return self._kernel
 
-    def refold(self, shadows: Sequence[Tensor] | None = None, died: bool = False) -> None:
+    def refold(self, matched: bool = False, shadows: Sequence[Tensor] | None = None, died: bool = False) -> None:
         """Write what the stepped cores fold to into the matrices, and let go of the core gradients.
 
         Args:
-            shadows: where steps are matched, the matrices as the optimizer has stepped them, whole.
+            matched: whether updates are to be as long as those that the optimizer has made of the matrices.
+            shadows: the matrices as the optimizer has stepped them, whole; the parameters if None.
             died: the step was broken off. Matrices that were written since are left as they are, and `edited` names them.
         """
         self.release_gradients()
@@ -314,8 +329,8 @@ class Cohort:
         before = self.written
         assert before is not None, "a matrix is looked at before its cores are stepped"
         start = before.to(self.key.dtype)
-        if shadows is not None:
-            shadow = torch.linalg.vector_norm(self._rows(shadows).to(start.dtype) - start, dim=1)
+        if matched:
+            shadow = torch.linalg.vector_norm(self._rows(shadows or parameters).to(start.dtype) - start, dim=1)
             values = self._rescaled(start, shadow, exactly=True)
         elif self.cap is not None:
             values = self._rescaled(start, torch.full_like(start[:, 0], self.cap), exactly=False)
@@ -348,14 +363,15 @@ class Cohort:
             wanted: Frobenius norm of each update, [n].
             exactly: whether shorter steps are lengthened too; they are left alone otherwise.
         """
-        assert self._before is not None
+        assert self._kept is not None
 
         def lengths(rows: Tensor) -> Tensor:
             # what overflowed on the way is too long
             norms: Tensor = torch.linalg.vector_norm(rows - before, dim=1)
             return norms.nan_to_num(math.inf, math.inf)
 
-        start, stepped = self._before, self.buffer.clone()
+        start, stepped = self._kept
+        stepped.copy_(self.buffer)
 
         def fold_at(scale: Tensor) -> Tensor:
             for now, old, new in zip(*map(self._by_site, (self.buffer, start, stepped)), strict=True):
@@ -421,11 +437,10 @@ class Cohort:
         """The step is over, or was called off."""
         self.release_gradients()
         self.lent = False
-        self._before = None
 
     def close(self) -> None:
         """Free what only training needs; the cores stay."""
-        self._kernel = None
+        self._kernel = self._kept = None
 
     # -- writes of others ---------------------------------------------------------------------------------------------
 
@@ -456,6 +471,13 @@ class Cohort:
         if self.overtaken is None or differs is None:
             return differs if self.overtaken is None else self.overtaken
         return differs | self.overtaken
+
+    def edited_names(self, present: Sequence[Tensor] | None = None) -> list[str]:
+        """Names of the matrices that `edited` tells."""
+        flags = self.edited(present)
+        if flags is None:
+            return []
+        return [matrix.name for matrix, flag in zip(self.matrices, flags.tolist(), strict=True) if flag]
 
     def _differs(self) -> Tensor | None:
         """Which matrices hold something else than what was written."""

@@ -236,24 +236,23 @@ class Expanded:
 
     def gathered(
         self, of: Callable[[TrainedMatrix], Any], among: Sequence[TrainedMatrix]
-    ) -> Callable[[Cohort], list[Tensor]]:
-        """A tensor of each member of a cohort, its parameter or gradient, whole. Where ranks hold different cohorts, shards of
-        all matrices `among` which the members are get gathered at once: every rank enters the same collectives."""
+    ) -> Callable[[Cohort], list[Tensor]] | None:
+        """A tensor of each member of a cohort, its parameter or gradient, whole, where ranks hold different cohorts and shards of
+        the matrices. Those of all matrices `among` which the members are get gathered at once, so that every rank enters the same
+        collectives. None elsewhere: a cohort gathers its own."""
         if not (self.now.owners and any(ranks.is_sharded(m.parameter) for m in among)):
-            return lambda cohort: ranks.whole([of(matrix) for matrix in cohort.matrices])
+            return None
         found = dict(zip((m.name for m in among), ranks.whole([of(m) for m in among]), strict=True))
         return lambda cohort: [found[matrix.name] for matrix in cohort.matrices]
 
-    def edited(self, cohorts: Iterable[Cohort]) -> list[str]:
-        """Names of matrices of these cohorts that hold something else than what their cores fold to, because somebody wrote
+    def edited(self) -> list[str]:
+        """Names of matrices with cores on this rank that hold something else than what their cores fold to, because somebody wrote
         them; where they are sharded, those of which it can be told from this rank's shards. Waits for the device."""
         present = self.gathered(lambda matrix: matrix.parameter, self.now.trained) if self.unseen else None
         return [
-            matrix.name
-            for cohort in cohorts
-            if (flags := cohort.edited(None if present is None else present(cohort))) is not None
-            for matrix, flag in zip(cohort.matrices, flags.tolist(), strict=True)
-            if flag
+            name
+            for cohort in self.now.cohorts
+            for name in cohort.edited_names(None if present is None else present(cohort))
         ]
 
     def _unfold(self, matrices: Sequence[TrainedMatrix], fresh: bool, owners: Mapping[str, int]) -> list[Member]:

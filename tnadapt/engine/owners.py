@@ -76,9 +76,8 @@ class Exchange:
         received = ranks.exchange_bytes(message, [sum(each) for each in lengths], self._group)
         others = [rank for rank in range(count) if rank != here]
         targets = [m for rank in others for m in owned[rank]]
-        # copies: a block may begin where numbers of its dtype cannot
-        blocks = [block.clone() for rank in others for block in torch.split(received[rank], lengths[rank])]
-        values = [block.view(m.parameter.dtype) for m, block in zip(targets, blocks, strict=True)]
+        blocks = [block for rank in others for block in torch.split(received[rank], lengths[rank])]
+        values = [_numbers(block, m.parameter.dtype) for m, block in zip(targets, blocks, strict=True)]
         ranks.write_all([m.parameter for m in targets], values)
         self._seen.update(
             {m.name: ranks.local(m.parameter).detach().clone() for m in targets if ranks.is_sharded(m.parameter)}
@@ -99,3 +98,8 @@ class Exchange:
         """These matrices were unfolded anew, or have no cores any more; None for all."""
         for name in list(self._seen) if names is None else names:
             self._seen.pop(name, None)
+
+
+def _numbers(block: Tensor, dtype: torch.dtype) -> Tensor:
+    """Bytes as numbers of a dtype; a copy where they begin where such numbers cannot."""
+    return (block.clone() if block.storage_offset() % dtype.itemsize else block).view(dtype)

@@ -125,6 +125,10 @@ def write_rows(parameters: Sequence[Tensor], rows: Tensor) -> None:
 
 def write_all(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     """Write values [numel], each row-major, into parameters of any sizes, or each rank's shard of them."""
+    if not any(is_sharded(p) for p in parameters):
+        if parameters:
+            torch._foreach_copy_(list(parameters), [v.view(p.shape) for p, v in zip(parameters, values, strict=True)])
+        return
     by_size: dict[int, list[int]] = {}
     for k, parameter in enumerate(parameters):
         by_size.setdefault(parameter.numel(), []).append(k)

@@ -252,7 +252,7 @@ class Step:
             return
         self._raise_earlier_nonfinite()
         matrices, before, scheduler_before = self.expanded.matrices, self.expanded.now, self.scheduler.state_dict()
-        step = before.step + 1
+        step, begun, base = before.step + 1, self._begun, self.rates.base
         scale = getattr(self.optimizer, "grad_scale", None)
         if scale is not None:
             for matrix in matrices.values():
@@ -271,6 +271,7 @@ class Step:
         except BaseException as error:
             _advise(error)
             self._undo(before, scheduler_before)
+            self._begun, self.rates.base = begun, base
             raise
         finally:
             if scale is not None:
@@ -293,7 +294,10 @@ class Step:
         """Follow parameters that wrappers replaced (FSDP2, `assign=True` loading) and moves between devices and dtypes."""
         owners = {id(p): k for k, group in enumerate(self.optimizer.param_groups) for p in group["params"]}
         for matrix in self.expanded.matrices.values():
-            current: Any = getattr(matrix.owner, matrix.attribute)
+            # where modules keep parameters; what a parametrization makes is no parameter, and is found by the attribute
+            current: Any = vars(matrix.owner)["_parameters"].get(matrix.attribute)
+            if current is None:
+                current = getattr(matrix.owner, matrix.attribute)
             known = matrix.parameter
             if current is not known and hasattr(known, "full_tensor") and not hasattr(current, "full_tensor"):
                 # FSDP2 holds the gathered parameter in its place (after an evaluation, say); the shard is what is trained
@@ -374,7 +378,7 @@ class Step:
             looked = [
                 cohort for cohort in self.expanded.now.cohorts if cohort.is_active() and self._looks(cohort, step)
             ]
-            names = self.expanded.edited(looked)
+            names = [name for cohort in looked for name in cohort.edited_names()]
         if names:
             warnings.warn(
                 f"{shown(names)} changed outside the optimizer (a loaded adapter, a hand edit); unfolding anew, with "
@@ -403,7 +407,7 @@ class Step:
         on_cpu = any(ranks.local(matrix.parameter).device.type == "cpu" for matrix in now.trained)
         if not now.trained or not (on_cpu or self.expanded.unseen or step % _LOOK_EVERY == 1):
             return []
-        mine = {*self.expanded.edited(now.cohorts), *self._exchange.edited(now.elsewhere)}
+        mine = {*self.expanded.edited(), *self._exchange.edited(now.elsewhere)}
         self.expanded.unseen = False
         flags = torch.tensor([matrix.name in mine for matrix in now.trained])
         agreed = ranks.agree_any(flags.to(ranks.local(now.trained[0].parameter).device), self.expanded.process_group)
@@ -470,13 +474,13 @@ class Step:
         self._require_finite_plain()
         now, flags = self.expanded.now, list[Tensor]()
         active = [m for m in now.trained if m.parameter.grad is not None] if now.owners else []
-        gradients = self.expanded.gathered(lambda matrix: matrix.parameter.grad, active)
+        gradients = self.expanded.gathered(lambda matrix: matrix.parameter.grad, active) if active else None
         for cohort in now.cohorts:
             if not cohort.is_active():
                 continue
             idle = [matrix.parameter.grad is None for matrix in cohort.matrices]
             part = self.expanded.divide(cohort, idle) if any(idle) else cohort
-            finite = part.pull_back(gradients(part))
+            finite = part.pull_back(None if gradients is None else gradients(part))
             if finite is not None:
                 flags.append(finite)
         if active and ranks.local(active[0].parameter).device.type != "cpu":
@@ -612,13 +616,14 @@ class Step:
         now, shadows = self.expanded.now, None
         lent = set() if loan is None else {id(parameter) for parameter, _, _ in loan.gradients}
         stepped = [matrix for matrix in now.trained if id(matrix.parameter) in lent] if now.owners else []
+        matched = self.rates.matched and not died
         try:
-            if self.rates.matched and not died:
+            if matched and stepped:
                 shadows = self.expanded.gathered(lambda matrix: matrix.parameter, stepped)
             for cohort in now.cohorts:
                 if cohort.lent:
                     # what was restored after a step that died is not overwritten; the next step unfolds it anew
-                    cohort.refold(None if shadows is None else shadows(cohort), died)
+                    cohort.refold(matched, None if shadows is None else shadows(cohort), died)
         except BaseException as error:
             # the frame is kept, so that `recover` tries again
             error.add_note(
