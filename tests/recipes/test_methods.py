@@ -176,7 +176,8 @@ def test_a_method_learns_in_a_recipe_and_loads_on_the_untouched_base(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, method: str
 ) -> None:
     recipe = RECIPES[name]
-    config = dataclasses.replace(recipe.presets["laptop"], method=method, lr=RATES.get(method, 1e-2), **FEW)
+    lr = RATES.get(method, 1e-2) * (0.1 if name == "t5_glue" else 1)  # where the small T5 jumps at larger steps
+    config = dataclasses.replace(recipe.presets["laptop"], method=method, lr=lr, **FEW)
     monkeypatch.setattr(running, "write_report", lambda *a: None)  # its pictures take longer than the training
     run = trained(recipe, config, tmp_path, monkeypatch)
     curve = [loss for _, loss in run.result["curve"]]
