@@ -252,7 +252,7 @@ class Step:
             return
         self._raise_earlier_nonfinite()
         matrices, before, scheduler_before = self.expanded.matrices, self.expanded.now, self.scheduler.state_dict()
-        step = before.step + 1
+        step, base = before.step + 1, self.rates.base
         scale = getattr(self.optimizer, "grad_scale", None)
         if scale is not None:
             for matrix in matrices.values():
@@ -271,6 +271,8 @@ class Step:
         except BaseException as error:
             _advise(error)
             self._undo(before, scheduler_before)
+            if self.rates.base != base:  # it was found in this step, and is looked for again by the next
+                self.rates.base, self._begun = base, False
             raise
         finally:
             if scale is not None:
