@@ -411,6 +411,19 @@ def test_gradients_that_are_not_finite(value, kind):
     assert over.step == 3
 
 
+def test_a_first_step_that_fails_does_not_fix_the_base_rate():
+    """A schedule that is made after it is still followed: the rate that it starts from is what `core_lr` relates to."""
+    model, optimizer, over = started(0, scheduler=Static(), core_lr=1e-3)
+    model.experts[1].lora_B.weight.grad[2, 1] = float("nan")
+    with Kept(model, optimizer, over), pytest.raises(FloatingPointError, match="NaN or infinity"):
+        optimizer.step()
+    optimizer.zero_grad()
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5)
+    expert_loss(model, 0).backward()
+    optimizer.step()
+    assert over.core_rate() == pytest.approx(5e-4)
+
+
 def test_gradients_that_are_not_finite_undo_a_round_of_expansion():
     """Scores, rounds and cores of the step that failed are taken back too."""
     scheduler = TaylorRuntime(top_n=2, split=2, every=2)

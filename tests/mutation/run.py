@@ -43,14 +43,14 @@ DEFAULT = (
 
 FACTORIZATION_TESTS = ["gauges", "structure", "layout", "kernels", "bad_input", "truncation", "zero_start", "precision",
                        "gradients", "batches", "round_trip", "docs"]  # fmt: skip
-RANKS_TESTS = ["fsdp", "ddp", "ddp_and_fsdp", "agreement", "offload", "refused", "checkpoint"]
+RANKS_TESTS = ["fsdp", "ddp", "ddp_and_fsdp", "agreement", "sharded_cores", "offload", "refused", "checkpoint"]
 ENGINE_TESTS = ["steps", "edges", "matched", "mixed", "cohorts", "coupling", "handover", "bad_input", "model_untouched", "state", "equivalence",
                 "factorizations_train"]  # fmt: skip
 #: the tests that mutants of a module run, those that find most first
 TESTS = {
     "tnadapt/planning.py": ["tests/test_planning.py", "tests/engine/test_mixed.py"],
     "tnadapt/assignment.py": ["tests/engine/test_mixed.py"],
-    "tnadapt/finders.py": ["tests/engine/test_mixed.py"],
+    "tnadapt/finders.py": ["tests/test_finders.py", "tests/engine/test_mixed.py"],
     "tnadapt/matrices.py": ["tests/test_matrices.py", "tests/engine/test_edges.py"],
     "tnadapt/state.py": ["tests/engine/test_state.py", "tests/engine/test_edges.py"],
     "tnadapt/lora_over.py": [

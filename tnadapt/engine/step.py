@@ -77,9 +77,7 @@ class CoreRates:
     base: float | None = None
 
     def fix_base(self, group: Mapping[str, Any], at_attachment: Any) -> None:
-        """Find the base rate, once."""
-        if self.lr is None or self.base is not None:
-            return
+        """Find the base rate."""
         base = group.get("max_lr", group.get("initial_lr", at_attachment))
         if not isinstance(base, (int, float, Tensor)) or not float(base) > 0:
             raise ValueError(
@@ -253,7 +251,7 @@ class Step:
             return
         self._raise_earlier_nonfinite()
         matrices, before, scheduler_before = self.expanded.matrices, self.expanded.now, self.scheduler.state_dict()
-        step, begun, base = before.step + 1, self._begun, self.rates.base
+        step, base = before.step + 1, self.rates.base
         scale = getattr(self.optimizer, "grad_scale", None)
         if scale is not None:
             for matrix in matrices.values():
@@ -261,6 +259,8 @@ class Step:
         try:
             if not self._begun:
                 self._begin()
+            if self.rates.lr is not None and self.rates.base is None:
+                self._fix_base()
             forgotten = self._follow_edits(step)
             if self.expanded.now.waiting:
                 self.expanded.expand(self.expanded.now.waiting)
@@ -272,7 +272,7 @@ class Step:
         except BaseException as error:
             _advise(error)
             self._undo(before, scheduler_before)
-            self._begun, self.rates.base = begun, base
+            self.rates.base = base
             raise
         finally:
             if scale is not None:
@@ -343,9 +343,6 @@ class Step:
                 "the optimizer was loaded from a checkpoint of a LoraOver before this one was attached, so the cores in it were lost: "
                 "attach first, then load the checkpoint; or make a new optimizer to train the adapter from fresh cores"
             )
-        index = min(self.expanded.group_of(m) for m in self.expanded.matrices.values())
-        at_attachment = self._rates_at_attachment[index] if index < len(self._rates_at_attachment) else None
-        self.rates.fix_base(self.optimizer.param_groups[index], at_attachment)
         self._distributed = ranks.is_distributed(self.expanded.process_group)
         if self._distributed:
             now = self.expanded.now
@@ -367,6 +364,12 @@ class Step:
                 self.expanded.process_group,
             )
         self._begun = True
+
+    def _fix_base(self) -> None:
+        """Find the base rate of `core_lr`, from the first group that holds matrices."""
+        index = min(self.expanded.group_of(m) for m in self.expanded.matrices.values())
+        at_attachment = self._rates_at_attachment[index] if index < len(self._rates_at_attachment) else None
+        self.rates.fix_base(self.optimizer.param_groups[index], at_attachment)
 
     # what others do to the matrices
 
