@@ -29,6 +29,7 @@ pytest.importorskip("transformers")
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
+from tests.integrations.tiny import tokenizer
 from tnadapt.integrations.transformers import (
     LoraOverCallback,
     LoraOverOptimizer,
@@ -99,11 +100,13 @@ def _trained(
     cores: dict[str, Any] | None = None,
     ddp: bool = False,
     factory: bool = False,
+    sft: bool = False,
     **fsdp: Any,
 ) -> dict[str, Any]:
     """One run of Trainer, on the ranks that there are; from adapters of `seed`, from `initial` or from the checkpoint.
 
-    `LoraOver` is attached by the callback, or with `factory` where the trainer makes its own optimizer.
+    `LoraOver` is attached by the callback, or with `factory` where the trainer makes its own optimizer. With `sft` the trainer is
+    TRL's for supervised fine-tuning.
     """
     world = dist.get_world_size() if dist.is_initialized() else 1
     model = _model(seed)
@@ -121,7 +124,18 @@ def _trained(
         "save_steps": 2 if best else SAVED_AT,
         "load_best_model_at_end": best,
     }
-    args = TrainingArguments(
+    kind, data, extra = Trainer, _data(), dict[str, Any]()
+    if sft:
+        trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+        kind, extra = trl.SFTTrainer, {"processing_class": tokenizer()}
+        data = datasets.Dataset.from_list([{"input_ids": row["input_ids"].tolist()} for row in data])
+        several |= {
+            "max_length": None,
+            "bf16": False,  # which TRL's default is not
+            "dataset_kwargs": {"skip_prepare_dataset": True},
+            "gradient_checkpointing": False,
+        }
+    args = (trl.SFTConfig if sft else TrainingArguments)(
         output_dir=folder,
         per_device_train_batch_size=4 // world,
         gradient_accumulation_steps=2,
@@ -141,13 +155,14 @@ def _trained(
     settings = {"factorization": MPO(order=4), "scheduler": choice(), "lr": args.learning_rate, "weight_decay": 0.0}
     callback = LoraOverCallback() if factory else LoraOverCallback(MPO(order=4), choice(), **(cores or {}))
     watching = _Watching(callback)
-    trainer = Trainer(
+    trainer = kind(
         model,
         args,
-        train_dataset=_data(),
-        eval_dataset=_data()[:4],
+        train_dataset=data,
+        eval_dataset=data.select(range(4)) if sft else data[:4],
         callbacks=[callback, watching],
         optimizer_cls_and_kwargs=(LoraOverOptimizer, settings) if factory else None,
+        **extra,
     )
     trainer._get_train_sampler = lambda *_: SequentialSampler(_data())  # the same global batches in every world
     trainer.train(resume_from_checkpoint=str(Path(folder) / CHECKPOINT) if resume else None)
@@ -218,6 +233,14 @@ def test_a_checkpoint_goes_on_to_the_same_end(two: Ranks, tmp_path: Path, kind: 
     assert drift(whole) == 0
     assert drift(resumed) == 0
     assert difference(resumed[0], whole[0]) == 0
+
+
+def test_trls_trainer_resumes_with_nothing_said(two: Ranks, tmp_path: Path) -> None:
+    run = partial(_on_ranks, factory=True, sft=True)
+    whole = two.run(run, str(tmp_path))
+    resumed = two.run(partial(run, resume=True), str(tmp_path), 50)
+    assert _expansions(whole[0]) == [2, 4, 6]
+    assert drift([*whole, *resumed]) == 0
 
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])

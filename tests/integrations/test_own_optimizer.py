@@ -26,6 +26,7 @@ from .tiny import (
     lora_weights,
     mpo,
     rounds,
+    tokenizer,
 )
 
 SAVING = {"save_strategy": "steps", "save_steps": 2}
@@ -96,7 +97,7 @@ def test_trl_resumes_with_nothing_said(tmp_path: Path) -> None:
             ),
             train_dataset=datasets.Dataset.from_list(rows),
             peft_config=lora_config(),
-            processing_class=_Tokenizer(),
+            processing_class=tokenizer(),
             optimizer_cls_and_kwargs=(LoraOverOptimizer, settings()),
         )
 
@@ -111,17 +112,6 @@ def test_trl_resumes_with_nothing_said(tmp_path: Path) -> None:
 def _seeded(make: Any) -> Any:
     torch.manual_seed(0)
     return make()
-
-
-def _Tokenizer() -> Any:
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from transformers import PreTrainedTokenizerFast
-
-    words = {str(k): k for k in range(40)}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(WordLevel(words, unk_token="0")), pad_token="0", eos_token="1"
-    )
 
 
 def test_peft_convention() -> None:

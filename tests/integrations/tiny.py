@@ -99,3 +99,15 @@ def mpo() -> MPO:
 def rounds() -> TaylorRuntime:
     """Two of each group's matrices in two rounds: at steps 3 and 6."""
     return TaylorRuntime(top_n=2, split=2, every=3)
+
+
+def tokenizer() -> Any:
+    """What TRL asks for beside token ids that are made already."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    words = {str(k): k for k in range(40)}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(words, unk_token="0")), pad_token="0", eos_token="1"
+    )
