@@ -47,7 +47,7 @@ PHASES: list[tuple[Any, str, str]] = [
     (Step, "_follow_edits", "compare with outside changes"),
     (Step, "_warn_of_switches", SCHEDULE),
     (Step, "_decide", SCHEDULE),
-    (Cohort, "rows", "stack gradients"),
+    (Cohort, "_rows", "stack gradients"),
     (Cohort, "pull_back", "pull back"),
     (Step, "_require_finite_plain", "check gradients"),
     (Step, "_loan_of", "lend cores"),

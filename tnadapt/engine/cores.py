@@ -302,12 +302,15 @@ class Cohort:
     @staticmethod
     def _reordered(rows: Tensor, runs: Sequence[tuple[slice, Sequence[int], Sequence[int]]]) -> Tensor:
         """Rows [n, numel] with their axes permuted: for each run of members, the sizes of the axes and their new order."""
-        parts = [rows[run] if len(runs) > 1 else rows for run, _, _ in runs]
-        parts = [
-            part.view(-1, *sizes).permute(0, *order).reshape(part.shape)
-            for part, (_, sizes, order) in zip(parts, runs, strict=True)
-        ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        if len(runs) == 1:
+            (_, sizes, order) = runs[0]
+            whole = rows.view(-1, *sizes).permute(0, *order)
+            return whole.clone(memory_format=torch.contiguous_format).view(rows.shape)
+        made = torch.empty_like(rows)
+        for run, sizes, order in runs:
+            part = rows[run].view(-1, *sizes).permute(0, *order)
+            made[run].view(part.shape).copy_(part)
+        return made
 
     def _contraction(self) -> Kernel:
         if self._kernel is None:
