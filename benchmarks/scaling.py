@@ -69,7 +69,7 @@ FACTORS = {
     "layers": Factor("layers (4 pairs of 768 each, order 9)", (2, 4, 8, 16, 32), (1, 2), COUPLING),
     "accumulation": Factor("accumulated micro-batches (small Llama, order 9)", (1, 2, 4, 8, 16), (1, 2), WHOLE),
     "ranks": Factor("ranks in DDP (gloo, 8 layers of 768, order 9)", (1, 2, 4), (1, 2), WHOLE),
-    "dealt-out": Factor("ranks that share the cores (T5, 16x64 each, order 16)", (1, 2, 4), (1, 2), DEALT_OUT),
+    "dealt-out": Factor("ranks that share the cores (T5, 16x64 each, order 16)", (1, 2), (1, 2), DEALT_OUT),
 }
 #: factors that are measured with processes
 RANKS = ("ranks", "dealt-out")
