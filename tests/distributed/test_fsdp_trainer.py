@@ -195,7 +195,9 @@ def _expansions(result: dict[str, Any]) -> list[int]:
     return [step for step, action, _ in result["history"] if action == "expand"]
 
 
-@pytest.mark.parametrize("how", OPTIONS)
+@pytest.mark.parametrize(
+    "how", [pytest.param(o, marks=[pytest.mark.slow] * (o not in ("default", "CPU offload"))) for o in OPTIONS]
+)
 def test_expansions_at_runtime(two: Ranks, tmp_path: Path, how: str) -> None:
     results = two.run(partial(_on_ranks, **OPTIONS[how]), str(tmp_path / "ranks"))
     first = results[0]

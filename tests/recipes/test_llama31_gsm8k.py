@@ -455,7 +455,9 @@ def test_a_run_trains_on_a_file(tmp_path: Path, tiny_model: str) -> None:
     assert (result["metrics"]["training_examples"], result["metrics"]["problems"]) == (8, 2)
 
 
-@pytest.mark.parametrize("option", ["--model", "--data", "--test-data"])
+@pytest.mark.parametrize(
+    "option", ["--model", *(pytest.param(o, marks=pytest.mark.slow) for o in ("--data", "--test-data"))]
+)
 def test_a_hub_id_without_network_is_one_clear_line(tmp_path: Path, option: str) -> None:
     arguments = [option, "nobody/nothing", "--lr", "1e-3", "--method", "lora", "--runs", str(tmp_path)]
     done = command(*arguments, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "cache"))

@@ -225,6 +225,7 @@ def test_a_method_without_a_tuned_rate_is_refused_with_the_command_that_tunes_it
 # -- runs -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_several_tasks_make_a_table_each(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = [part for name, value in SMALL.items() for part in (f"--{name.replace('_', '-')}", str(value))]
     tasks = ["--task", "cola", "mnli", "--method", "lora", "lora-over-mpo-r"]
