@@ -31,6 +31,7 @@ from tnadapt.engine import (
     check_model,
     check_rates,
     check_scheduler,
+    check_switches,
     checked_choice,
     is_elementwise,
     ranks,
@@ -143,6 +144,7 @@ class LoraOver:
         check_model(model)
         check_factorization(factorization)
         check_scheduler(scheduler)
+        check_switches(matched=matched, shard=shard, replace=replace)
         inner = unwrap(optimizer)
         if handover not in HANDOVERS:
             raise ValueError(f"handover={handover!r} is unknown; choose one of {', '.join(HANDOVERS)}")
@@ -295,7 +297,8 @@ class LoraOver:
         return None if rate is None else float(rate)
 
     def update_norms(self) -> dict[str, float]:
-        """Frobenius norm of the last update of every expanded matrix (one host synchronisation for each device)."""
+        """Frobenius norm of the last update of every expanded matrix whose cores this rank holds (one host synchronisation for
+        each device)."""
         norms: dict[str, float] = {}
         for cohort in self._expanded.now.cohorts:
             if cohort.update_norms is not None:
@@ -435,10 +438,15 @@ class LoraOver:
 
         Args:
             to: the rank that saves; None for all. Others get a state that cannot be loaded.
+
+        Raises:
+            ValueError: there is no rank `to`; on every rank, before anything is sent.
         """
         self.recover()
+        here, count = ranks.position(self.process_group)
+        if to is not None and to not in range(count):
+            raise ValueError(f"to={to!r}: give a rank from 0 to {count - 1}, or None for all")
         if self._expanded.now.owners:
-            here = ranks.position(self.process_group)[0]
             self._consolidated = self._expanded.now, self._expanded.collected(to is None or to == here)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

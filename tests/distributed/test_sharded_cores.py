@@ -499,6 +499,8 @@ def test_without_ranks_nothing_is_dealt_out() -> None:
     over = LoraOver(model, optimizer, MPO(order=4), shard=True)
     train(model, optimizer, range(1, 3))
     over.consolidate()
+    with pytest.raises(ValueError, match="to=1: give a rank from 0 to 0"):
+        over.consolidate(to=1)
     assert over.config()["shard"] is True
     assert set(over.state_dict()["cores"]) == set(over.expanded)
     assert over._expanded.now.owners == {}

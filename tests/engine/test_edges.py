@@ -629,6 +629,14 @@ WRONG: dict[str, tuple[Callable[[nn.Module, Any], Any], str]] = {
         lambda m, o: LoraOver(m, o, "mpo"),
         r"factorization is 'mpo'; pass one, such as MPO\(order=9\)",
     ),
+    "a word for a switch": (
+        lambda m, o: LoraOver(m, o, MPO(order=3), shard="no"),
+        "shard is 'no'; pass True or False",
+    ),
+    "a number for a switch": (
+        lambda m, o: LoraOver(m, o, MPO(order=3), matched=1),
+        "matched is 1; pass True or False",
+    ),
     "exchanged": (
         lambda m, o: LoraOver(m, o, Static(), MPO(order=3)),
         "factorization is a Static; that is a scheduler",

@@ -23,6 +23,7 @@ __all__ = [
     "check_model",
     "check_rates",
     "check_scheduler",
+    "check_switches",
     "checked_choice",
     "checked_release",
     "is_elementwise",
@@ -138,6 +139,13 @@ def check_scheduler(scheduler: object) -> None:
     else:
         hint = "pass one, such as Static() or TaylorRuntime(top_n=9, split=8, every=5)"
     raise TypeError(f"scheduler is {_described(scheduler)}; {hint}")
+
+
+def check_switches(**switches: object) -> None:
+    """Raise TypeError for a switch that is not True or False: a text such as "no" would switch it on."""
+    for name, value in switches.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} is {_described(value)}; pass True or False")
 
 
 def check_rates(

@@ -259,6 +259,7 @@ class Cohort:
         """
         if gradients is None:
             gradients = [p.grad for p in self.parameters if p.grad is not None]
+        assert len(gradients) == len(self.matrices), "members of a cohort have gradients in the same steps"
         grads = self._rows(gradients).detach().to(self.key.dtype)
         finite = None
         if self.key.device.type == "cpu":
@@ -475,9 +476,8 @@ class Cohort:
             return differs if self.overtaken is None else self.overtaken
         return differs | self.overtaken
 
-    def edited_names(self, present: Sequence[Tensor] | None = None) -> list[str]:
-        """Names of the matrices that `edited` tells."""
-        flags = self.edited(present)
+    def named(self, flags: Tensor | None) -> list[str]:
+        """Names of the matrices whose flags [n] are set; None for no flags."""
         if flags is None:
             return []
         return [matrix.name for matrix, flag in zip(self.matrices, flags.tolist(), strict=True) if flag]

@@ -252,7 +252,7 @@ class Expanded:
         return [
             name
             for cohort in self.now.cohorts
-            for name in cohort.edited_names(None if present is None else present(cohort))
+            for name in cohort.named(cohort.edited(None if present is None else present(cohort)))
         ]
 
     def _unfold(self, matrices: Sequence[TrainedMatrix], fresh: bool, owners: Mapping[str, int]) -> list[Member]:

@@ -382,7 +382,7 @@ class Step:
             looked = [
                 cohort for cohort in self.expanded.now.cohorts if cohort.is_active() and self._looks(cohort, step)
             ]
-            names = [name for cohort in looked for name in cohort.edited_names()]
+            names = [name for cohort in looked for name in cohort.named(cohort.edited())]
         if names:
             warnings.warn(
                 f"{shown(names)} changed outside the optimizer (a loaded adapter, a hand edit); unfolding anew, with "
@@ -649,9 +649,8 @@ class Step:
         now = self.expanded.now
         unsent = [matrix for matrix in self._unsent if matrix.name in now.owners]
         if after_fault:
-            overtaken = {
-                name for names in ranks.gather_objects(self._overtaken(), self.expanded.process_group) for name in names
-            }
+            mine = [name for cohort in now.cohorts for name in cohort.named(cohort.overtaken)]
+            overtaken = set(chain(*ranks.gather_objects(mine, self.expanded.process_group)))
             unsent = [matrix for matrix in unsent if matrix.name not in overtaken]
         try:
             if unsent:
@@ -663,16 +662,6 @@ class Step:
             )
             raise
         self._unsent = []
-
-    def _overtaken(self) -> list[str]:
-        """Names of matrices of this rank that somebody has written since a step that died."""
-        return [
-            matrix.name
-            for cohort in self.expanded.now.cohorts
-            if cohort.overtaken is not None
-            for matrix, flag in zip(cohort.matrices, cohort.overtaken.tolist(), strict=True)
-            if flag
-        ]
 
     def _take_back(self, loan: _Loan) -> None:
         """Give the optimizer its own groups again, and keep its state of the cores."""
