@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
@@ -22,7 +21,6 @@ from hypothesis import strategies as st
 from support import running, tuned
 from support.methods import METHODS
 from support.provenance import config_hash
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from recipes import ablate, t5_glue
 from recipes import llama31_gsm8k as recipe
@@ -30,28 +28,6 @@ from tnadapt import MPO, SVD
 from tnadapt.factorizations import CP, Tucker
 
 pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning"), pytest.mark.filterwarnings("ignore::FutureWarning")]
-
-
-@pytest.fixture(scope="module")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A random Llama of one layer, in a folder."""
-    folder = tmp_path_factory.mktemp("model")
-    tokenizer = AutoTokenizer.from_pretrained(recipe.RECIPE.embedded_model)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        intermediate_size=24,
-        max_position_embeddings=512,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
 
 
 TINY = {"train_size": 4, "eval_size": 2, "max_steps": 2, "batch": 2, "micro_batch": 2, "max_new_tokens": 2, "order": 4}
