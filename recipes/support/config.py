@@ -69,13 +69,16 @@ class Config:
     quantize: str = option(
         quantized.NONE, "base model in four bits, under an adapter of full precision", quantized.CHOICES
     )
+    shard: bool = option(
+        False, "where several ranks train, deal the cores out over them instead of copying all to each"
+    )
 
     #: Fields that the scores of the base model depend on.
     DECIDE_BASE: ClassVar[tuple[str, ...]] = (
         *("model", "data", "eval_split", "eval_size", "dtype", "max_new_tokens", "eval_batch", "quantize"),
     )
     #: Fields that are no part of a run's identity while they have their default: runs from before they came stay valid.
-    LATER: ClassVar[tuple[str, ...]] = ("factorization", "expansion", "backend", "quantize")
+    LATER: ClassVar[tuple[str, ...]] = ("factorization", "expansion", "backend", "quantize", "shard")
     #: The smallest value of whole numbers where that is not 1, and the numbers with decimals that may be 0.
     LEAST: ClassVar[Mapping[str, int]] = {"order": 2, "max_steps": 0, "seed": 0}
     MAY_BE_ZERO: ClassVar[tuple[str, ...]] = ("weight_decay", "clip", "temperature")
