@@ -7,7 +7,7 @@ import dataclasses
 import importlib.util
 import multiprocessing
 import sys
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import closing
 from dataclasses import dataclass
@@ -103,7 +103,7 @@ class Sweep:
         results = dict(self.results(jobs))
         return [results[index] for index in range(len(jobs))]
 
-    def results(self, jobs: Sequence[Job]) -> Iterator[tuple[int, dict[str, Any]]]:
+    def results(self, jobs: Sequence[Job]) -> Generator[tuple[int, dict[str, Any]]]:
         """The number of each of the ``jobs`` and its result, as they come. Who stops asking ends the runs that have not begun."""
         settings = [(recipe, dataclasses.asdict(config)) for recipe, config in jobs]
         if self.cluster is not None:
