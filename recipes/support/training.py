@@ -137,6 +137,9 @@ def train(model: Any, method: Method, training: Training) -> dict[str, Any]:
     scores = None
     if method.over is not None and method.over.choice == "predefined":
         scores = scores_of_ablation(model, method, training)
+    elif method.over is not None and method.over.choice == "random":
+        drawn = random.Random(config.seed)
+        scores = {name: drawn.random() for name in finders.collect(model, finder_of(method, config, model))[0]}
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     overs: list[LoraOver] = []
     table, settings, beside = "", None, trainable
@@ -157,8 +160,9 @@ def train(model: Any, method: Method, training: Training) -> dict[str, Any]:
         optimizer = make_optimizer(model, method, config)
         if settings is not None:
             factorization, scheduler, finder = settings
-            how = {"core_lr": config.core_lr, "matrices": finder, "shard": config.shard}
-            overs.append(LoraOver(model, optimizer, factorization, scheduler, **how))
+            choices: dict[str, Any] = {"core_lr": config.core_lr, "matrices": finder}
+            choices |= {"matched": config.matched, "shard": config.shard}
+            overs.append(LoraOver(model, optimizer, factorization, scheduler, **choices))
         return optimizer
 
     callbacks = callbacks_of(model, method, training)

@@ -142,9 +142,9 @@ FAMILIES = (
     ("lora", "lora-equal", "rslora", "lora+", "dora"),
     ("pissa", "olora", "lora-ga", "lora-ga-peft"),
     ("adalora", "loha", "lokr", "tt-lora"),
-    ("alpha-lora", "op-lora", "riemannian", "lora-rite"),
+    ("alpha-lora", "op-lora", "riemannian", "lora-rite", "muon"),
     ("deep-lora", "lora-over-svd", "lora-over-mpo", "lora-over-tucker", "lora-over-cp"),
-    ("lora-over-mpo-p", "lora-over-mpo-r"),
+    ("lora-over-mpo-p", "lora-over-mpo-r", "lora-over-mpo-random"),
 )
 #: Every method at least once, and every family in every recipe; the recipes take turns.
 IN_CI = {
@@ -367,6 +367,7 @@ SIGNATURES: dict[str, Any] = {
     "op-lora": generated,
     "riemannian": optimizer_called("RiemannianPreconditionedOptimizer"),
     "lora-rite": optimizer_called("LoRARite"),
+    "muon": optimizer_called("Muon"),
     **{name: over for name, method in METHODS.items() if method.over is not None},
     "opf": whole_weights,
     "deep-lora": three_factors,
