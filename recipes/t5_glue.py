@@ -34,9 +34,11 @@ from support.benchmark import ExactMatch
 from support.command_line import main
 from support.config import EMBEDDED, Rates, option
 from support.config import Config as SharedConfig
+from support.elsewhere import tuned_lora
 from support.glue import TASKS
 from support.recipe import Recipe, Record
 from support.records import hold_out, load_hub, local_file, read_jsonl
+from support.tried import tried_rates
 from support.tuned import tuned_rates
 
 
@@ -106,10 +108,12 @@ PRESETS = {
     ),
 }
 
+#: The table of rates that were tuned for the laptop preset.
+TUNED = "t5_glue-laptop-sst2"
 # laptop: tuned on sst2; results/tuning has the table and its commands.
 # paper: the paper's table. It gives none for LoRA, a baseline that it takes from GoRA (arXiv:2502.12171): 1e-4 there.
 LEARNING_RATES: dict[str, Rates] = {
-    "laptop": tuned_rates("t5_glue-laptop-sst2"),
+    "laptop": tuned_rates(TUNED),
     "paper": {
         "lora": (1e-4, None),
         "lora-over-svd": (4.9e-4, None),
@@ -242,6 +246,8 @@ RECIPE = Recipe(
     embedded="t5",
     several=("task", "method"),
     paper=paper_figures,
+    elsewhere=lambda config: tuned_lora(config.task, config),
+    grids={"laptop": tried_rates(TUNED)},
 )
 
 

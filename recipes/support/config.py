@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -22,6 +22,9 @@ BACKENDS = ("torch", "opt_einsum", "tensorly", "tensornetwork")
 
 #: (rate of the LoRA matrices, rate of the cores; None: the cores take their matrix's), by method
 Rates = Mapping[str, tuple[float, float | None]]
+
+#: the rates of the LoRA matrices that were tried when those of `Rates` were tuned, by method
+Grids = Mapping[str, Sequence[float]]
 
 
 def option(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:

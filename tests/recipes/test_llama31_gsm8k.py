@@ -253,7 +253,12 @@ def test_the_command_line_compares_methods(
     tmp_path: Path, tiny_model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "results").mkdir()
-    committed = {"seeds": [0, 1], "steps": 7, "base_accuracy": 0.25, "methods": {"lora": {"accuracy": [0.5, 0.6]}}}
+    committed = {
+        "seeds": [0, 1],
+        "steps": 7,
+        "base_accuracy": 0.25,
+        "methods": {"lora": {"accuracy": [0.5, 0.6], "lr": 0.02}},
+    }
     (tmp_path / "results" / "llama31_gsm8k-laptop.json").write_text(json.dumps(committed))
     moved = dataclasses.replace(recipe.RECIPE, path=tmp_path / recipe.RECIPE.path.name)
     (tmp_path / "embedded").symlink_to(recipe.RECIPE.path.parent / "embedded")
@@ -262,7 +267,7 @@ def test_the_command_line_compares_methods(
     options = [part for name in given for part in (f"--{name.replace('_', '-')}", str(settings[name]))]
     recipe.main(moved, ["--method", "lora", "lora-over-mpo-r", "--runs", str(tmp_path), *options])
     printed = capsys.readouterr().out
-    assert "55.0 ± 7.1 %" in printed
+    assert "55.0 ± 7.1 %" in printed.replace("\n", " ")
     assert "comparison-" in printed
     assert len([*tmp_path.glob("comparison-*.png")]) == 1
     others = ["--model", tiny_model, "--lr", "1e-2"]
