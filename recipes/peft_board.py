@@ -78,7 +78,7 @@ class Board(Config):
     max_total: int = option(800, "longest prompt and answer in tokens")
 
     PLACES: ClassVar[tuple[str, ...]] = ("data", "test_data", "texts")
-    LEAST: ClassVar[Mapping[str, int]] = {"order": 2, "seed": 0}
+    LEAST: ClassVar[Mapping[str, int]] = {**Config.LEAST, "max_steps": 1}
 
     def check(self) -> None:
         super().check()
@@ -98,7 +98,7 @@ FIXED = (
         "quantize",
         "activation_checkpointing",
     ),
-    *("wrong_answers", "shard"),
+    *("wrong_answers", "stop_after", "shard"),
 )
 PRESETS = {
     "board": Board(),

@@ -224,8 +224,8 @@ def read_file(path: Path, config: Config) -> list[Record]:
             raise ValueError(f"{path} has no column {', '.join(missing)} for {task.name}; its header has {has}")
         for row in rows:
             record = {column: row[column] for column in columns}
-            if None in record.values() or problem(record):
-                raise ValueError(f"{path}, line {rows.line_num}: {problem(record) or 'columns are missing'}")
+            if wrong := "columns are missing" if None in record.values() else problem(record):
+                raise ValueError(f"{path}, line {rows.line_num}: {wrong}")
             records.append(record)
     except csv.Error as error:
         raise ValueError(f"{path}, line {rows.line_num}: {error}") from error
