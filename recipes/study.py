@@ -89,18 +89,18 @@ ARMS = (
 _LLAMA = {"batch": 16, "micro_batch": 16, "eval_size": 125, "eval_split": "validation"}
 _GLUE = {"task": "sst2", "eval_split": "validation"}
 TASKS = (
-    Task("llama-1600", "Llama, 1,600 examples", "llama31_gsm8k.py", {**_LLAMA, "train_size": 1600}, (100,), 1.78e-2),
+    Task("llama-1600", "Llama, 1,600 examples", "llama31_gsm8k.py", {**_LLAMA, "train_size": 1600}, (0,), 1.78e-2),
     Task(
         "llama-1600-wrong",
         "Llama, 1,600 examples, 20 % of them wrong",
         "llama31_gsm8k.py",
         {**_LLAMA, "train_size": 1600, "wrong_answers": 0.2},
-        (100,),
+        (0,),
         1.78e-2,
     ),
     Task("llama-128", "Llama, 128 examples", "llama31_gsm8k.py", {**_LLAMA, "train_size": 128}, (50, 100), 1.78e-2),
     Task("llama-32", "Llama, 32 examples", "llama31_gsm8k.py", {**_LLAMA, "train_size": 32}, (25, 50), 1e-2),
-    Task("t5-3200", "T5, 3,200 examples", "t5_glue.py", {**_GLUE, "eval_size": 250}, (100,), 3.16e-3),
+    Task("t5-3200", "T5, 3,200 examples", "t5_glue.py", {**_GLUE, "eval_size": 250}, (0,), 3.16e-3),
     Task(
         "sst2-400",
         "MiniLM on SST-2, 400 examples",
@@ -110,7 +110,7 @@ TASKS = (
             **{"model": "ENCODER", "data": "SST2", "train_size": 400, "eval_size": 250, "batch": 16, "micro_batch": 16},
             **{"targets": "query,key,value", "order": 10, "top_n": 2, "split": 2},
         },
-        (50, 100),
+        (50,),
         3.16e-3,
     ),
 )

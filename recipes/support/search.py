@@ -26,7 +26,7 @@ from support.grid import RATE_STEP, on_grid, usable
 from support.many import Job, Sweep
 from support.provenance import write_text
 
-#: A learning rate and a number of optimizer steps.
+#: A learning rate and a number of optimizer steps; 0: as many as the recipe takes by itself.
 Point = tuple[float, int]
 
 
@@ -199,6 +199,8 @@ def write_runs(path: Path, runs: Iterable[Run]) -> None:
 # -- running ----------------------------------------------------------------------------------------------------------
 
 
+#: What LoraOver raises where gradients are no finite numbers any more.
+DIVERGED = "FloatingPointError"
 #: The recipe and the configuration of a lane at a point with a seed.
 Configure = Callable[[Lane, Point, int], Job]
 
@@ -219,8 +221,10 @@ class Study:
         return self.folder / f"{task.name}.jsonl"
 
     def keep(self, lane: Lane, run: Run) -> None:
-        """Take in a run, and write it down."""
+        """Take in a run, and write it down; one that failed for a reason other than its rate is made again another time."""
         lane.add(run)
+        if run.error and not run.error.startswith(DIVERGED):
+            return
         path = self.path(lane.task)
         others = [
             known
