@@ -146,8 +146,9 @@ def run(options: argparse.Namespace) -> None:
     study = Study(options.results, pairs)
     places = {"ENCODER": options.encoder, "SST2": options.sst2}
     until = time.monotonic() + 3600 * options.hours
+    seeds = range(options.seeds)
     over = study.run(
-        range(options.seeds), Sweep.of(options), lambda lane, *point: configure(lane, *point, places), until
+        lambda: study.wanted(seeds), Sweep.of(options), lambda *request: configure(*request, places), until
     )
     print(f"{'finished' if over else 'time is up; the same command goes on'}: {options.results}")
 

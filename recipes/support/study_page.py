@@ -73,19 +73,19 @@ def finding_of(lane: Lane, reference: Finding | None) -> Finding | None:
     return Finding(lane.task, lane.arm, point, bool(counts), runs, good_rates(lane, point), apart)
 
 
-def good_rates(lane: Lane, best: Point) -> tuple[float, float, bool, bool]:
-    """The rates next to the best one, without a gap, whose loss with the first seed is nearly as low.
+def good_rates(lane: Lane, best: Point, seed: int = 0) -> tuple[float, float, bool, bool]:
+    """The rates next to the best one, without a gap, whose loss with one seed is nearly as low.
 
     Returns:
         The lowest and the highest, and whether a worse rate was tried below and above.
     """
-    tried = sorted(lr for lr, steps in lane.table if steps == best[1] and 0 in lane.table[lr, steps])
-    limit = (1 + GOOD) * lane.table[best][0].loss
+    tried = sorted(lr for lr, steps in lane.table if steps == best[1] and seed in lane.table[lr, steps])
+    limit = (1 + GOOD) * lane.table[best][seed].loss
     place = tried.index(best[0])
     low = high = place
-    while low > 0 and lane.table[tried[low - 1], best[1]][0].loss <= limit:
+    while low > 0 and lane.table[tried[low - 1], best[1]][seed].loss <= limit:
         low -= 1
-    while high < len(tried) - 1 and lane.table[tried[high + 1], best[1]][0].loss <= limit:
+    while high < len(tried) - 1 and lane.table[tried[high + 1], best[1]][seed].loss <= limit:
         high += 1
     return tried[low], tried[high], low > 0, high < len(tried) - 1
 
@@ -104,7 +104,14 @@ def task_table(task: Task, mine: Sequence[Finding]) -> str:
             [run.seconds for run in each.runs], [run.seconds for run in reference.runs] if reference else []
         )
         rate = f"{each.point[0]:g}{'' if each.inside else ' (edge)'}"
-        row = [each.arm.label, f"{each.loss:.4f}{spread}", percent(each.accuracy), shown(each.apart), verdict(each), rate]
+        row = [
+            each.arm.label,
+            f"{each.loss:.4f}{spread}",
+            percent(each.accuracy),
+            shown(each.apart),
+            verdict(each),
+            rate,
+        ]
         row += [str(each.point[1])] if len(task.steps) > 1 else []
         rows.append([*row, good(each), seconds, str(len(losses))])
     columns = ["arm", "loss", "accuracy", "less LoRA's", "", "rate", "good rates", "time", "seeds"]
@@ -290,6 +297,8 @@ def dot_grid(study: Study, path: Path, figures: Any) -> None:
 
     tasks = list({lane.task.name: lane.task for lane in study.lanes if lane.table}.values())
     arms = list({lane.arm.name: lane.arm for lane in study.lanes if lane.table}.values())
+    if not tasks:
+        return
     figure = figures.Figure(figsize=(3.1 * len(tasks) + 2.6, 0.27 * len(arms) + 1.6), layout="constrained")
     axes = figure.subplots(1, len(tasks), squeeze=False, sharey=True)[0]
     points = None

@@ -167,6 +167,9 @@ def train(model: Any, method: Method, training: Training) -> dict[str, Any]:
     callbacks = callbacks_of(model, method, training)
     if settings is not None and ranks.sharded():
         callbacks.append(LoraOverCallback())  # the optimizer's files of FSDP have no cores
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
     state = training.run(model, make, callbacks)
     over = overs[0] if overs else None
@@ -178,6 +181,7 @@ def train(model: Any, method: Method, training: Training) -> dict[str, Any]:
             "steps": state.global_step,
             "tokens": int(state.num_input_tokens_seen),
             "training_seconds": time.perf_counter() - start,
+            "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
             "lora_parameters": trainable,
             "trained_parameters": beside + over.trained_parameters if over else trainable,
         },
