@@ -191,6 +191,7 @@ def make_optimizer(model: Any, method: Method, config: Config) -> torch.optim.Op
             if isinstance(m, LoraLinear)
             for side in "AB"
         ]
+        settings["clip_unmagnified_grad"] = config.clip
         return cast("torch.optim.Optimizer", LoRARite(pairs, lora_l_dim=0, lora_r_dim=-1, **settings))
     if method.optimizer == "muon":
         # scaled to the size of an AdamW step, so that rates mean about the same

@@ -71,6 +71,9 @@ class Config:
     quantize: str = option(
         quantized.NONE, "base model in four bits, under an adapter of full precision", quantized.CHOICES
     )
+    shard: bool = option(
+        False, "where several ranks train, deal the cores out over them instead of copying all to each"
+    )
 
     #: Fields that the scores of the base model depend on.
     DECIDE_BASE: ClassVar[tuple[str, ...]] = (
@@ -78,7 +81,7 @@ class Config:
     )
     #: Fields that are no part of a run's identity while they have their default: runs from before they came stay valid.
     LATER: ClassVar[tuple[str, ...]] = (
-        *("factorization", "expansion", "backend", "matched", "wrong_answers", "quantize"),
+        *("factorization", "expansion", "backend", "matched", "wrong_answers", "quantize", "shard"),
     )
     #: The smallest value of whole numbers where that is not 1, and the numbers with decimals that may be 0.
     LEAST: ClassVar[Mapping[str, int]] = {"order": 2, "max_steps": 0, "seed": 0}

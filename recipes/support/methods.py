@@ -108,6 +108,14 @@ class Method:
     """TT-LoRA: the update itself is a tensor train, with ``--rank`` as its rank; no adapter of PEFT's."""
 
     @property
+    def clips(self) -> bool:
+        """Whether the optimizer clips gradients itself. LoRA-RITE does, free of how a pair shares its product.
+
+        The norm of its raw gradients says nothing, as it grows with A where B is small, and its authors clip none.
+        """
+        return self.optimizer == "rite"
+
+    @property
     def two_rates(self) -> bool:
         """Whether some matrices have cores and some do not, so that both rates count."""
         return self.over is not None and self.over.choice != "all"

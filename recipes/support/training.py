@@ -18,7 +18,7 @@ from support.adapters import callbacks_of, finder_of, make_optimizer
 from support.config import Config
 from support.evaluation.tokenization import IGNORED, collator
 from support.generated import drop_generators
-from support.methods import Method
+from support.methods import METHODS, Method
 from support.provenance import read_json, write_json
 from support.results import expansions
 from tnadapt import LoraOver, finders, plan, predefined
@@ -89,7 +89,7 @@ class Training:
             gradient_accumulation_steps=config.batch // (size * ranks.world()),
             max_steps=self.steps,
             lr_scheduler_type="cosine",
-            max_grad_norm=config.clip,
+            max_grad_norm=0.0 if METHODS[config.method].clips else config.clip,
             seed=config.seed,
             bf16=config.dtype == "bfloat16",
             activation_checkpointing=config.activation_checkpointing,
@@ -160,16 +160,14 @@ def train(model: Any, method: Method, training: Training) -> dict[str, Any]:
         optimizer = make_optimizer(model, method, config)
         if settings is not None:
             factorization, scheduler, finder = settings
-            choices: dict[str, Any] = {"core_lr": config.core_lr, "matrices": finder, "matched": config.matched}
+            choices: dict[str, Any] = {"core_lr": config.core_lr, "matrices": finder}
+            choices |= {"matched": config.matched, "shard": config.shard}
             overs.append(LoraOver(model, optimizer, factorization, scheduler, **choices))
         return optimizer
 
     callbacks = callbacks_of(model, method, training)
-    if settings is not None and ranks.sharded():
-        callbacks.append(LoraOverCallback())  # the optimizer's files of FSDP have no cores
-    on_gpu = torch.cuda.is_available()
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
+            how: dict[str, Any] = {"core_lr": config.core_lr, "matrices": finder, "matched": config.matched, "shard": config.shard}
+            overs.append(LoraOver(model, optimizer, factorization, scheduler, **how))
     start = time.perf_counter()
     state = training.run(model, make, callbacks)
     over = overs[0] if overs else None

@@ -379,6 +379,7 @@ SIGNATURES: dict[str, Any] = {
     "op-lora": generated,
     "riemannian": optimizer_called("RiemannianPreconditionedOptimizer"),
     "lora-rite": optimizer_called("LoRARite"),
+    "muon": optimizer_called("Muon"),
     **{name: over for name, method in METHODS.items() if method.over is not None},
     "opf": whole_weights,
     "deep-lora": three_factors,
@@ -464,6 +465,27 @@ def test_rite_does_not_see_how_a_product_is_shared_by_its_pair(
     apart = sum(float((one - other).norm()) for one, other in zip(plain, rescaled, strict=True))
     assert moved > 0
     assert (apart < 1e-3 * moved) == invariant
+
+
+def test_clipping_does_not_see_it_either(tmp_path: Path, models: dict[str, Path]) -> None:
+    """Nor does a run with a threshold that every gradient is above, in which the norm of raw gradients differs by much."""
+    ids = torch.arange(5, 15).tolist()
+    examples = [{"input_ids": ids, "attention_mask": [1] * 10, "labels": ids}] * 8
+    products = []
+    for scale in (1.0, 8.0):
+        changes = {"max_steps": 3, "clip": 1e-2, "lr": 1e-3}
+        model, optimizer = pair_model(models, "lora-rite", scale, **changes)
+        tokenizer = AutoTokenizer.from_pretrained(models["llama"])
+        config = configuration("llama", models["llama"], "lora-rite", **changes)
+        before = steps_of(model, optimizer, count=0)
+        run = training.Training(tokenizer, examples, config, tmp_path / str(scale), quiet=True)
+        run.run(model, lambda _, optimizer=optimizer: optimizer)
+        products.append((before, steps_of(model, optimizer, count=0)))
+    (start, plain), (_, rescaled) = products
+    moved = sum(float((after - before).norm()) for after, before in zip(plain, start, strict=True))
+    apart = sum(float((one - other).norm()) for one, other in zip(plain, rescaled, strict=True))
+    assert moved > 0
+    assert apart < 1e-3 * moved
 
 
 def test_riemannian_gradients_are_preconditioned_by_the_other_factor(models: dict[str, Path]) -> None:
