@@ -166,8 +166,12 @@ def train(model: Any, method: Method, training: Training) -> dict[str, Any]:
         return optimizer
 
     callbacks = callbacks_of(model, method, training)
-            how: dict[str, Any] = {"core_lr": config.core_lr, "matrices": finder, "matched": config.matched, "shard": config.shard}
-            overs.append(LoraOver(model, optimizer, factorization, scheduler, **how))
+    if settings is not None and (ranks.sharded() or config.shard):
+        # the optimizer's files have no cores under FSDP, and this rank's alone where they are dealt out
+        callbacks.append(LoraOverCallback())
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
     state = training.run(model, make, callbacks)
     over = overs[0] if overs else None
