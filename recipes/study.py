@@ -29,7 +29,7 @@ from support.many import HERE, Job, Sweep, load_recipe
 from support.search import Arm, Lane, Point, Study, Task
 
 RESULTS = HERE / "results" / "study"
-PAGE = HERE.parent / "docs" / "study.md"
+PAGE, README = HERE.parent / "docs" / "study.md", HERE.parent / "README.md"
 
 ARMS = (
     Arm("lora", "LoRA", "lora"),
@@ -156,8 +156,8 @@ def run(options: argparse.Namespace) -> None:
 def report(options: argparse.Namespace) -> None:
     """Write the figures and the numbers of the page anew."""
     study = Study(options.results, [(task, arm) for task in TASKS for arm in ARMS])
-    study_page.write(study, TASKS, HELD_OUT, options.page)
-    print(f"{options.page}: renewed")
+    study_page.write(study, TASKS, HELD_OUT, options.page, options.readme)
+    print(f"{options.page} and {options.readme}: renewed")
 
 
 def _named(known: Sequence[Any], names: Sequence[str] | None) -> list[Any]:
@@ -179,6 +179,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     running.set_defaults(action=run)
     reporting = commands.add_parser("report", help="write the page's figures and numbers anew", allow_abbrev=False)
     reporting.add_argument("--page", type=Path, default=PAGE, help="the page")
+    reporting.add_argument("--readme", type=Path, default=README, help="the README, which has the answer too")
     reporting.set_defaults(action=report)
     for each in (running, reporting):
         each.add_argument("--results", type=Path, default=RESULTS, help="the folder of the kept results")

@@ -216,6 +216,62 @@ def answer(found: Mapping[tuple[str, str], Finding], held_out: str) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
+def sentence(found: Mapping[tuple[str, str], Finding], held_out: str) -> str:
+    """The answer in one plain sentence, for who has just seen one run of each of two methods."""
+    tasks = {finding.task.name for finding in found.values() if finding.apart is not None} - {held_out}
+    over = {
+        name for (_, name), finding in found.items() if finding.arm.method.startswith("lora-over") and finding.apart
+    }
+    gains = [
+        name
+        for name in sorted(over)
+        if sum(_verdict_on(found, task, name) == "better" for task in tasks) >= TASKS_OF_A_GAIN
+    ]
+    if not over:
+        return ""
+    arms = {finding.arm.name: finding.arm for finding in found.values()}
+    what = f"{_names(arms, gains)} beat LoRA" if gains else f"none of {len(over)} variants of LoRA-Over beat LoRA"
+    return (
+        f"at rates tuned for each, over several seeds and {len(tasks)} small tasks, {what} beyond noise (docs/study.md)"
+    )
+
+
+def _verdict_on(found: Mapping[tuple[str, str], Finding], task: str, name: str) -> str:
+    finding = found.get((task, name))
+    return verdict(finding) if finding is not None else ""
+
+
+#: The arms that the README shows.
+README_ARMS = ("lora", "svd", "mpo-10", "mpo-r", "mpo-10-matched", "lora+", "lora-rite")
+
+
+def readme_table(found: Mapping[tuple[str, str], Finding], tasks: Sequence[Task]) -> str:
+    """For a few arms the loss at their best rate, by task; what is lower than LoRA's by two standard errors is bold."""
+    shown_tasks = [task for task in tasks if any(name == task.name and each.apart for (name, _), each in found.items())]
+    arms = {finding.arm.name: finding.arm for finding in found.values()}
+    rows = []
+    for name in (name for name in README_ARMS if name in arms):
+        cells = []
+        for task in shown_tasks:
+            finding = found.get((task.name, name))
+            if finding is None or len(finding.runs) < 2:
+                cells.append("–")
+                continue
+            spread = stdev(run.loss for run in finding.runs)
+            text = f"{finding.loss:.3f} ± {spread:.3f}"
+            cells.append(f"{f'**{text}**' if verdict(finding) == 'better' else text} ({finding.point[0]:.2g})")
+        rows.append((arms[name].label, *cells))
+    counts = {
+        len(finding.runs) for (task, name), finding in found.items() if name in README_ARMS and len(finding.runs) > 1
+    }
+    seeds = " to ".join(map(str, sorted({min(counts), max(counts)}))) if counts else "no"
+    caption = (
+        f"Loss of an answer's token on held-out examples, in nats: mean ± standard deviation over {seeds} seeds, and the rate; "
+        "bold: lower than LoRA's by two standard errors."
+    )
+    return Table("", ("", *(task.label for task in shown_tasks)), rows, caption).markdown() if rows else "Not run yet."
+
+
 def _names(arms: Mapping[str, Arm], names: Iterable[str]) -> str:
     return ", ".join(arms[name].label for name in names)
 
@@ -400,11 +456,26 @@ def filled(page: str, made: Mapping[str, str], path: Path) -> str:
     return page
 
 
-def write(study: Study, tasks: Sequence[Task], held_out: str, path: Path) -> None:
-    """Write the page's generated parts and its figures, which lie beside it in ``figures``."""
+def write(study: Study, tasks: Sequence[Task], held_out: str, path: Path, readme: Path) -> None:
+    """Write the generated parts of the page and of the README, the page's figures, which lie beside it in ``figures``, and the
+    sentence that recipes end with, which lies beside the runs."""
     import matplotlib.figure as figures
 
-    page = filled(path.read_text(encoding="utf-8"), sections(study, tasks, held_out), path)
+    found = findings(study)
+    pages = {path: sections(study, tasks, held_out), readme: readme_sections(study, tasks, held_out)}
+    texts = {each: filled(each.read_text(encoding="utf-8"), made, each) for each, made in pages.items()}
     dot_grid(study, path.parent / "figures" / "study-rates.png", figures)
-    forest(findings(study), tasks, path.parent / "figures" / "study-differences.png", figures)
-    write_text(path, page)
+    forest(found, tasks, path.parent / "figures" / "study-differences.png", figures)
+    for each, text in texts.items():
+        write_text(each, text)
+    write_text(study.folder / ANSWER, sentence(found, held_out) + "\n")
+
+
+#: The file with the study's answer in a sentence.
+ANSWER = "answer.txt"
+
+
+def readme_sections(study: Study, tasks: Sequence[Task], held_out: str) -> dict[str, str]:
+    """The generated text of the README's mark."""
+    found = findings(study)
+    return {"readme": f"{answer(found, held_out)}\n\n{readme_table(found, tasks)}\n{provenance(study)}"}

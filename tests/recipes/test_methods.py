@@ -385,7 +385,6 @@ SIGNATURES: dict[str, Any] = {
     "deep-lora": three_factors,
     "lora-over-mpo-p": predefined,
     "lora-over-mpo-random": drawn,
-    "muon": optimizer_called("Muon"),
 }
 
 

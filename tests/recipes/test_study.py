@@ -209,6 +209,9 @@ def test_the_answer_follows_the_rule_of_the_protocol(tmp_path: Path) -> None:
     assert rows["LoRA-Over, MPO of order 10"] == ("2", "0", "0")
     assert rows["LoRA-Over, SVD"] == ("1", "1", "0")
     assert rows["LoRA-Over, MPO_R"] == ("0", "0", "2")
+    assert "LoRA-Over, MPO of order 10 beat LoRA" in study_page.sentence(found, "held")
+    table = study_page.readme_table(found, tasks)
+    assert table.count("**") == 2 * 5, "mpo-10 on two tasks, svd on two, and mpo-r on the one that was held back"
     advantage["mpo-10"]["two"] = 0.0
     said = study_page.answer(study_page.findings(made_study(tmp_path, advantage)), "held")
     assert "none of the 3 arms of LoRA-Over that were compared beats LoRA" in said
@@ -225,10 +228,13 @@ def test_good_rates_end_where_a_worse_one_was_tried(tmp_path: Path) -> None:
 def test_the_page_of_the_repository_is_that_of_its_results() -> None:
     """Every generated number of docs/study.md comes from the runs that are kept."""
     kept = Study(study.RESULTS, [(task, arm) for task in study.TASKS for arm in study.ARMS])
-    page = study.PAGE.read_text(encoding="utf-8")
-    assert study_page.filled(page, study_page.sections(kept, study.TASKS, study.HELD_OUT), study.PAGE) == page, (
-        "run: python recipes/study.py report"
-    )
+    pages = {study.PAGE: study_page.sections, study.README: study_page.readme_sections}
+    for path, sections in pages.items():
+        page = path.read_text(encoding="utf-8")
+        made = study_page.filled(page, sections(kept, study.TASKS, study.HELD_OUT), path)
+        assert made == page, "run: python recipes/study.py report"
+    said = study_page.sentence(study_page.findings(kept), study.HELD_OUT)
+    assert (study.RESULTS / study_page.ANSWER).read_text() == said + "\n"
 
 
 def test_a_page_without_a_mark_is_refused(tmp_path: Path) -> None:
