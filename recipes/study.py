@@ -12,6 +12,10 @@ Every figure and every number of ``docs/study.md``, from the results that the re
 
     python recipes/study.py report
 
+The direction and the length of steps through cores, beside plain LoRA's, which the report shows too::
+
+    python recipes/study.py steps
+
 ``docs/study.md`` has the protocol. A run that is in ``recipes/results/study`` is not made again. ``--cluster`` makes the runs on a
 Ray cluster. For a model and data of your own see ``compare.py``.
 """
@@ -26,6 +30,7 @@ from typing import Any
 
 from support import study_page
 from support.many import HERE, Job, Sweep, load_recipe
+from support.provenance import environment, write_json
 from support.search import Arm, Lane, Point, Study, Task
 
 RESULTS = HERE / "results" / "study"
@@ -153,6 +158,30 @@ def run(options: argparse.Namespace) -> None:
     print(f"{'finished' if over else 'time is up; the same command goes on'}: {options.results}")
 
 
+#: The arms whose steps are watched, and the task on which.
+WATCHED = ("svd", "mpo-4", "mpo-10", "mpo-16", "mpo-balanced", "mpo-null", "lora")
+WATCHED_ON = "llama-1600"
+
+
+def steps(options: argparse.Namespace) -> None:
+    """Watch the steps of a few arms beside plain AdamW's, at their best rates."""
+    from support.probe import measure
+
+    study = Study(options.results, [(task, arm) for task in TASKS for arm in ARMS if task.name == WATCHED_ON])
+    lanes = {lane.arm.name: lane for lane in study.lanes}
+    rows = []
+    for name in WATCHED:
+        best = lanes[name].best(range(1))
+        if best is None:
+            raise ValueError(
+                f"{name} has no run on {WATCHED_ON} yet: python recipes/study.py run --tasks {WATCHED_ON} --arms {name}"
+            )
+        seen = measure(configure(lanes[name], best, 0, {}))
+        rows.append({"arm": name, "label": lanes[name].arm.label, "lr": best[0], **seen})
+        print(f"{name}: cosine {seen['cosines'][0]:.3f} at the first step, {seen['cosines'][-1]:.3f} at the last")
+    write_json(options.results / study_page.STEPS, {"environment": environment(HERE), "rows": rows})
+
+
 def report(options: argparse.Namespace) -> None:
     """Write the figures and the numbers of the page anew."""
     study = Study(options.results, [(task, arm) for task in TASKS for arm in ARMS])
@@ -181,7 +210,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     reporting.add_argument("--page", type=Path, default=PAGE, help="the page")
     reporting.add_argument("--readme", type=Path, default=README, help="the README, which has the answer too")
     reporting.set_defaults(action=report)
-    for each in (running, reporting):
+    watching = commands.add_parser("steps", help="watch steps through cores beside plain ones", allow_abbrev=False)
+    watching.set_defaults(action=steps)
+    for each in (running, reporting, watching):
         each.add_argument("--results", type=Path, default=RESULTS, help="the folder of the kept results")
     options = parser.parse_args(arguments)
     try:

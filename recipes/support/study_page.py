@@ -12,7 +12,7 @@ from typing import Any
 
 from support import marked
 from support.paired import Difference, difference
-from support.provenance import write_text
+from support.provenance import read_json, write_text
 from support.search import Arm, Lane, Point, Run, Study, Task
 from support.tables import Table, percent
 
@@ -426,6 +426,57 @@ def _save(figure: Any, path: Path) -> None:
     figure.savefig(path, format="png", dpi=130, metadata={"Software": None})
 
 
+# -- single steps -------------------------------------------------------------------------------------------------------
+
+
+def step_table(rows: Sequence[dict[str, Any]]) -> str:
+    """For each arm: direction and length of its steps over the course of training, and how even the product's spectrum is."""
+    cells = []
+    for row in rows:
+        cosines, lengths, values = row["cosines"], row["lengths"], row["singular_values"]
+        tenth = max(1, len(cosines) // 10)
+        shares = [
+            f"{mean(part[span]):.2f}" for part in (cosines, lengths) for span in (slice(tenth), slice(-tenth, None))
+        ]
+        weights = [value**2 / sum(each**2 for each in values) for value in values]
+        effective = 1 / sum(weight**2 for weight in weights)
+        cells.append((row["label"], f"{row['lr']:g}", *shares, f"{effective:.2f}"))
+    columns = (
+        "arm",
+        "rate",
+        "cosine, first tenth",
+        "last tenth",
+        "length, first tenth",
+        "last tenth",
+        "directions of BA",
+    )
+    return Table("", columns, cells).markdown() if cells else "Not run yet."
+
+
+def draw_steps(rows: Sequence[dict[str, Any]], path: Path, figures: Any) -> None:
+    """Cosine and length by step, and the singular values at the end."""
+    if not rows:
+        return
+    figure = figures.Figure(figsize=(11, 3.4), layout="constrained")
+    axes = figure.subplots(1, 3)
+    for index, row in enumerate(rows):
+        style = {"color": f"C{index}", "label": row["label"], "lw": 1.3}
+        axes[0].plot(range(1, len(row["cosines"]) + 1), row["cosines"], **style)
+        axes[1].plot(range(1, len(row["lengths"]) + 1), row["lengths"], **style)
+        axes[2].plot(range(1, len(row["singular_values"]) + 1), row["singular_values"], marker="o", ms=3, **style)
+    axes[0].set_title("Cosine with plain AdamW's step", fontsize=9)
+    axes[1].set_title("Length, in parts of plain AdamW's", fontsize=9)
+    axes[2].set_title("Singular values of BA, largest at 1", fontsize=9)
+    for axis, label in zip(axes, ("step", "step", "number"), strict=True):
+        axis.set_xlabel(label, fontsize=8)
+        axis.grid(alpha=0.3)
+        axis.tick_params(labelsize=7)
+    axes[1].set_yscale("log")
+    axes[2].set_yscale("log")
+    axes[0].legend(fontsize=6)
+    _save(figure, path)
+
+
 # -- the page ---------------------------------------------------------------------------------------------------------
 
 
@@ -445,6 +496,7 @@ def sections(study: Study, tasks: Sequence[Task], held_out: str) -> dict[str, st
         "frames": pairs(found, tasks, FRAMES),
         "choices": pairs(found, tasks, CHOICES),
         "decay": pairs(found, tasks, DECAY),
+        "steps": step_table(watched(study)),
         "provenance": provenance(study),
     }
 
@@ -466,13 +518,21 @@ def write(study: Study, tasks: Sequence[Task], held_out: str, path: Path, readme
     texts = {each: filled(each.read_text(encoding="utf-8"), made, each) for each, made in pages.items()}
     dot_grid(study, path.parent / "figures" / "study-rates.png", figures)
     forest(found, tasks, path.parent / "figures" / "study-differences.png", figures)
+    draw_steps(watched(study), path.parent / "figures" / "study-steps.png", figures)
     for each, text in texts.items():
         write_text(each, text)
     write_text(study.folder / ANSWER, sentence(found, held_out) + "\n")
 
 
-#: The file with the study's answer in a sentence.
-ANSWER = "answer.txt"
+#: The file with the study's answer in a sentence, and the one with what was seen of single steps.
+ANSWER, STEPS = "answer.txt", "steps.json"
+
+
+def watched(study: Study) -> list[dict[str, Any]]:
+    """What ``study.py steps`` has seen; empty where it was not run."""
+    path = study.folder / STEPS
+    rows: list[dict[str, Any]] = read_json(path)["rows"] if path.exists() else []
+    return rows
 
 
 def readme_sections(study: Study, tasks: Sequence[Task], held_out: str) -> dict[str, str]:

@@ -131,8 +131,15 @@ class Training:
         return trainer.state
 
 
-def train(model: Any, method: Method, training: Training) -> dict[str, Any]:
-    """Train ``model`` in place with ``method``, and tell what happened: ``metrics``, ``curve``, ``plan`` and ``matrices``."""
+def train(model: Any, method: Method, training: Training, watching: Sequence[Any] = ()) -> dict[str, Any]:
+    """Train ``model`` in place with ``method``, and tell what happened: ``metrics``, ``curve``, ``plan`` and ``matrices``.
+
+    Args:
+        model: as ``attach`` has made it.
+        method: what to train it with.
+        training: the examples and the settings.
+        watching: callbacks of the Trainer that look on.
+    """
     config = training.config
     scores = None
     if method.over is not None and method.over.choice == "predefined":
@@ -165,7 +172,7 @@ def train(model: Any, method: Method, training: Training) -> dict[str, Any]:
             overs.append(LoraOver(model, optimizer, factorization, scheduler, **choices))
         return optimizer
 
-    callbacks = callbacks_of(model, method, training)
+    callbacks = [*callbacks_of(model, method, training), *watching]
     if settings is not None and (ranks.sharded() or config.shard):
         # the optimizer's files have no cores under FSDP, and this rank's alone where they are dealt out
         callbacks.append(LoraOverCallback())

@@ -18,7 +18,7 @@ pytest.importorskip("rich")
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
-from support import compare_page, many, marked, study_page
+from support import compare_page, many, marked, probe, study_page
 from support.grid import on_grid
 from support.paired import difference
 from support.search import Arm, Lane, Run, Study, Task, neighbours, read_runs, write_runs
@@ -342,3 +342,26 @@ def test_the_verdict_needs_two_common_seeds() -> None:
     tuned = [(lane, (1e-2, 10)) for lane in lanes]
     assert "too few seeds to recommend it" in compare_page.verdict(tuned, range(1, 3))[0]
     assert "Nothing can be recommended yet" in compare_page.verdict(tuned, range(5, 7))[0]
+
+
+# -- single steps -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("arm", ["lora", "mpo-10-matched", "mpo-10"])
+def test_plain_steps_agree_with_plain_adamw_and_matched_ones_in_length(arm: str) -> None:
+    task = dataclasses.replace(study.TASKS[0], changes={**study.TASKS[0].changes, "train_size": 8, "batch": 4})
+    task.changes["micro_batch"] = 4
+    lane = Lane(task, next(each for each in study.ARMS if each.name == arm))
+    seen = probe.measure(study.configure(lane, (1e-2, 5), 0, {}))
+    assert len(seen["cosines"]) == len(seen["lengths"]) == 5
+    if arm == "lora":
+        assert seen["cosines"] == pytest.approx([1.0] * 5, abs=1e-4)
+    else:
+        assert all(cosine < 0.9 for cosine in seen["cosines"][1:])  # the first update is the one before the expansion
+    if arm == "mpo-10":
+        assert all(length > 1.2 for length in seen["lengths"][1:])
+    else:
+        assert seen["lengths"] == pytest.approx([1.0] * 5, abs=1e-3)
+    assert seen["singular_values"][0] == 1.0
+    assert seen["singular_values"] == sorted(seen["singular_values"], reverse=True)
