@@ -152,9 +152,11 @@ def run(options: argparse.Namespace) -> None:
     places = {"ENCODER": options.encoder, "SST2": options.sst2}
     until = time.monotonic() + 3600 * options.hours
     seeds = range(options.seeds)
-    over = study.run(
-        lambda: study.wanted(seeds), Sweep.of(options), lambda *request: configure(*request, places), until
-    )
+
+    def configured(lane: Lane, point: Point, seed: int) -> Job:
+        return configure(lane, point, seed, places)
+
+    over = study.run(lambda: study.wanted(seeds), Sweep.of(options), configured, until)
     print(f"{'finished' if over else 'time is up; the same command goes on'}: {options.results}")
 
 
