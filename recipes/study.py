@@ -12,6 +12,10 @@ Every figure and every number of ``docs/study.md``, from the results that the re
 
     python recipes/study.py report
 
+The direction and the length of steps through cores, beside plain LoRA's, which the report shows too::
+
+    python recipes/study.py steps
+
 ``docs/study.md`` has the protocol. A run that is in ``recipes/results/study`` is not made again. ``--cluster`` makes the runs on a
 Ray cluster. For a model and data of your own see ``compare.py``.
 """
@@ -26,10 +30,11 @@ from typing import Any
 
 from support import study_page
 from support.many import HERE, Job, Sweep, load_recipe
+from support.provenance import environment, write_json
 from support.search import Arm, Lane, Point, Study, Task
 
 RESULTS = HERE / "results" / "study"
-PAGE = HERE.parent / "docs" / "study.md"
+PAGE, README = HERE.parent / "docs" / "study.md", HERE.parent / "README.md"
 
 ARMS = (
     Arm("lora", "LoRA", "lora"),
@@ -89,18 +94,18 @@ ARMS = (
 _LLAMA = {"batch": 16, "micro_batch": 16, "eval_size": 125, "eval_split": "validation"}
 _GLUE = {"task": "sst2", "eval_split": "validation"}
 TASKS = (
-    Task("llama-1600", "Llama, 1,600 examples", "llama31_gsm8k.py", {**_LLAMA, "train_size": 1600}, (100,), 1.78e-2),
+    Task("llama-1600", "Llama, 1,600 examples", "llama31_gsm8k.py", {**_LLAMA, "train_size": 1600}, (0,), 1.78e-2),
     Task(
         "llama-1600-wrong",
         "Llama, 1,600 examples, 20 % of them wrong",
         "llama31_gsm8k.py",
         {**_LLAMA, "train_size": 1600, "wrong_answers": 0.2},
-        (100,),
+        (0,),
         1.78e-2,
     ),
     Task("llama-128", "Llama, 128 examples", "llama31_gsm8k.py", {**_LLAMA, "train_size": 128}, (50, 100), 1.78e-2),
     Task("llama-32", "Llama, 32 examples", "llama31_gsm8k.py", {**_LLAMA, "train_size": 32}, (25, 50), 1e-2),
-    Task("t5-3200", "T5, 3,200 examples", "t5_glue.py", {**_GLUE, "eval_size": 250}, (100,), 3.16e-3),
+    Task("t5-3200", "T5, 3,200 examples", "t5_glue.py", {**_GLUE, "eval_size": 250}, (0,), 3.16e-3),
     Task(
         "sst2-400",
         "MiniLM on SST-2, 400 examples",
@@ -110,7 +115,7 @@ TASKS = (
             **{"model": "ENCODER", "data": "SST2", "train_size": 400, "eval_size": 250, "batch": 16, "micro_batch": 16},
             **{"targets": "query,key,value", "order": 10, "top_n": 2, "split": 2},
         },
-        (50, 100),
+        (50,),
         3.16e-3,
     ),
 )
@@ -146,17 +151,44 @@ def run(options: argparse.Namespace) -> None:
     study = Study(options.results, pairs)
     places = {"ENCODER": options.encoder, "SST2": options.sst2}
     until = time.monotonic() + 3600 * options.hours
-    over = study.run(
-        range(options.seeds), Sweep.of(options), lambda lane, *point: configure(lane, *point, places), until
-    )
+    seeds = range(options.seeds)
+
+    def configured(lane: Lane, point: Point, seed: int) -> Job:
+        return configure(lane, point, seed, places)
+
+    over = study.run(lambda: study.wanted(seeds), Sweep.of(options), configured, until)
     print(f"{'finished' if over else 'time is up; the same command goes on'}: {options.results}")
+
+
+#: The arms whose steps are watched, and the task on which.
+WATCHED = ("svd", "mpo-4", "mpo-10", "mpo-16", "mpo-balanced", "mpo-null", "lora")
+WATCHED_ON = "llama-1600"
+
+
+def steps(options: argparse.Namespace) -> None:
+    """Watch the steps of a few arms beside plain AdamW's, at their best rates."""
+    from support.probe import measure
+
+    study = Study(options.results, [(task, arm) for task in TASKS for arm in ARMS if task.name == WATCHED_ON])
+    lanes = {lane.arm.name: lane for lane in study.lanes}
+    rows = []
+    for name in WATCHED:
+        best = lanes[name].best(range(1))
+        if best is None:
+            raise ValueError(
+                f"{name} has no run on {WATCHED_ON} yet: python recipes/study.py run --tasks {WATCHED_ON} --arms {name}"
+            )
+        seen = measure(configure(lanes[name], best, 0, {}))
+        rows.append({"arm": name, "label": lanes[name].arm.label, "lr": best[0], **seen})
+        print(f"{name}: cosine {seen['cosines'][0]:.3f} at the first step, {seen['cosines'][-1]:.3f} at the last")
+    write_json(options.results / study_page.STEPS, {"environment": environment(HERE), "rows": rows})
 
 
 def report(options: argparse.Namespace) -> None:
     """Write the figures and the numbers of the page anew."""
     study = Study(options.results, [(task, arm) for task in TASKS for arm in ARMS])
-    study_page.write(study, TASKS, HELD_OUT, options.page)
-    print(f"{options.page}: renewed")
+    study_page.write(study, TASKS, HELD_OUT, options.page, options.readme)
+    print(f"{options.page} and {options.readme}: renewed")
 
 
 def _named(known: Sequence[Any], names: Sequence[str] | None) -> list[Any]:
@@ -178,8 +210,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     running.set_defaults(action=run)
     reporting = commands.add_parser("report", help="write the page's figures and numbers anew", allow_abbrev=False)
     reporting.add_argument("--page", type=Path, default=PAGE, help="the page")
+    reporting.add_argument("--readme", type=Path, default=README, help="the README, which has the answer too")
     reporting.set_defaults(action=report)
-    for each in (running, reporting):
+    watching = commands.add_parser("steps", help="watch steps through cores beside plain ones", allow_abbrev=False)
+    watching.set_defaults(action=steps)
+    for each in (running, reporting, watching):
         each.add_argument("--results", type=Path, default=RESULTS, help="the folder of the kept results")
     options = parser.parse_args(arguments)
     try:

@@ -131,6 +131,30 @@ def _run_all(recipe: Recipe, configs: Sequence[Config], options: argparse.Namesp
         measure = f"{recipe.benchmark.measure}, {title}" if len(recipe.several) > 1 else recipe.benchmark.measure
         picture = compare([result for _, result in pairs], options.runs, measure, beside(recipe, first))
         print(f"comparison: {picture}")
+        for line in closing(recipe, first, [result for _, result in pairs]):
+            print(line)
+
+
+def closing(recipe: Recipe, config: Config, results: Sequence[Any]) -> list[str]:
+    """What who ran the shipped model and data has seen, in a sentence, and what the study says about it."""
+    if len(results) < 2 or not _shipped(config):
+        return []
+    scores = {result["label"]: result["metrics"].get("accuracy") for result in results}
+    if None in scores.values():
+        return []
+    said = ", ".join(f"{label} {100 * score:.1f} %" for label, score in scores.items())
+    lines = [f"What you have seen: one run each with one seed, {said}; seeds alone move these by several points."]
+    study = recipe.path.parent / "results" / "study" / "answer.txt"
+    if study.exists() and (text := study.read_text(encoding="utf-8").strip()):
+        lines.append(f"What the study says: {text}.")
+    return [
+        *lines,
+        "Next: your own model and data. recipes/compare.py finds the method and its rate; docs/quickstart.md has the code.",
+    ]
+
+
+def _shipped(config: Config) -> bool:
+    return all(getattr(config, name) in (EMBEDDED, None) for name in ("model", *config.PLACES))
 
 
 def beside(recipe: Recipe, config: Any) -> Any:
@@ -144,5 +168,4 @@ def beside(recipe: Recipe, config: Any) -> Any:
 def committed_table(recipe: Recipe, config: Config) -> Any:
     """The table over seeds that the repository keeps for the models and data that it ships."""
     path = recipe.path.parent / "results" / f"{recipe.table_name(config)}.json"
-    shipped = all(getattr(config, name) in (EMBEDDED, None) for name in ("model", *config.PLACES))
-    return read_json(path) if shipped and path.exists() else None
+    return read_json(path) if _shipped(config) and path.exists() else None

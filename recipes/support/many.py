@@ -6,7 +6,9 @@ import argparse
 import dataclasses
 import importlib.util
 import multiprocessing
+import os
 import sys
+import threading
 from collections.abc import Generator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import closing
@@ -57,6 +59,19 @@ def run_one(recipe: Path, settings: dict[str, Any], root: Path, quiet: bool) -> 
     except Exception as error:
         return {"config": settings, "error": f"{type(error).__name__}: {error}"}
     return result
+
+
+def _begin_worker() -> None:
+    """One thread for each worker, which ends with the process that gives it runs, also where that one is killed."""
+    torch.set_num_threads(1)
+    driver = multiprocessing.parent_process()
+    assert driver is not None
+
+    def end_with_driver() -> None:
+        driver.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_driver, daemon=True).start()
 
 
 @dataclass(frozen=True)
@@ -119,7 +134,7 @@ class Sweep:
 
     def _in_processes(self, settings: Sequence[tuple[Path, dict[str, Any]]]) -> Generator[tuple[int, dict[str, Any]]]:
         context = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(self.workers, context, torch.set_num_threads, (1,))
+        pool = ProcessPoolExecutor(self.workers, context, _begin_worker)
         try:
             made = {pool.submit(run_one, *each, self.runs, True): index for index, each in enumerate(settings)}
             for future in as_completed(made):

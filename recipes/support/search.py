@@ -26,7 +26,7 @@ from support.grid import RATE_STEP, on_grid, usable
 from support.many import Job, Sweep
 from support.provenance import write_text
 
-#: A learning rate and a number of optimizer steps.
+#: A learning rate and a number of optimizer steps; 0: as many as the recipe takes by itself.
 Point = tuple[float, int]
 
 
@@ -199,8 +199,10 @@ def write_runs(path: Path, runs: Iterable[Run]) -> None:
 # -- running ----------------------------------------------------------------------------------------------------------
 
 
-#: The recipe and the configuration of a lane at a point with a seed.
-Configure = Callable[[Lane, Point, int], Job]
+#: What LoraOver raises where gradients are no finite numbers any more.
+DIVERGED = "FloatingPointError"
+#: A lane, a point and a seed that are to be run.
+Request = tuple[Lane, Point, int]
 
 
 class Study:
@@ -219,8 +221,10 @@ class Study:
         return self.folder / f"{task.name}.jsonl"
 
     def keep(self, lane: Lane, run: Run) -> None:
-        """Take in a run, and write it down."""
+        """Take in a run, and write it down; one that failed for a reason other than its rate is made again another time."""
         lane.add(run)
+        if run.error and not run.error.startswith(DIVERGED):
+            return
         path = self.path(lane.task)
         others = [
             known
@@ -229,14 +233,26 @@ class Study:
         ]
         write_runs(path, [*others, run])
 
-    def run(self, seeds: Sequence[int], sweep: Sweep, configure: Configure, until: float = math.inf) -> bool:
-        """Run what the lanes ask for until they ask for nothing, or no run is to begin any more.
+    def wanted(self, seeds: Sequence[int]) -> list[Request]:
+        """What all lanes ask for next."""
+        return [(lane, point, seed) for lane in self.lanes for point, seed in lane.wanted(seeds)]
+
+    def run(
+        self,
+        wanted: Callable[[], list[Request]],
+        sweep: Sweep,
+        configure: Callable[[Lane, Point, int], Job],
+        until: float = math.inf,
+        budget: int | None = None,
+    ) -> bool:
+        """Run what is wanted until nothing is, or no run is to begin any more.
 
         Args:
-            seeds: see `Lane.wanted`.
+            wanted: gives the runs to make next, as the runs that there are suggest; none ends the search.
             sweep: where runs are made.
-            configure: the recipe and the configuration of a lane at a point with a seed.
+            configure: the recipe and the configuration of what is wanted.
             until: the time, of ``time.monotonic``, after which no run begins; those that are at work then are not kept.
+            budget: runs to make, at most.
 
         Returns:
             Whether the search is over.
@@ -244,15 +260,21 @@ class Study:
         Raises:
             ValueError: a configuration that cannot work; of its round nothing was run.
         """
-        while wanted := [(lane, point, seed) for lane in self.lanes for point, seed in lane.wanted(seeds)]:
-            jobs = [configure(lane, point, seed) for lane, point, seed in wanted]
+        made = 0
+        while requests := wanted():
+            left = requests if budget is None else requests[: budget - made]
+            if not left or time.monotonic() > until:
+                return False
+            jobs = [configure(*request) for request in left]
             results = sweep.results(jobs)
             for index, result in results:
-                run = Run.of(wanted[index][0].arm.name, jobs[index][1], result)
-                self.keep(wanted[index][0], run)
+                made += 1
+                lane = left[index][0]
+                run = Run.of(lane.arm.name, jobs[index][1], result)
+                self.keep(lane, run)
                 if run.error:
                     tqdm.write(f"FAILED: {run.arm} at {run.lr:g}: {run.error}")
                 if time.monotonic() > until:
                     results.close()
-                    return False
+                    break
         return True

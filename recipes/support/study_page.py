@@ -12,7 +12,7 @@ from typing import Any
 
 from support import marked
 from support.paired import Difference, difference
-from support.provenance import write_text
+from support.provenance import read_json, write_text
 from support.search import Arm, Lane, Point, Run, Study, Task
 from support.tables import Table, percent
 
@@ -73,19 +73,19 @@ def finding_of(lane: Lane, reference: Finding | None) -> Finding | None:
     return Finding(lane.task, lane.arm, point, bool(counts), runs, good_rates(lane, point), apart)
 
 
-def good_rates(lane: Lane, best: Point) -> tuple[float, float, bool, bool]:
-    """The rates next to the best one, without a gap, whose loss with the first seed is nearly as low.
+def good_rates(lane: Lane, best: Point, seed: int = 0) -> tuple[float, float, bool, bool]:
+    """The rates next to the best one, without a gap, whose loss with one seed is nearly as low.
 
     Returns:
         The lowest and the highest, and whether a worse rate was tried below and above.
     """
-    tried = sorted(lr for lr, steps in lane.table if steps == best[1] and 0 in lane.table[lr, steps])
-    limit = (1 + GOOD) * lane.table[best][0].loss
+    tried = sorted(lr for lr, steps in lane.table if steps == best[1] and seed in lane.table[lr, steps])
+    limit = (1 + GOOD) * lane.table[best][seed].loss
     place = tried.index(best[0])
     low = high = place
-    while low > 0 and lane.table[tried[low - 1], best[1]][0].loss <= limit:
+    while low > 0 and lane.table[tried[low - 1], best[1]][seed].loss <= limit:
         low -= 1
-    while high < len(tried) - 1 and lane.table[tried[high + 1], best[1]][0].loss <= limit:
+    while high < len(tried) - 1 and lane.table[tried[high + 1], best[1]][seed].loss <= limit:
         high += 1
     return tried[low], tried[high], low > 0, high < len(tried) - 1
 
@@ -104,7 +104,14 @@ def task_table(task: Task, mine: Sequence[Finding]) -> str:
             [run.seconds for run in each.runs], [run.seconds for run in reference.runs] if reference else []
         )
         rate = f"{each.point[0]:g}{'' if each.inside else ' (edge)'}"
-        row = [each.arm.label, f"{each.loss:.4f}{spread}", percent(each.accuracy), shown(each.apart), verdict(each), rate]
+        row = [
+            each.arm.label,
+            f"{each.loss:.4f}{spread}",
+            percent(each.accuracy),
+            shown(each.apart),
+            verdict(each),
+            rate,
+        ]
         row += [str(each.point[1])] if len(task.steps) > 1 else []
         rows.append([*row, good(each), seconds, str(len(losses))])
     columns = ["arm", "loss", "accuracy", "less LoRA's", "", "rate", "good rates", "time", "seeds"]
@@ -209,6 +216,62 @@ def answer(found: Mapping[tuple[str, str], Finding], held_out: str) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
+def sentence(found: Mapping[tuple[str, str], Finding], held_out: str) -> str:
+    """The answer in one plain sentence, for who has just seen one run of each of two methods."""
+    tasks = {finding.task.name for finding in found.values() if finding.apart is not None} - {held_out}
+    over = {
+        name for (_, name), finding in found.items() if finding.arm.method.startswith("lora-over") and finding.apart
+    }
+    gains = [
+        name
+        for name in sorted(over)
+        if sum(_verdict_on(found, task, name) == "better" for task in tasks) >= TASKS_OF_A_GAIN
+    ]
+    if not over:
+        return ""
+    arms = {finding.arm.name: finding.arm for finding in found.values()}
+    what = f"{_names(arms, gains)} beat LoRA" if gains else f"none of {len(over)} variants of LoRA-Over beat LoRA"
+    return (
+        f"at rates tuned for each, over several seeds and {len(tasks)} small tasks, {what} beyond noise (docs/study.md)"
+    )
+
+
+def _verdict_on(found: Mapping[tuple[str, str], Finding], task: str, name: str) -> str:
+    finding = found.get((task, name))
+    return verdict(finding) if finding is not None else ""
+
+
+#: The arms that the README shows.
+README_ARMS = ("lora", "svd", "mpo-10", "mpo-r", "mpo-10-matched", "lora+", "lora-rite")
+
+
+def readme_table(found: Mapping[tuple[str, str], Finding], tasks: Sequence[Task]) -> str:
+    """For a few arms the loss at their best rate, by task; what is lower than LoRA's by two standard errors is bold."""
+    shown_tasks = [task for task in tasks if any(name == task.name and each.apart for (name, _), each in found.items())]
+    arms = {finding.arm.name: finding.arm for finding in found.values()}
+    rows = []
+    for name in (name for name in README_ARMS if name in arms):
+        cells = []
+        for task in shown_tasks:
+            finding = found.get((task.name, name))
+            if finding is None or len(finding.runs) < 2:
+                cells.append("–")
+                continue
+            spread = stdev(run.loss for run in finding.runs)
+            text = f"{finding.loss:.3f} ± {spread:.3f}"
+            cells.append(f"{f'**{text}**' if verdict(finding) == 'better' else text} ({finding.point[0]:.2g})")
+        rows.append((arms[name].label, *cells))
+    counts = {
+        len(finding.runs) for (task, name), finding in found.items() if name in README_ARMS and len(finding.runs) > 1
+    }
+    seeds = " to ".join(map(str, sorted({min(counts), max(counts)}))) if counts else "no"
+    caption = (
+        f"Loss of an answer's token on held-out examples, in nats: mean ± standard deviation over {seeds} seeds, and the rate; "
+        "bold: lower than LoRA's by two standard errors."
+    )
+    return Table("", ("", *(task.label for task in shown_tasks)), rows, caption).markdown() if rows else "Not run yet."
+
+
 def _names(arms: Mapping[str, Arm], names: Iterable[str]) -> str:
     return ", ".join(arms[name].label for name in names)
 
@@ -290,6 +353,8 @@ def dot_grid(study: Study, path: Path, figures: Any) -> None:
 
     tasks = list({lane.task.name: lane.task for lane in study.lanes if lane.table}.values())
     arms = list({lane.arm.name: lane.arm for lane in study.lanes if lane.table}.values())
+    if not tasks:
+        return
     figure = figures.Figure(figsize=(3.1 * len(tasks) + 2.6, 0.27 * len(arms) + 1.6), layout="constrained")
     axes = figure.subplots(1, len(tasks), squeeze=False, sharey=True)[0]
     points = None
@@ -361,6 +426,57 @@ def _save(figure: Any, path: Path) -> None:
     figure.savefig(path, format="png", dpi=130, metadata={"Software": None})
 
 
+# -- single steps -------------------------------------------------------------------------------------------------------
+
+
+def step_table(rows: Sequence[dict[str, Any]]) -> str:
+    """For each arm: direction and length of its steps over the course of training, and how even the product's spectrum is."""
+    cells = []
+    for row in rows:
+        cosines, lengths, values = row["cosines"], row["lengths"], row["singular_values"]
+        tenth = max(1, len(cosines) // 10)
+        shares = [
+            f"{mean(part[span]):.2f}" for part in (cosines, lengths) for span in (slice(tenth), slice(-tenth, None))
+        ]
+        weights = [value**2 / sum(each**2 for each in values) for value in values]
+        effective = 1 / sum(weight**2 for weight in weights)
+        cells.append((row["label"], f"{row['lr']:g}", *shares, f"{effective:.2f}"))
+    columns = (
+        "arm",
+        "rate",
+        "cosine, first tenth",
+        "last tenth",
+        "length, first tenth",
+        "last tenth",
+        "directions of BA",
+    )
+    return Table("", columns, cells).markdown() if cells else "Not run yet."
+
+
+def draw_steps(rows: Sequence[dict[str, Any]], path: Path, figures: Any) -> None:
+    """Cosine and length by step, and the singular values at the end."""
+    if not rows:
+        return
+    figure = figures.Figure(figsize=(11, 3.4), layout="constrained")
+    axes = figure.subplots(1, 3)
+    for index, row in enumerate(rows):
+        style = {"color": f"C{index}", "label": row["label"], "lw": 1.3}
+        axes[0].plot(range(1, len(row["cosines"]) + 1), row["cosines"], **style)
+        axes[1].plot(range(1, len(row["lengths"]) + 1), row["lengths"], **style)
+        axes[2].plot(range(1, len(row["singular_values"]) + 1), row["singular_values"], marker="o", ms=3, **style)
+    axes[0].set_title("Cosine with plain AdamW's step", fontsize=9)
+    axes[1].set_title("Length, in parts of plain AdamW's", fontsize=9)
+    axes[2].set_title("Singular values of BA, largest at 1", fontsize=9)
+    for axis, label in zip(axes, ("step", "step", "number"), strict=True):
+        axis.set_xlabel(label, fontsize=8)
+        axis.grid(alpha=0.3)
+        axis.tick_params(labelsize=7)
+    axes[1].set_yscale("log")
+    axes[2].set_yscale("log")
+    axes[0].legend(fontsize=6)
+    _save(figure, path)
+
+
 # -- the page ---------------------------------------------------------------------------------------------------------
 
 
@@ -380,6 +496,7 @@ def sections(study: Study, tasks: Sequence[Task], held_out: str) -> dict[str, st
         "frames": pairs(found, tasks, FRAMES),
         "choices": pairs(found, tasks, CHOICES),
         "decay": pairs(found, tasks, DECAY),
+        "steps": step_table(watched(study)),
         "provenance": provenance(study),
     }
 
@@ -391,11 +508,34 @@ def filled(page: str, made: Mapping[str, str], path: Path) -> str:
     return page
 
 
-def write(study: Study, tasks: Sequence[Task], held_out: str, path: Path) -> None:
-    """Write the page's generated parts and its figures, which lie beside it in ``figures``."""
+def write(study: Study, tasks: Sequence[Task], held_out: str, path: Path, readme: Path) -> None:
+    """Write the generated parts of the page and of the README, the page's figures, which lie beside it in ``figures``, and the
+    sentence that recipes end with, which lies beside the runs."""
     import matplotlib.figure as figures
 
-    page = filled(path.read_text(encoding="utf-8"), sections(study, tasks, held_out), path)
+    found = findings(study)
+    pages = {path: sections(study, tasks, held_out), readme: readme_sections(study, tasks, held_out)}
+    texts = {each: filled(each.read_text(encoding="utf-8"), made, each) for each, made in pages.items()}
     dot_grid(study, path.parent / "figures" / "study-rates.png", figures)
-    forest(findings(study), tasks, path.parent / "figures" / "study-differences.png", figures)
-    write_text(path, page)
+    forest(found, tasks, path.parent / "figures" / "study-differences.png", figures)
+    draw_steps(watched(study), path.parent / "figures" / "study-steps.png", figures)
+    for each, text in texts.items():
+        write_text(each, text)
+    write_text(study.folder / ANSWER, sentence(found, held_out) + "\n")
+
+
+#: The file with the study's answer in a sentence, and the one with what was seen of single steps.
+ANSWER, STEPS = "answer.txt", "steps.json"
+
+
+def watched(study: Study) -> list[dict[str, Any]]:
+    """What ``study.py steps`` has seen; empty where it was not run."""
+    path = study.folder / STEPS
+    rows: list[dict[str, Any]] = read_json(path)["rows"] if path.exists() else []
+    return rows
+
+
+def readme_sections(study: Study, tasks: Sequence[Task], held_out: str) -> dict[str, str]:
+    """The generated text of the README's mark."""
+    found = findings(study)
+    return {"readme": f"{answer(found, held_out)}\n\n{readme_table(found, tasks)}\n{provenance(study)}"}

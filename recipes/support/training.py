@@ -152,8 +152,15 @@ class Training:
         return trainer.state
 
 
-def train(model: Any, method: Method, training: Training) -> dict[str, Any]:
-    """Train ``model`` in place with ``method``, and tell what happened: ``metrics``, ``curve``, ``plan`` and ``matrices``."""
+def train(model: Any, method: Method, training: Training, watching: Sequence[Any] = ()) -> dict[str, Any]:
+    """Train ``model`` in place with ``method``, and tell what happened: ``metrics``, ``curve``, ``plan`` and ``matrices``.
+
+    Args:
+        model: as ``attach`` has made it.
+        method: what to train it with.
+        training: the examples and the settings.
+        watching: callbacks of the Trainer that look on.
+    """
     config = training.config
     scores = None
     if method.over is not None and method.over.choice == "predefined":
@@ -186,10 +193,13 @@ def train(model: Any, method: Method, training: Training) -> dict[str, Any]:
             overs.append(LoraOver(model, optimizer, factorization, scheduler, **choices))
         return optimizer
 
-    callbacks = callbacks_of(model, method, training)
+    callbacks = [*callbacks_of(model, method, training), *watching]
     if settings is not None and (ranks.sharded() or config.shard):
         # the optimizer's files have no cores under FSDP, and this rank's alone where they are dealt out
         callbacks.append(LoraOverCallback())
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
     state = training.run(model, make, callbacks, config.stop_after)
     over = overs[0] if overs else None
@@ -201,6 +211,7 @@ def train(model: Any, method: Method, training: Training) -> dict[str, Any]:
             "steps": state.global_step,
             "tokens": int(state.num_input_tokens_seen),
             "training_seconds": time.perf_counter() - start,
+            "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
             "lora_parameters": trainable,
             "trained_parameters": beside + over.trained_parameters if over else trainable,
         },

@@ -8,6 +8,8 @@ family of methods in every recipe.
 from __future__ import annotations
 
 import dataclasses
+import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -312,6 +314,16 @@ def predefined(run: Trained) -> None:
     assert not (run.folder / "ablation").exists()
 
 
+def drawn(run: Trained) -> None:
+    """From step 0, as many matrices of each group as ``--top-n``, and those that the seed draws."""
+    over(run)
+    config = run.result["config"]
+    chosen = {matrix["name"] for matrix in run.result["matrices"] if matrix["expanded_at"] == 0}
+    groups = Counter(re.sub(r"\d+", "*", matrix["name"]) for matrix in run.result["matrices"])
+    assert len(chosen) == sum(min(config["top_n"], size) for size in groups.values())
+    assert all(matrix["expanded_at"] in (None, 0) for matrix in run.result["matrices"])
+
+
 def tensor_train(run: Trained) -> None:
     adapters = find_adapters(run.model, TTLoraLinear).values()
     assert {adapter.rank for adapter in adapters} == {run.result["config"]["rank"]}
@@ -372,6 +384,7 @@ SIGNATURES: dict[str, Any] = {
     "opf": whole_weights,
     "deep-lora": three_factors,
     "lora-over-mpo-p": predefined,
+    "lora-over-mpo-random": drawn,
 }
 
 
@@ -489,6 +502,32 @@ def test_riemannian_gradients_are_preconditioned_by_the_other_factor(models: dic
     for (a, b), (grad_a, grad_b) in zip(pairs, expected, strict=True):
         torch.testing.assert_close(a.grad, grad_a)
         torch.testing.assert_close(b.grad, grad_b)
+
+
+def test_muon_moves_a_matrix_alike_in_all_its_singular_directions(models: dict[str, Path]) -> None:
+    """And as far as AdamW would: the root mean square of a step is 0.2 times the rate, as ``match_rms_adamw`` says."""
+    model, optimizer = pair_model(models, "muon", lr=1e-2)
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    steps_of(model, optimizer, 1)
+    for name, p in model.named_parameters():
+        if name in before:
+            step = p.detach() - before[name]
+            values = torch.linalg.svdvals(step)
+            assert values.min() > 0.5 * values.max(), name
+            assert float(step.square().mean().sqrt()) == pytest.approx(0.2 * 1e-2, rel=0.35)
+
+
+def test_other_seeds_draw_other_matrices(tmp_path: Path) -> None:
+    chosen = []
+    for seed in (0, 1, 0):
+        config = dataclasses.replace(
+            llama31_gsm8k.PRESETS["laptop"], **FEW | {"max_steps": 1, "seed": seed, "lr": 1e-3}
+        )
+        config = dataclasses.replace(config, method="lora-over-mpo-random", top_n=1)
+        result = running.run(llama31_gsm8k.RECIPE, config, tmp_path / f"{len(chosen)}", quiet=True)
+        chosen.append({matrix["name"] for matrix in result["matrices"] if matrix["expanded_at"] == 0})
+    assert chosen[0] == chosen[2]
+    assert chosen[0] != chosen[1]
 
 
 def test_op_lora_starts_as_lora_and_differentiates_through_its_mlp(models: dict[str, Path]) -> None:

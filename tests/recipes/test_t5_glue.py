@@ -383,8 +383,8 @@ def test_padding_changes_no_choice(encoder: str) -> None:
 @pytest.mark.parametrize(
     ("method", "reason"),
     [
-        ("tt-lora", "trains nothing but its own factors"),
-        ("lora-rite", "trains nothing but its own factors"),
+        ("tt-lora", "trains nothing but its own matrices"),
+        ("lora-rite", "trains nothing but its own matrices"),
         ("pissa", "changes the base model"),
         ("lora-ga", "changes the base model"),
     ],
