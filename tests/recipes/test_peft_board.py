@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -307,6 +309,25 @@ def test_what_cannot_work_is_one_line(
     assert (stopped.value.code, said.count("\n")) == (2, 1)
     assert message in said
     assert not (tmp_path / "runs").exists()
+
+
+def test_what_the_hub_knows_is_written_down_and_its_silence_ends_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """get_base_model_info and log_results in utils.py: commit and ISO date, or null."""
+
+    class Hub:
+        def model_info(self, place: str) -> Any:
+            return SimpleNamespace(sha="abc", created_at=datetime(2024, 9, 18, 15, 23, 48, tzinfo=UTC))
+
+        def dataset_info(self, place: str) -> Any:
+            raise RuntimeError("nobody answers")
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    assert record.hub_info("owner/model", "model") == {"sha": "abc", "created_at": "2024-09-18T15:23:48+00:00"}
+    silent = {"sha": None, "created_at": None}
+    assert record.hub_info("owner/data", "dataset") == silent
+    assert record.hub_info(str(tmp_path), "model") == record.hub_info("embedded", "model") == silent
 
 
 def test_a_released_package_has_no_commit() -> None:

@@ -56,9 +56,10 @@ def _metamath(answer: str) -> str:
 def problems(place: str, split: str, size: int | None = None) -> list[Row]:
     """Problems of GSM8K with ``question`` and ``answer``: the first ``size`` of a split; None for all."""
     if place == EMBEDDED:
-        return list(generate("composed", split, size or 500))
+        return [*generate("composed", split, size or 500)]
     if file := local_file(place, split):
-        return list(read_problems(file))[:size]
+        known: Sequence[Row] = read_problems(file)
+        return [*known[:size]]
     if Path(place).expanduser().exists():
         raise ValueError(f"--test-data is {place}, which has no {split}.jsonl with question, answer")
     return list(load_hub("test-data", place, "main", split=split))[:size]

@@ -48,17 +48,17 @@ def package_info() -> dict[str, str | None]:
 
 def hub_info(place: str, kind: str) -> dict[str, str | None]:
     """Commit and age of a ``model`` or ``dataset`` on the hub; None of both for what is elsewhere, or cannot be asked for."""
-    if is_hub_id(place) and not Path(place).expanduser().exists():
-        from httpx import HTTPError  # what the hub's client raises
-        from huggingface_hub import HfApi
+    unknown: dict[str, str | None] = {"sha": None, "created_at": None}
+    if not is_hub_id(place) or Path(place).expanduser().exists():
+        return unknown
+    from huggingface_hub import HfApi
 
-        ask = {"model": HfApi().model_info, "dataset": HfApi().dataset_info}[kind]
-        try:
-            known: Any = ask(place)
-            return {"sha": known.sha, "created_at": known.created_at.isoformat()}
-        except (OSError, HTTPError):
-            pass
-    return {"sha": None, "created_at": None}
+    api: Any = HfApi()
+    try:
+        known = api.model_info(place) if kind == "model" else api.dataset_info(place)
+    except Exception:  # whatever the client raises: a run is not given up for this
+        return unknown
+    return {"sha": known.sha, "created_at": known.created_at.isoformat()}
 
 
 def meta_info(model: str, metamath: str, gsm8k: str) -> dict[str, Any]:
