@@ -163,7 +163,10 @@ PAIRS = [
 FEW: dict[str, Any] = {"train_size": 2, "batch": 2, "micro_batch": 1, "max_steps": 6, "every": 2, "save_every": 100}
 FEW |= {"eval_size": 2, "max_new_tokens": 4}
 #: Rates at which so few steps show that a method learns.
-RATES = dict.fromkeys(("full", "opf", "lora+", "op-lora", "pissa", "olora", "lora-rite"), 1e-3) | {"adalora": 5e-2}
+RATES = dict.fromkeys(("full", "opf", "lora+", "op-lora", "pissa", "olora", "lora-rite"), 1e-3) | {
+    "adalora": 5e-2,
+    "lora-ga": 3e-3,
+}
 
 
 def test_the_families_are_all_methods() -> None:
