@@ -569,16 +569,17 @@ class Step:
         return group
 
     def _watched(self, by_group: Mapping[int, Sequence[Piece]]) -> list[tuple[Piece, Tensor]]:
-        """One piece of each group that must move in this step, and a copy of it."""
+        """One piece of each group that must move in this step, and a copy of it. A piece whose step is lost to rounding need not
+        move: half of rate times gradient must change it already, upwards or downwards."""
         watched: list[tuple[Piece, Tensor]] = []
         for index, pieces in by_group.items():
             rate = self.optimizer.param_groups[index].get("lr")
-            if rate is not None and float(rate) == 0.0:
-                continue
-            moving = (p for p in pieces if p.parameter.grad is not None and bool(p.parameter.grad.any()))
-            piece = next(moving, None)
-            if piece is not None:
-                watched.append((piece, piece.parameter.detach().clone()))
+            half = 0.5 if rate is None else 0.5 * float(rate) * self.rates.ratio
+            for piece in pieces:
+                before, grad = piece.parameter.detach(), piece.parameter.grad
+                if grad is not None and not torch.equal(before.add(grad, alpha=half), before):
+                    watched.append((piece, before.clone()))
+                    break
         return watched
 
     def _lend(self, loan: _Loan) -> None:
