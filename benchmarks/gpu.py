@@ -45,7 +45,7 @@ LIMIT = 580
 #: end of what a step prints that is kept, in characters
 KEPT = 20_000
 #: folders and files whose content decides whether a result is of this code
-CODE = ("tnadapt", "benchmarks", "recipes", "tests/cuda", "tests/trust/test_pairwise.py")
+CODE = ("tnadapt", "benchmarks", "recipes", "tests/on_cuda", "tests/engine/models.py", "tests/trust/test_pairwise.py")
 #: modules that the steps import
 NEEDED = (
     "torch",
@@ -84,7 +84,7 @@ class Step:
 
 
 STEPS = {
-    "tests": Step(["-m", "pytest", "-rs", "tests/cuda"], 200),
+    "tests": Step(["-m", "pytest", "-rs", "tests/on_cuda"], 200),
     "pairs": Step(["-m", "pytest", "-rs", "tests/trust/test_pairwise.py"], 200),
     "t5": Step(
         ["benchmarks/step_overhead.py", "--case", "t5-gpu", "--case", "t5-gpu-short", "--repeats", "31", "--within", "180"], 420
