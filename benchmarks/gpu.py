@@ -11,7 +11,7 @@ has such a file, of this code and this device, is not run again, so that the sam
 benchmarks/results/gpu count too. What fails is run again the next time.
 
 Taken is the Python that runs this script, if its torch sees a GPU; otherwise a virtual environment is made of the wheels that `make
-gpu-wheels` has downloaded. Packages that this Python lacks come from the wheels, too.
+gpu-wheels` has downloaded. Packages that this Python lacks, or has in an older version, come from the wheels, too, into build/gpu-site.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ def completed(python: str, wheels: Path) -> dict[str, str]:
     missing = lacking(python, sorted(wheels.glob("*.whl"))) if wheels.is_dir() else []
     if missing:
         install(python, missing, site)
-    paths = [str(ROOT), *([str(site)] if missing else []), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [str(ROOT), *([str(site)] if site.is_dir() else []), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
     script = f"import importlib.util as u; print(*[n for n in {NEEDED!r} if u.find_spec(n) is None])"
     done = subprocess.run([python, "-c", script], capture_output=True, text=True, check=True, env=environment)

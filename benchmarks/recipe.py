@@ -190,7 +190,7 @@ def measured(method: str, device: str, quick: bool, work: Path) -> dict[str, Any
         "size": vars(size),
         "parameters": sum(p.numel() for p in base.parameters() if not p.requires_grad),
         "trained_parameters": metrics["trained_parameters"],
-        "rounds": sorted({row["step"] for row in result["matrices"] if row.get("step")}),
+        "rounds": sorted({row["expanded_at"] for row in result["matrices"] if row["expanded_at"] is not None}),
         "resumed_at": size.save,
         "training": {
             "steps": size.steps - size.save,

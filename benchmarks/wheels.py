@@ -79,12 +79,28 @@ def download(
 # -- where there is none ----------------------------------------------------------------------------------------------
 
 
+_DISTRIBUTIONS = """
+import importlib.metadata, json
+print(json.dumps([(each.metadata["Name"], each.version) for each in importlib.metadata.distributions()]))
+"""
+
+
+def numbers(version: str) -> tuple[int, ...]:
+    """The numbers of a release, to be compared."""
+    release = re.match(r"\d+(\.\d+)*", version)
+    return tuple(map(int, release.group().split("."))) if release else ()
+
+
 def lacking(python: str, wheels: Iterable[Path]) -> list[Path]:
-    """The wheels whose distributions `python` has not; never torch, of which only the machine knows which fits its driver."""
-    script = "import importlib.metadata as m, json; print(json.dumps([d.metadata['Name'] for d in m.distributions()]))"
-    done = subprocess.run([python, "-c", script], capture_output=True, text=True, check=True)
-    present = {normalized(name) for name in json.loads(done.stdout) if name}
-    return [wheel for wheel in wheels if name_of(wheel) not in present and not TORCH.fullmatch(name_of(wheel))]
+    """The wheels whose distributions `python` has not, or older ones; never torch, of which only the machine knows which fits its
+    driver."""
+    done = subprocess.run([python, "-c", _DISTRIBUTIONS], capture_output=True, text=True, check=True)
+    present = {normalized(name): numbers(version) for name, version in json.loads(done.stdout) if name}
+    return [
+        wheel
+        for wheel in wheels
+        if not TORCH.fullmatch(name_of(wheel)) and present.get(name_of(wheel), ()) < numbers(wheel.name.split("-")[1])
+    ]
 
 
 def install(python: str, wheels: Sequence[Path], folder: Path) -> None:
