@@ -167,7 +167,7 @@ def completed(python: str, wheels: Path) -> dict[str, str]:
         SystemExit: something is missing there too.
     """
     site = BUILD / "gpu-site"
-    missing = lacking(python, sorted(wheels.glob("*.whl"))) if wheels.is_dir() else []
+    missing = lacking(python, sorted(wheels.glob("*.whl")), site) if wheels.is_dir() else []
     if missing:
         install(python, missing, site)
     paths = [str(ROOT), *([str(site)] if site.is_dir() else []), *filter(None, [os.environ.get("PYTHONPATH")])]

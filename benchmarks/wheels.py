@@ -91,11 +91,13 @@ def numbers(version: str) -> tuple[int, ...]:
     return tuple(map(int, release.group().split("."))) if release else ()
 
 
-def lacking(python: str, wheels: Iterable[Path]) -> list[Path]:
-    """The wheels whose distributions `python` has not, or older ones; never torch, of which only the machine knows which fits its
-    driver."""
-    done = subprocess.run([python, "-c", _DISTRIBUTIONS], capture_output=True, text=True, check=True)
-    present = {normalized(name): numbers(version) for name, version in json.loads(done.stdout) if name}
+def lacking(python: str, wheels: Iterable[Path], site: Path) -> list[Path]:
+    """The wheels whose distributions `python` has not, or older ones, also with those in `site`; never torch, of which only the
+    machine knows which fits its driver."""
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+    done = subprocess.run([python, "-c", _DISTRIBUTIONS], capture_output=True, text=True, check=True, env=environment)
+    # of several versions the first is imported
+    present = {normalized(name): numbers(version) for name, version in reversed(json.loads(done.stdout)) if name}
     return [
         wheel
         for wheel in wheels

@@ -171,7 +171,7 @@ def test_step_overhead_of_a_llama_that_computes_activations_again(load, monkeypa
     assert trained["mpo-r"] == trained["paper's way"] > trained["plain"]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the preset is refused where there is no GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="benchmarks of a GPU are refused where there is none")
 def test_benchmarks_for_a_gpu_say_in_one_line_that_there_is_none(load, monkeypatch):
     pytest.importorskip("peft")
     script = load("step_overhead")

@@ -170,16 +170,18 @@ def test_what_a_python_lacks_or_has_older_is_installed_beside_it_and_torch_never
     wheels = load("wheels")
     files = [wheel(tmp_path, name) for name in ("nowhere_else", "pytest", "torch", "nvidia_cublas_cu12", "triton")]
     files.append(wheel(tmp_path, "hypothesis", "9999.0"))
-    found = wheels.lacking(sys.executable, files)
+    site = tmp_path / "site"
+    found = wheels.lacking(sys.executable, files, site)
     assert found.pop().name == "hypothesis-9999.0-py3-none-any.whl"
     assert [file.name for file in found] == ["nowhere_else-1.0-py3-none-any.whl"]
-    wheels.install(sys.executable, found, tmp_path / "site")
+    wheels.install(sys.executable, found, site)
+    assert wheels.lacking(sys.executable, found, site) == []
     script = "import nowhere_else, sys; print(nowhere_else.here)"
     done = subprocess.run(
         [sys.executable, "-c", script],
         capture_output=True,
         text=True,
-        env={"PYTHONPATH": str(tmp_path / "site")},
+        env={"PYTHONPATH": str(site)},
         check=True,
     )
     assert done.stdout == "True\n"

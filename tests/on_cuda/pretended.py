@@ -151,9 +151,10 @@ def _line() -> str:
 
 
 class _Event:
-    """Everything is done at once here."""
+    """Everything is done at once here. A stream is known by its device."""
 
-    def record(self, *_: Any) -> None: ...
+    def record(self, stream: torch.device) -> None:
+        assert stream == DEVICE, "the event is on another device than what it tells of"
 
     def synchronize(self) -> None: ...
 
@@ -165,6 +166,8 @@ def a_gpu() -> Iterator[Gpu]:
         stack.enter_context(torch.no_grad())  # a graph asks for a stream of the device
         stack.enter_context(mock.patch.object(torch.cuda, "_lazy_init"))
         stack.enter_context(mock.patch.object(torch.cuda, "Event", _Event))
+        # the current device is another one
+        stack.enter_context(mock.patch.object(torch.cuda, "current_stream", lambda device=None: device))
         yield stack.enter_context(Gpu())
 
 
