@@ -98,7 +98,8 @@ def test_passes_and_steps_on_two_streams_train_as_on_one(device: str) -> None:
             optimizer.step()
     module.synchronize()
     assert len(over.expanded) == 4
-    assert largest_difference(values(two), values(one)) == 0
+    # libraries may choose other kernels on another stream
+    assert largest_difference(values(two), values(one)) <= (0 if device == "cpu" else 1e-6)
 
 
 # -- flags that are read one step later -------------------------------------------------------------------------------
