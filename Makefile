@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-all oldest recipes lint docs wheel fuzz ablation mutation clean
+.PHONY: demo test test-all oldest recipes lint docs wheel fuzz ablation mutation gpu gpu-wheels clean
 
 demo: $(VENV)/.recipes
 	$(BIN)/python recipes/llama31_gsm8k.py --method lora lora-over-mpo-r
@@ -52,6 +52,25 @@ ablation: $(VENV)/.recipes
 # The report in docs/mutation.md: how many small faults in the code the tests notice. Takes hours; what is finished is not run again.
 mutation: $(VENV)/.mutation
 	$(BIN)/python tests/mutation/run.py --workers 2
+
+# What needs a GPU: tests, then benchmarks, each step in less than ten minutes; what has a result of this code on this device is
+# not run again. GPU_PYTHON is taken if its torch sees a GPU; else torch comes from the wheels. See docs/gpu.md.
+GPU_PYTHON ?= python3
+GPU_RESULTS ?= benchmarks/results/gpu
+GPU_WHEELS ?= build/gpu-wheels
+GPU_OPTIONS ?=
+
+gpu:
+	@$(GPU_PYTHON) benchmarks/gpu.py --results $(GPU_RESULTS) --wheels $(GPU_WHEELS) $(GPU_OPTIONS)
+
+# To be carried to a machine without a network. GPU_TORCH=torch (or torch==2.8.0, for an older driver) brings torch along.
+GPU_TORCH ?=
+GPU_PYTHON_VERSION ?= 3.12
+GPU_PACKAGES ?= accelerate bitsandbytes hypothesis jaxtyping matplotlib numpy peft pytest rich safetensors scipy tqdm transformers
+
+gpu-wheels:
+	$(PYTHON) benchmarks/wheels.py download $(GPU_WHEELS) --python $(GPU_PYTHON_VERSION) \
+		$(if $(GPU_TORCH),--torch $(GPU_TORCH),) $(GPU_PACKAGES)
 
 # The site, in build/docs; a warning is an error. Its notebooks are executed.
 docs: $(VENV)/.docs

@@ -802,7 +802,8 @@ def _read_later(flags: Sequence[Tensor]) -> tuple[Tensor, torch.cuda.Event | Non
     host = torch.empty((), dtype=torch.bool, pin_memory=True, device="cpu")
     host.copy_(finite, non_blocking=True)
     event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    event.record()
+    # of the device that copies, which need not be the current one
+    event.record(torch.cuda.current_stream(finite.device))
     return host, event
 
 
