@@ -44,16 +44,21 @@ def options_of(recipe: Recipe, preset: str, without: Collection[str] = (), **set
         without: fields that get no option.
         settings: for ``argparse.ArgumentParser``.
     """
-    types = get_type_hints(recipe.config)
-    fields = [
-        (field.name, types[field.name], dataclasses.field(default=field.default, metadata=field.metadata))
-        for field in dataclasses.fields(recipe.config)
-        if field.name not in {*without, "preset"}
-    ]
-    parser = OneLine(dataclasses.make_dataclass("Options", fields), allow_abbrev=False, **settings)
+    parser = options_for(recipe.config, {*without, "preset"}, **settings)
     parser.add_argument("--preset", choices=recipe.presets, help="laptop: small and offline; paper: that of LoRA-Over")
     parser.set_defaults(**dataclasses.asdict(recipe.presets[preset]))
     return parser
+
+
+def options_for(config: type[Config], without: Collection[str], **settings: Any) -> OneLine:
+    """A parser with an option for every field of ``config`` but those ``without``."""
+    types = get_type_hints(config)
+    fields = [
+        (field.name, types[field.name], dataclasses.field(default=field.default, metadata=field.metadata))
+        for field in dataclasses.fields(config)
+        if field.name not in without
+    ]
+    return OneLine(dataclasses.make_dataclass("Options", fields), allow_abbrev=False, **settings)
 
 
 def config_from(recipe: Recipe, options: argparse.Namespace, **changes: Any) -> Any:
@@ -124,8 +129,7 @@ def _run_all(recipe: Recipe, configs: Sequence[Config], options: argparse.Namesp
         pairs = list(group)
         first = pairs[0][0]
         measure = f"{recipe.benchmark.measure}, {title}" if len(recipe.several) > 1 else recipe.benchmark.measure
-        table = committed_table(recipe, first)
-        picture = compare([result for _, result in pairs], options.runs, measure, table, recipe.paper(first))
+        picture = compare([result for _, result in pairs], options.runs, measure, beside(recipe, first))
         print(f"comparison: {picture}")
         for line in closing(recipe, first, [result for _, result in pairs]):
             print(line)
@@ -151,6 +155,14 @@ def closing(recipe: Recipe, config: Config, results: Sequence[Any]) -> list[str]
 
 def _shipped(config: Config) -> bool:
     return all(getattr(config, name) in (EMBEDDED, None) for name in ("model", *config.PLACES))
+
+
+def beside(recipe: Recipe, config: Any) -> Any:
+    """What stands beside results of ``config`` in the table."""
+    from support.results import Beside
+
+    grids = recipe.grids.get(config.preset, {}) if config.model == recipe.presets[config.preset].model else {}
+    return Beside(committed_table(recipe, config), grids, recipe.paper(config), recipe.elsewhere(config))
 
 
 def committed_table(recipe: Recipe, config: Config) -> Any:

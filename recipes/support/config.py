@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -22,6 +22,9 @@ BACKENDS = ("torch", "opt_einsum", "tensorly", "tensornetwork")
 
 #: (rate of the LoRA matrices, rate of the cores; None: the cores take their matrix's), by method
 Rates = Mapping[str, tuple[float, float | None]]
+
+#: the rates of the LoRA matrices that were tried when those of `Rates` were tuned, by method
+Grids = Mapping[str, Sequence[float]]
 
 
 def option(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -71,6 +74,7 @@ class Config:
     quantize: str = option(
         quantized.NONE, "base model in four bits, under an adapter of full precision", quantized.CHOICES
     )
+    stop_after: int = option(0, "end after that many steps of the schedule, evaluate and report; 0: at its end")
     shard: bool = option(
         False, "where several ranks train, deal the cores out over them instead of copying all to each"
     )
@@ -81,10 +85,10 @@ class Config:
     )
     #: Fields that are no part of a run's identity while they have their default: runs from before they came stay valid.
     LATER: ClassVar[tuple[str, ...]] = (
-        *("factorization", "expansion", "backend", "matched", "wrong_answers", "quantize", "shard"),
+        *("factorization", "expansion", "backend", "matched", "wrong_answers", "quantize", "stop_after", "shard"),
     )
     #: The smallest value of whole numbers where that is not 1, and the numbers with decimals that may be 0.
-    LEAST: ClassVar[Mapping[str, int]] = {"order": 2, "max_steps": 0, "seed": 0}
+    LEAST: ClassVar[Mapping[str, int]] = {"order": 2, "max_steps": 0, "stop_after": 0, "seed": 0}
     MAY_BE_ZERO: ClassVar[tuple[str, ...]] = ("weight_decay", "clip", "temperature", "wrong_answers")
     #: Fields that say how answers are scored. They are no part of a run's identity: its answers can be scored later.
     SCORING: ClassVar[tuple[str, ...]] = ()

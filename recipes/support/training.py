@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from support import ranks
@@ -124,10 +124,31 @@ class Training:
             trainer.add_callback(LossBar)
         return trainer
 
-    def run(self, model: Any, make: MakeOptimizer, callbacks: Sequence[Any] = (), name: str = "checkpoints") -> Any:
-        """Train ``model`` in place, from the last complete checkpoint in the folder ``name``; returns the Trainer's state."""
-        trainer = self.trainer(model, make, callbacks, name)
-        trainer.train(resume_from_checkpoint=last_complete_checkpoint(self.work / name))
+    def run(
+        self,
+        model: Any,
+        make: MakeOptimizer,
+        callbacks: Sequence[Any] = (),
+        stop_after: int = 0,
+        name: str = "checkpoints",
+    ) -> Any:
+        """Train ``model`` in place, from the last complete checkpoint in the folder ``name``.
+
+        Args:
+            model: what is trained.
+            make: makes its optimizer.
+            callbacks: for the Trainer.
+            stop_after: steps after which training ends; 0: with its schedule.
+            name: of the folder with the checkpoints.
+
+        Returns:
+            The Trainer's state.
+        """
+        trainer = self.trainer(model, make, [*callbacks, Until(stop_after or self.steps)], name)
+        try:
+            trainer.train(resume_from_checkpoint=last_complete_checkpoint(self.work / name))
+        except Trained:
+            trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
         return trainer.state
 
 
@@ -180,7 +201,7 @@ def train(model: Any, method: Method, training: Training, watching: Sequence[Any
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
-    state = training.run(model, make, callbacks)
+    state = training.run(model, make, callbacks, config.stop_after)
     over = overs[0] if overs else None
     curve = [(entry["step"], entry["loss"]) for entry in state.log_history if "loss" in entry]
     tail = [loss for _, loss in curve[-5:]]
@@ -234,6 +255,28 @@ def scores_of_ablation(model: Any, method: Method, training: Training) -> dict[s
         write_json(file, scores)
         shutil.rmtree(training.work / "ablation", ignore_errors=True)
     return scores
+
+
+class Trained(Exception):
+    """The checkpoint that was read is of the end of training."""
+
+
+class Until(TrainerCallback):
+    """Ends training after a number of steps; the Trainer by itself takes one more where a checkpoint has them all.
+
+    Raises:
+        Trained: everything of such a checkpoint has been read.
+    """
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= self.steps:
+            raise Trained
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop |= state.global_step >= self.steps
 
 
 class LossBar(ProgressCallback):

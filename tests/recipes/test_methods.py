@@ -605,6 +605,58 @@ def test_an_interrupted_run_ends_where_a_whole_one_does(
     assert resumed["curve"] == whole["curve"]
 
 
+def test_a_run_that_is_stopped_early_reports_the_beginning_of_the_whole_one(
+    tmp_path: Path, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one that was interrupted and goes on for less than it was begun for; a finished one stays what it is."""
+    recipe, config = KINDS["llama"], configuration("llama", models["llama"], "lora-over-mpo-r")
+    whole = running.run(recipe, config, tmp_path / "whole", quiet=True)
+    shorter = dataclasses.replace(config, stop_after=3)
+    stopped = running.run(recipe, shorter, tmp_path, quiet=True)
+
+    class Killed(adapters.TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 2:
+                raise KeyboardInterrupt
+
+    real = training.callbacks_of
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "callbacks_of", lambda *a: [*real(*a), Killed()])
+        with pytest.raises(KeyboardInterrupt):
+            running.run(recipe, config, tmp_path, "run", quiet=True)
+    resumed = running.run(recipe, shorter, tmp_path, "run", resume=True, quiet=True)
+    for result in (stopped, resumed):
+        assert (result["status"], result["metrics"]["steps"]) == ("finished", 3)
+        assert result["curve"] == whole["curve"][:3], "the schedule is the whole run's"
+        assert "accuracy" in result["metrics"]
+        assert (Path(result["folder"]) / "report.md").exists()
+        assert (Path(result["folder"]) / "adapter").exists()
+    with pytest.raises(ValueError, match=r"another configuration \(stop_after 3 there, None here\)"):
+        running.run(recipe, config, tmp_path, "run", resume=True, quiet=True)
+
+
+@pytest.mark.parametrize("method", ["adalora", "lora-over-mpo-r"])
+def test_a_run_that_broke_after_training_is_not_trained_further(
+    tmp_path: Path, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    # an epoch is longer than training, so that there are batches that it could go on with
+    recipe, config = KINDS["llama"], configuration("llama", models["llama"], method, train_size=32)
+    whole = running.run(recipe, config, tmp_path / "whole", quiet=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(running, "record_scores", lambda *a: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            running.run(recipe, config, tmp_path, "run", quiet=True)
+    resumed = running.run(recipe, config, tmp_path, "run", resume=True, quiet=True)
+    assert (resumed["curve"], resumed["matrices"]) == (whole["curve"], whole["matrices"])
+    for name in ("steps", "tokens", "trained_parameters", "loss"):
+        assert resumed["metrics"][name] == whole["metrics"][name]
+    first, second = (
+        load_file(Path(run["folder"]) / "adapter" / "adapter_model.safetensors") for run in (whole, resumed)
+    )
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
 def test_adalora_without_its_averages_is_not_resumed(tmp_path: Path, models: dict[str, Path]) -> None:
     config = configuration("llama", models["llama"], "adalora")
     base = LlamaForCausalLM.from_pretrained(models["llama"])
