@@ -236,14 +236,16 @@ class Costs:
             *([("residuals", _bytes(memory.residuals))] if memory.residuals else []),
             ("scratch of a step", _bytes(memory.scratch)),
             *([("refolded matrices being sent", _bytes(memory.messages))] if memory.messages else []),
-            ("less plain LoRA's optimizer state", f"-{_bytes(memory.spared)}"),
-            ("memory of a rank above plain LoRA", _bytes(memory.total)),
+            ("less the optimizer state of the matrices", f"-{_bytes(memory.spared)}"),
+            ("memory of a rank for the cores", _bytes(memory.total)),
             ("beside adapters, gradients and state", _bytes(self.plain_bytes)),
             ("and the frozen model", _bytes(self.base_bytes)),
         ]
         if self.ranks > 1:
-            rows.append(("sent in a step above plain LoRA", f"{sent.added:,} numbers, {_bytes(sent.added_bytes)}"))
-            rows.append(("beside plain LoRA's gradients", f"{sent.plain:,} numbers, {_bytes(sent.plain_bytes)}"))
+            rows.append(("sent in a step for the cores", f"{sent.added:,} numbers, {_bytes(sent.added_bytes)}"))
+            rows.append(
+                ("beside the gradients that are sent anyway", f"{sent.plain:,} numbers, {_bytes(sent.plain_bytes)}")
+            )
         rows.append(("refold and pull back, each step", f"{self.flops:.3g} flops"))
         if self.model_flops is not None:
             rows.append(("of the model's arithmetic", f"{self.ratio:.3%} of {self.model_flops:.3g} flops"))

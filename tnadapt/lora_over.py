@@ -71,8 +71,8 @@ class FoldReport:
     def __str__(self) -> str:
         ratio = self.trained_parameters / max(self.lora_parameters, 1)
         return (
-            f"folded {len(self.folded)} matrices after {self.steps} steps: the model is plain LoRA with "
-            f"{self.lora_parameters:,} parameters; {self.trained_parameters:,} were trained ({ratio:.2f}x)"
+            f"folded {len(self.folded)} matrices after {self.steps} steps: their cores are gone. The "
+            f"matrices have {self.lora_parameters:,} parameters; {self.trained_parameters:,} were trained ({ratio:.2f}x)"
         )
 
 
@@ -153,7 +153,7 @@ class LoraOver:
         others = _find_attached(found, inner)
         if others and not replace:
             raise ValueError(
-                "a LoraOver is attached to these LoRA matrices, or to this optimizer, already; call its fold() or detach() "
+                "a LoraOver is attached to these matrices, or to this optimizer, already; call its fold() or detach() "
                 "before attaching another (LoraOver.of(model) finds it), or pass replace=True; give each of several models an "
                 "optimizer of its own"
             )
@@ -361,12 +361,12 @@ class LoraOver:
         if self.step == self._loaded_step and (self._step is None or self._step.stepped == 0):
             return (
                 f"nothing was trained: the {type(self.optimizer).__name__} that LoraOver is attached to never took a step with "
-                "gradients of LoRA matrices. Step this one (a trainer may have made an optimizer of its own: give it this one, or "
+                "gradients of its matrices. Step this one (a trainer may have made an optimizer of its own: give it this one, or "
                 "use LoraOverCallback)"
             )
         if not self.history:
             return (
-                f"nothing was expanded in {self.step} steps: {self.scheduler.label} chose no matrix, so this was plain LoRA. Its "
+                f"nothing was expanded in {self.step} steps: {self.scheduler.label} chose no matrix, so nothing was trained through cores. Its "
                 "first round must come within the run"
             )
         return None
@@ -548,7 +548,7 @@ def _asked_by_dcp() -> bool:
 
 def _refuse_copy(memo: Any) -> Any:
     raise TypeError(
-        "this optimizer trains matrices through the cores of a LoraOver, and a copy of it would train plain LoRA: copy the model, "
+        "this optimizer trains matrices through the cores of a LoraOver, and a copy of it would train them without cores: copy the model, "
         "make an optimizer of the copy's parameters, attach a LoraOver to both, and load this optimizer's state_dict()"
     )
 

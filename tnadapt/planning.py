@@ -169,7 +169,7 @@ class Plan:
         ]
         ratio = self.trained_parameters / max(self.lora_parameters, 1)
         title = (
-            f"{' and '.join(dict.fromkeys(row.label for row in self.rows))}: {self.lora_parameters:,} LoRA parameters, "
+            f"{' and '.join(dict.fromkeys(row.label for row in self.rows))}: {self.lora_parameters:,} parameters in the matrices, "
             f"{self.trained_parameters:,} trained ({ratio:.2f}x)"
         )
         return "\n".join([title, "", *table, *([""] if self.advice else []), *(f"- {line}" for line in self.advice)])

@@ -81,8 +81,8 @@ class CoreRates:
         base = group.get("max_lr", group.get("initial_lr", at_attachment))
         if not isinstance(base, (int, float, Tensor)) or not float(base) > 0:
             raise ValueError(
-                f"core_lr={self.lr!r} is the rate of the cores at the base rate of the first optimizer group with LoRA "
-                f"matrices, and that is {base!r}: make the optimizer with the rate that its schedule starts from or peaks at"
+                f"core_lr={self.lr!r} is the rate of the cores at the base rate of the first optimizer group that "
+                f"holds matrices, and that is {base!r}: make the optimizer with the rate that its schedule starts from or peaks at"
             )
         self.base = float(base)
 
@@ -706,7 +706,7 @@ class Step:
             ]
             if changed:
                 faults.append(
-                    f"{kind} changed gradients of LoRA matrices inside its step (it clips them, perhaps) after they were pulled "
+                    f"{kind} changed gradients of expanded matrices inside its step (it clips them, perhaps) after they were pulled "
                     "back to the cores, so the cores took the step without that; clip before optimizer.step(), or in a step "
                     "pre-hook, and go on from the last checkpoint"
                 )

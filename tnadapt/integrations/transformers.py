@@ -195,7 +195,7 @@ class LoraOverCallback(TrainerCallback):  # type: ignore[misc]
         if not self.over.history and first is not None and first > state.max_steps > 0:
             warnings.warn(
                 f"nothing will be expanded: {self.over.scheduler.label} has its first round at step {first}, and training has "
-                f"{state.max_steps} steps; this is plain LoRA",
+                f"{state.max_steps} steps; it would train without cores",
                 stacklevel=2,
             )
 
