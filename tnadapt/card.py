@@ -68,7 +68,7 @@ def _section(over: LoraOver, described: dict[str, Any]) -> str:
         [
             "## Trained through tensor networks",
             "",
-            f"While these weights were trained, matrices of them were over-parameterized ({over}) and folded back",
+            f"While these weights were trained, their matrices were over-parameterized ({over}) and folded back",
             "(LoRA-Over, arXiv:2605.16470).",
             "",
             f"Optimizer {described['optimizer']}; {'; '.join(settings)}. {described['steps']} steps. {versions}.",

@@ -12,7 +12,7 @@ __all__ = ["Static"]
 
 
 class Static(Scheduler):
-    """Every matrix, or those named, from step 0.
+    """Expands every matrix, or those that are named, from step 0.
 
     Args:
         which: None for every matrix; a regular expression that is searched for in names (`r"q_proj\\.A$"`); or names.
