@@ -1,9 +1,9 @@
 """One optimizer step of a model with expanded matrices, from top to bottom.
 
     before the optimizer steps (`_prepare`)
-        1. follow the matrices to where they are
-        2. leave alone a step that moves nothing
-        3. unfold anew what somebody else has written
+        1. follow the matrices to their parameters and devices
+        2. stop here if the step moves nothing
+        3. unfold anew the matrices that other code has written
         4. make cores for the matrices that were chosen at the attachment
         5. let the scheduler look, release and choose
         6. pull the gradients back to the cores
@@ -14,10 +14,10 @@
         9. refold: write what the cores fold to into the matrices
        10. where ranks share the cores, send the refolded matrices to the others
 
-Whatever fails in 1 to 6 leaves everything as it was. Cores are in `optimizer.param_groups` only while the optimizer steps, so
-learning-rate schedulers, named parameters, checkpoints and whoever else counts groups see the user's own. Being stepped by
-the user's optimizer itself, in the same step, cores get its algorithm exactly: shared counters, norms over all groups, a
-GradScaler's scale.
+A failure in 1 to 6 leaves everything as it was. Cores are in `optimizer.param_groups` only while the optimizer steps. So
+learning-rate schedulers, named parameters, checkpoints and other code that counts groups see the user's own groups. The user's
+optimizer itself steps the cores, in the same step, so they get its algorithm exactly: shared counters, norms over all groups,
+a GradScaler's scale.
 """
 
 from __future__ import annotations
