@@ -87,7 +87,7 @@ def _weights(file: Path) -> Mapping[str, Tensor]:
     try:
         from safetensors.torch import load_file
     except ImportError as error:
-        raise ImportError(f"reading {file} needs safetensors: pip install 'tnadapt[transformers]'") from error
+        raise ImportError(f"reading {file} needs safetensors: pip install 'tnadapt[safetensors]'") from error
     return load_file(file)
 
 
