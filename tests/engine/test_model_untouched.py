@@ -267,7 +267,7 @@ def test_a_copy_of_the_optimizer_is_refused():
     """It would have no hooks, and train plain LoRA without a word."""
     model, optimizer, over = attached(scheduler=Static())
     train(model, optimizer, range(2))
-    with pytest.raises(TypeError, match=r"a copy of it would train plain LoRA.*attach a LoraOver to both"):
+    with pytest.raises(TypeError, match=r"a copy of it would train them without cores.*attach a LoraOver to both"):
         copy.deepcopy((model, optimizer))
     over.detach()
     copied = copy.deepcopy(optimizer)
