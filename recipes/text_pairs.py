@@ -22,8 +22,9 @@ from support.command_line import main
 from support.config import EMBEDDED
 from support.config import GenerationConfig as Config
 from support.evaluation import prompts
+from support.evaluation.records import read_records
 from support.recipe import Recipe, Record
-from support.records import hold_out, local_file, read_jsonl
+from support.records import hold_out, local_file
 
 COLUMNS = ("prompt", "answer")
 PRESETS = {"laptop": Config()}
@@ -56,7 +57,7 @@ def read_split(place: str, split: str, size: int) -> list[Record]:
         raise ValueError(
             f"--data is {place}: give a folder with train.jsonl and test.jsonl, or a file; hub ids are not read here"
         )
-    return read_jsonl(file, COLUMNS) if file else []
+    return read_records(file, dict.fromkeys(COLUMNS, str)) if file else []
 
 
 def grade(record: Record, output: str) -> tuple[bool, bool]:

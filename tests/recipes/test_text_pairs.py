@@ -57,9 +57,9 @@ def test_the_embedded_problems_are_pairs_too() -> None:
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([{"prompt": "a"}], "line 1: not an object with prompt and answer"),
-        ([*pairs(2), "{broken"], "line 3: not an object"),
-        ([], "has no record to train on"),
+        ([{"prompt": "a"}], "line 1"),
+        ([*pairs(2), "{broken"], "line 3"),
+        ([], "holds no record; every line should be an object with prompt, answer"),
     ],
 )
 def test_broken_data_are_named(tmp_path: Path, rows: list[Any], message: str) -> None:

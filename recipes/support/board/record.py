@@ -49,8 +49,8 @@ def package_info() -> dict[str, str | None]:
 def hub_info(place: str, kind: str) -> dict[str, str | None]:
     """Commit and age of a ``model`` or ``dataset`` on the hub; None of both for what is elsewhere, or cannot be asked for."""
     if is_hub_id(place) and not Path(place).expanduser().exists():
-        from httpx import HTTPError  # what the hub's client raises
         from huggingface_hub import HfApi
+        from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # what its client raises
 
         ask = {"model": HfApi().model_info, "dataset": HfApi().dataset_info}[kind]
         try:
