@@ -52,9 +52,9 @@ def hub_info(place: str, kind: str) -> dict[str, str | None]:
         from huggingface_hub import HfApi
         from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # what its client raises
 
-        ask = {"model": HfApi().model_info, "dataset": HfApi().dataset_info}[kind]
+        asked: dict[str, Any] = {"model": HfApi().model_info, "dataset": HfApi().dataset_info}
         try:
-            known: Any = ask(place)
+            known = asked[kind](place)
             return {"sha": known.sha, "created_at": known.created_at.isoformat()}
         except (OSError, HTTPError):
             pass
