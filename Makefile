@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-all oldest recipes lint docs wheel fuzz ablation mutation gpu gpu-wheels clean
+.PHONY: demo test test-all oldest recipes lint docs wheel fuzz study mutation gpu gpu-wheels clean
 
 demo: $(VENV)/.recipes
 	$(BIN)/python recipes/llama31_gsm8k.py --method lora lora-over-mpo-r
@@ -37,17 +37,10 @@ fuzz: $(VENV)/.dev
 	echo "to draw the same again: make fuzz RUNS=$(RUNS) SEED=$$seed"; \
 	RUNS=$(RUNS) TNADAPT_HYPOTHESIS_PROFILE=all $(BIN)/python -m pytest -n 2 -m hypothesis --hypothesis-seed=$$seed
 
-# The report in docs/ablation: 36 short runs, two at once. What is finished is not run again.
-ABLATION_LRS ?= 5e-3 1e-2 2e-2
-EXPANSION_LRS ?= 5e-3 1e-2 2e-2
-SELECTION_LR ?= 1e-2
-VARY := $(BIN)/python recipes/ablate.py vary --eval-split validation --workers 2 --report docs/ablation
-
-ablation: $(VENV)/.recipes
-	$(VARY) --methods lora-over-mpo --factor method lora --factor factorization svd mpo cp --lrs $(ABLATION_LRS)
-	$(VARY) --methods lora-over-mpo --order 2 --factor factorization tucker --lrs $(ABLATION_LRS)
-	$(VARY) --methods lora-over-mpo --factor expansion 1 2 3 4 5 6 7 --lrs $(EXPANSION_LRS)
-	$(VARY) --methods lora-over-mpo-r --factor top_n 1 2 3 4 --factor split 1 2 3 4 --lrs $(SELECTION_LR)
+# The runs that docs/study.md lacks, and the page. Takes a day; what is finished is not run again. ENCODER and SST2 are folders, see recipes/study.py.
+study: $(VENV)/.recipes
+	$(BIN)/python recipes/study.py run --workers 2 $(if $(ENCODER),--encoder $(ENCODER)) $(if $(SST2),--sst2 $(SST2))
+	$(BIN)/python recipes/study.py report
 
 # The report in docs/mutation.md: how many small faults in the code the tests notice. Takes hours; what is finished is not run again.
 mutation: $(VENV)/.mutation
