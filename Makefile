@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-all oldest recipes lint docs wheel fuzz ablation mutation clean
+.PHONY: demo test test-all oldest recipes lint docs wheel fuzz study mutation gpu gpu-wheels clean
 
 demo: $(VENV)/.recipes
 	$(BIN)/python recipes/llama31_gsm8k.py --method lora lora-over-mpo-r
@@ -37,21 +37,33 @@ fuzz: $(VENV)/.dev
 	echo "to draw the same again: make fuzz RUNS=$(RUNS) SEED=$$seed"; \
 	RUNS=$(RUNS) TNADAPT_HYPOTHESIS_PROFILE=all $(BIN)/python -m pytest -n 2 -m hypothesis --hypothesis-seed=$$seed
 
-# The report in docs/ablation: 36 short runs, two at once. What is finished is not run again.
-ABLATION_LRS ?= 5e-3 1e-2 2e-2
-EXPANSION_LRS ?= 5e-3 1e-2 2e-2
-SELECTION_LR ?= 1e-2
-VARY := $(BIN)/python recipes/ablate.py vary --eval-split validation --workers 2 --report docs/ablation
-
-ablation: $(VENV)/.recipes
-	$(VARY) --methods lora-over-mpo --factor method lora --factor factorization svd mpo cp --lrs $(ABLATION_LRS)
-	$(VARY) --methods lora-over-mpo --order 2 --factor factorization tucker --lrs $(ABLATION_LRS)
-	$(VARY) --methods lora-over-mpo --factor expansion 1 2 3 4 5 6 7 --lrs $(EXPANSION_LRS)
-	$(VARY) --methods lora-over-mpo-r --factor top_n 1 2 3 4 --factor split 1 2 3 4 --lrs $(SELECTION_LR)
+# The runs that docs/study.md lacks, and the page. Takes a day; what is finished is not run again. ENCODER and SST2 are folders, see recipes/study.py.
+study: $(VENV)/.recipes
+	$(BIN)/python recipes/study.py run --workers 2 $(if $(ENCODER),--encoder $(ENCODER)) $(if $(SST2),--sst2 $(SST2))
+	$(BIN)/python recipes/study.py report
 
 # The report in docs/mutation.md: how many small faults in the code the tests notice. Takes hours; what is finished is not run again.
 mutation: $(VENV)/.mutation
 	$(BIN)/python tests/mutation/run.py --workers 2
+
+# What needs a GPU: tests, then benchmarks, each step in less than ten minutes; what has a result of this code on this device is
+# not run again. GPU_PYTHON is taken if its torch sees a GPU; else torch comes from the wheels. See docs/gpu.md.
+GPU_PYTHON ?= python3
+GPU_RESULTS ?= benchmarks/results/gpu
+GPU_WHEELS ?= build/gpu-wheels
+GPU_OPTIONS ?=
+
+gpu:
+	@$(GPU_PYTHON) benchmarks/gpu.py --results $(GPU_RESULTS) --wheels $(GPU_WHEELS) $(GPU_OPTIONS)
+
+# To be carried to a machine without a network. GPU_TORCH=torch (or torch==2.8.0, for an older driver) brings torch along.
+GPU_TORCH ?=
+GPU_PYTHON_VERSION ?= 3.12
+GPU_PACKAGES ?= accelerate bitsandbytes hypothesis jaxtyping matplotlib numpy peft pytest rich safetensors scipy tqdm transformers
+
+gpu-wheels:
+	$(PYTHON) benchmarks/wheels.py download $(GPU_WHEELS) --python $(GPU_PYTHON_VERSION) \
+		$(if $(GPU_TORCH),--torch $(GPU_TORCH),) $(GPU_PACKAGES)
 
 # The site, in build/docs; a warning is an error. Its notebooks are executed.
 docs: $(VENV)/.docs
@@ -96,7 +108,7 @@ $(OLDEST)/.torch-$(OLDEST_TORCH): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(OLDEST)
 	grep -v -e '^torch==' -e '^sympy==' constraints.txt > $(OLDEST)/constraints.txt
 	$(OLDEST)/bin/python -m pip install --disable-pip-version-check --quiet --progress-bar on -c $(OLDEST)/constraints.txt \
-		"torch==$(OLDEST_TORCH).*" -e ".[transformers,all]" hypothesis jaxtyping pytest scipy tqdm
+		"torch==$(OLDEST_TORCH).*" -e ".[transformers,all]" hypothesis jaxtyping pytest scipy sybil tqdm
 	@touch $@
 
 clean:

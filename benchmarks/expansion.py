@@ -29,6 +29,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from devices import DEVICES, require, synchronize
 from provenance import environment, write_json
 from rich.console import Console
 from torch import nn
@@ -95,11 +96,6 @@ def timed_expansions(device: str) -> Iterator[list[float]]:
         yield seconds
 
 
-def synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
 def expand_once(way: str, model: nn.Module, device: str, order: int, per_group: int) -> tuple[float, int]:
     """Seconds of the last expansion, and how many matrices it expanded."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
@@ -137,6 +133,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--device", choices=DEVICES, help="one alone, in place of all that are there")
     parser.add_argument("--quick", action="store_true", help="4 layers, order 4, 1 matrix per group, two repeats")
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
@@ -144,6 +141,9 @@ def main() -> None:
     if arguments.quick:
         arguments.layers, arguments.order, arguments.per_group, arguments.repeats = 4, 4, 1, 2
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    if arguments.device:
+        require(arguments.device, "--device cuda")
+        devices = [arguments.device]
     seconds: dict[tuple[str, str], list[float]] = {(way, device): [] for device in devices for way in WAYS}
     matrices: dict[tuple[str, str], int] = {}
     with tqdm(total=len(seconds) * (arguments.repeats + 1), unit="expansion") as bar:

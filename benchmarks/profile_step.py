@@ -1,13 +1,17 @@
 """Where the time of one optimizer step goes, phase by phase, beside the forward and backward pass.
 
     python benchmarks/profile_step.py                           # T5-Base shape, 3+3 layers, batch 16x64, and the worst case
-    python benchmarks/profile_step.py --case t5-gpu             # the cases of step_overhead.py; the -gpu ones need CUDA
+    python benchmarks/profile_step.py --case t5-gpu             # the cases of step_overhead.py; the -gpu ones need CUDA,
+                                                                # or --device cpu
     python benchmarks/profile_step.py --trace trace.json        # also a trace of one step, for chrome://tracing or Perfetto
-    python benchmarks/profile_step.py --quick                   # a few steps of the worst case, seconds
+    python benchmarks/profile_step.py --quick                   # a few steps of the worst case, seconds; others much smaller
 
 All matrices are expanded. Every phase of the step is timed by a stopwatch that stops while an inner phase runs, so the
 phases add up to the step; on a GPU the device is waited for at both ends of a phase, which a real step never does. Steps
 with and without the stopwatches alternate with plain LoRA's, so that what the watches cost shows. Medians over steps.
+
+Beside it, what one step makes the device do: torch operators, and on a GPU kernels, copies, and the lines at which the host waits
+for the device, of which an ordinary step should have none. Those of the step are counted without the forward and backward pass.
 
 Prints a Markdown table and writes the numbers with their provenance to benchmarks/results/profile_step.json.
 """
@@ -28,9 +32,10 @@ from typing import Any
 from unittest import mock
 
 import torch
+from devices import DEVICES, require, synchronize, traffic
 from provenance import environment, write_json
 from rich.console import Console
-from step_overhead import CASES, Case, Variant, build_base, make_batch, synchronize
+from step_overhead import CASES, Case, Variant, frozen_base, make_batch, on
 from torch import Tensor
 from tqdm import tqdm
 
@@ -111,33 +116,25 @@ def watched(watch: Watch) -> Iterator[None]:
 
 def forward_backward(variant: Variant, batch: dict[str, Tensor]) -> float:
     """Fill the gradients of one step; returns its seconds."""
-    case = variant.case
-    synchronize(case)
+    synchronize(variant.case.device)
     started = time.perf_counter()
-    for start in range(0, case.batch, case.micro):
-        micro = {key: value[start : start + case.micro] for key, value in batch.items()}
-        with torch.autocast(case.device, torch.bfloat16, enabled=case.device == "cuda"):
-            loss = variant.model(**micro).loss
-        (loss * case.micro / case.batch).backward()
-    synchronize(case)
+    variant.forward_backward(batch)
+    synchronize(variant.case.device)
     return time.perf_counter() - started
 
 
 def optimizer_step(variant: Variant) -> float:
-    synchronize(variant.case)
+    synchronize(variant.case.device)
     started = time.perf_counter()
     variant.optimizer.step()
-    synchronize(variant.case)
+    synchronize(variant.case.device)
     seconds = time.perf_counter() - started
     variant.optimizer.zero_grad()
     return seconds
 
 
 def profile(name: str, case: Case, repeats: int, warmup: int, trace: Path | None) -> dict[str, Any]:
-    base, targets, task = build_base(case)
-    base.requires_grad_(False)
-    if case.device == "cuda" and case.batch > 1:
-        base.gradient_checkpointing_enable()
+    base, targets, task = frozen_base(case)
     # T5's loss takes a view of the labels, which must be in one piece for that
     batch = {key: value.contiguous() for key, value in make_batch(case, base.config.vocab_size).items()}
     plain, ours = (Variant(v, case, base, targets, task) for v in ("plain", "mpo"))
@@ -150,7 +147,7 @@ def profile(name: str, case: Case, repeats: int, warmup: int, trace: Path | None
         forward_backward(ours, batch)
         unwatched = optimizer_step(ours)
         forward_backward(ours, batch)
-        watch = Watch(lambda: synchronize(case))
+        watch = Watch(lambda: synchronize(case.device))
         with watched(watch), watch.phase(STEP):
             optimizer_step(ours)
         if k >= warmup:
@@ -163,6 +160,14 @@ def profile(name: str, case: Case, repeats: int, warmup: int, trace: Path | None
         with torch.profiler.profile() as profiler:
             optimizer_step(ours)
         profiler.export_chrome_trace(str(trace))
+    work = {
+        "optimizer.step()": lambda: ours.optimizer.step(),
+        "optimizer.step() of plain LoRA": lambda: plain.optimizer.step(),
+        "forward and backward of plain LoRA": lambda: plain.forward_backward(batch),
+    }
+    for variant in (plain, ours):
+        forward_backward(variant, batch)
+    done = [{"of": what, **vars(traffic(each, case.device))} for what, each in work.items()]
     medians = {label: statistics.median(seconds) for label, seconds in series.items()}
     rows = [{"phase": label, "seconds": statistics.median(p.get(label, 0.0) for p in phases)} for label in ORDER]
     cohorts = len(ours.over._expanded.now.cohorts)
@@ -178,6 +183,7 @@ def profile(name: str, case: Case, repeats: int, warmup: int, trace: Path | None
         "threads": torch.get_num_threads(),
         **{f"{label.replace(' ', '_')}_seconds": seconds for label, seconds in medians.items()},
         "rows": rows,
+        "traffic": done,
     }
 
 
@@ -202,6 +208,17 @@ def markdown(result: dict[str, Any]) -> str:
         f"{result['plain_step_seconds'] / whole:.1%} |",
         f"| forward and backward of plain LoRA | {result['forward_and_backward_seconds'] * 1e3:.2f} | "
         f"{result['forward_and_backward_seconds'] / whole:.1%} |",
+        "",
+        "| in one step | operators | kernels | copies and fills | waits of the host |",
+        "|---|---:|---:|---:|---|",
+    ]
+
+    def shown(value: Any) -> str:
+        return "–" if value is None else str(value) if isinstance(value, int) else ", ".join(value) or "none"
+
+    lines += [
+        f"| {row['of']} | {' | '.join(shown(row[key]) for key in ('operators', 'launches', 'copies', 'waits'))} |"
+        for row in result["traffic"]
     ]
     return "\n".join(lines)
 
@@ -213,7 +230,12 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--trace", type=Path, help="file for a trace of one step of the last case")
-    parser.add_argument("--quick", action="store_true", help="three steps of the worst case")
+    parser.add_argument("--device", choices=DEVICES, help="in place of that of the case")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="three steps of the worst case; of a --case at a few hundredths of its size",
+    )
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -223,9 +245,8 @@ def main() -> None:
     console = Console(soft_wrap=True)
     results = []
     for name in names:
-        case = CASES[name]
-        if case.device == "cuda" and not torch.cuda.is_available():
-            raise SystemExit(f"case {name} needs CUDA, which this machine has not; the -cpu cases run anywhere")
+        case = on(CASES[name], arguments.device, arguments.quick and bool(arguments.case))
+        require(case.device, f"case {name}")
         trace = arguments.trace if name == names[-1] else None
         results.append(profile(name, case, repeats, warmup, trace))
         console.print(f"\n<!-- profile-{name} -->\n{markdown(results[-1])}\n", markup=False, highlight=False)

@@ -35,6 +35,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.nn
+from devices import DEVICES, require, synchronize
 from provenance import environment, read_json, write_json
 from rich.console import Console
 from torch import nn
@@ -163,11 +164,6 @@ class AccumulationPoint:
     def cost(self) -> float:
         """Share of a step's time that LoRA-Over adds."""
         return self.ours.step(self.batch) / self.plain.step(self.batch) - 1.0
-
-
-def synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
 
 
 def interleaved(points: Mapping[int, Any], repeats: int, name: str) -> dict[int, list[float]]:
@@ -389,12 +385,11 @@ def main() -> None:
     parser.add_argument("--factors", nargs="+", choices=list(FACTORS), default=list(FACTORS))
     parser.add_argument("--repeats", type=int, default=31)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--device", choices=DEVICES, default="cpu")
     parser.add_argument("--quick", action="store_true", help="two points per factor, three repeats")
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("--device cuda: this machine has no CUDA; --device cpu runs anywhere")
+    require(arguments.device, "--device cuda")
     torch.set_num_threads(arguments.threads)
     names = [name for name in arguments.factors if not (name in RANKS and arguments.device == "cuda")]
     results = []

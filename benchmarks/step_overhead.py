@@ -5,11 +5,11 @@
     python benchmarks/step_overhead.py --case llama31-cpu       # a sixteenth of Llama 3.1-8B's width: does it run
     python benchmarks/step_overhead.py --case llama31-gpu       # Llama 3.1-8B, attention LoRA, 512 tokens, batch 64
     python benchmarks/step_overhead.py --case llama2-gpu --case t5-gpu --case t5-gpu-short
-    python benchmarks/step_overhead.py --case t5-tiny           # to see it work in seconds
+    python benchmarks/step_overhead.py --case llama31-gpu --device cpu --quick      # to see a case work anywhere, in seconds
 
 Every variant is a copy of one model with random weights that shares the frozen base, so that an 8B model is in memory
 once. A round times one step of each variant, in an order that rotates; a ratio is a variant's time over plain LoRA's of the
-same round, and the table gives the median of the ratios with their quartiles. The `-gpu` cases need CUDA.
+same round, and the table gives the median of the ratios with their quartiles. The `-gpu` cases need CUDA; `--device` puts a case elsewhere.
 
 Variants: plain PEFT LoRA; tnadapt with SVD, MPO, MPO with matched steps, and MPO expanded in rounds (timed after the last one); the paper's way,
 autograd through one contraction per matrix in each forward (torch parametrizations); PEFT's DoRA and AdaLoRA; α-LoRA; TT-LoRA of rank 8,
@@ -37,19 +37,18 @@ import os
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from devices import DEVICES, require, synchronize, watched_memory
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from provenance import environment, write_json
 from rich.console import Console
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, T5Config, T5ForConditionalGeneration
 
@@ -72,7 +71,8 @@ RESULTS = Path(__file__).parent / "results"
 
 @dataclass(frozen=True)
 class Case:
-    """A model shape and a batch. `batch` is the whole batch of a step, in micro-batches of `micro`."""
+    """A model shape and a batch. `batch` is the whole batch of a step, in micro-batches of `micro`; with `recompute`, activations
+    are computed again in the backward pass."""
 
     model: str
     layers: int
@@ -83,17 +83,17 @@ class Case:
     rounds: int
     device: str
     goal: float | None  # times plain LoRA
+    recompute: bool = False
 
 
 CASES = {
     "t5-cpu": Case("t5-base", 3, 16, 16, 64, 16, 3, "cpu", 1.05),
     "t5-cpu-short": Case("t5-base", 2, 1, 1, 32, 16, 2, "cpu", 1.30),
     "llama31-cpu": Case("llama-3.1-8b/16", 4, 4, 4, 64, 10, 4, "cpu", None),
-    "llama31-gpu": Case("llama-3.1-8b", 32, 64, 8, 512, 10, 8, "cuda", 1.02),
-    "llama2-gpu": Case("llama-2-7b", 32, 32, 4, 1024, 9, 8, "cuda", 1.02),
+    "llama31-gpu": Case("llama-3.1-8b", 32, 64, 8, 512, 10, 8, "cuda", 1.02, recompute=True),
+    "llama2-gpu": Case("llama-2-7b", 32, 32, 4, 1024, 9, 8, "cuda", 1.02, recompute=True),
     "t5-gpu": Case("t5-base", 12, 32, 32, 128, 16, 8, "cuda", 1.10),
     "t5-gpu-short": Case("t5-base", 12, 1, 1, 32, 16, 8, "cuda", 1.25),
-    "t5-tiny": Case("t5-base/12", 1, 2, 2, 16, 4, 1, "cpu", None),
 }
 VARIANTS = (
     "plain", "svd", "mpo", "mpo-r", "paper's way", "dora", "adalora",
@@ -104,9 +104,31 @@ BESIDE = {"opf": "full"}
 PERIOD = 20
 ALPHA_GOAL = 1.05
 
+#: rounds of measurements that are made whatever they take
+ROUNDS = 5
+
 T5_LINEARS = ["q", "k", "v", "o", "wi", "wo"]
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 ALL_LLAMA = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
+
+
+def on(case: Case, device: str | None, quick: bool) -> Case:
+    """The case on another device, and with `quick` at a few hundredths of its size."""
+    if quick:
+        model = case.model.partition("/")[0]
+        batch = min(case.batch, 2)
+        case = replace(
+            case,
+            model=f"{model}/{12 if model == 't5-base' else 16}",
+            layers=1,
+            batch=batch,
+            micro=1 if case.micro < case.batch else batch,
+            sequence=16,
+            order=4,
+            rounds=1,
+            goal=None,
+        )
+    return replace(case, device=device or case.device)
 
 
 def build_base(case: Case) -> tuple[PreTrainedModel, list[str], str]:
@@ -135,11 +157,22 @@ def build_base(case: Case) -> tuple[PreTrainedModel, list[str], str]:
         num_attention_heads=32 // (4 if shrink > 1 else 1),
         num_key_value_heads=(8 if llama3 else 32) // (4 if shrink > 1 else 1),
         vocab_size=(128256 if llama3 else 32000) // shrink,
+        tie_word_embeddings=False,
+        use_cache=False,
     )
     dtype = torch.bfloat16 if case.device == "cuda" else torch.float32
     with torch.device(case.device):
-        model = LlamaForCausalLM(config).to(dtype)
+        model = LlamaForCausalLM._from_config(config, dtype=dtype)
     return model, ATTENTION if llama3 else ALL_LLAMA, "CAUSAL_LM"
+
+
+def frozen_base(case: Case) -> tuple[PreTrainedModel, list[str], str]:
+    """As `build_base`, ready to be shared by variants."""
+    base, targets, task = build_base(case)
+    base.requires_grad_(False)
+    if case.recompute:
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+    return base, targets, task
 
 
 def share_base(model: nn.Module) -> Any:
@@ -254,19 +287,23 @@ class Variant:
 
     def step(self, batch: dict[str, Tensor]) -> float:
         """One optimizer step; returns its seconds."""
-        synchronize(self.case)
+        synchronize(self.case.device)
         started = time.perf_counter()
+        self.forward_backward(batch)
+        self.optimizer.step()
+        self.after_step(self.steps)
+        self.optimizer.zero_grad()
+        synchronize(self.case.device)
+        self.steps += 1
+        return time.perf_counter() - started
+
+    def forward_backward(self, batch: dict[str, Tensor]) -> None:
+        """Gradients of all micro-batches of a step."""
         for start in range(0, self.case.batch, self.case.micro):
             micro = {key: value[start : start + self.case.micro] for key, value in batch.items()}
             with torch.autocast(self.case.device, torch.bfloat16, enabled=self.case.device == "cuda"):
                 loss = self.model(**micro).loss
             (loss * self.case.micro / self.case.batch).backward()
-        self.optimizer.step()
-        self.after_step(self.steps)
-        self.optimizer.zero_grad()
-        synchronize(self.case)
-        self.steps += 1
-        return time.perf_counter() - started
 
     def alpha_step(self, batch: dict[str, Tensor]) -> float:
         """One step of α on a micro-batch; returns its seconds, 0 where there is no α."""
@@ -278,16 +315,11 @@ class Variant:
             with torch.autocast(self.case.device, torch.bfloat16, enabled=self.case.device == "cuda"):
                 return self.model(**micro).loss  # type: ignore[no-any-return]
 
-        synchronize(self.case)
+        synchronize(self.case.device)
         started = time.perf_counter()
         self.rescale.step(loss)
-        synchronize(self.case)
+        synchronize(self.case.device)
         return time.perf_counter() - started
-
-
-def synchronize(case: Case) -> None:
-    if case.device == "cuda":
-        torch.cuda.synchronize()
 
 
 def make_batch(case: Case, vocabulary: int) -> dict[str, Tensor]:
@@ -295,14 +327,6 @@ def make_batch(case: Case, vocabulary: int) -> dict[str, Tensor]:
     ids = torch.randint(0, vocabulary, (case.batch, case.sequence), generator=generator).to(case.device)
     labels = ids[:, :8].contiguous() if case.model.startswith("t5-base") else ids
     return {"input_ids": ids, "labels": labels}
-
-
-@dataclass
-class Memory:
-    """Bytes from torch's allocator: what was still there at the end, and the most at any time, above what was there before."""
-
-    kept: int = 0
-    peak: int = 0
 
 
 @dataclass
@@ -315,61 +339,41 @@ class Built:
     alpha_peak: int
 
 
-@contextmanager
-def watched_memory(case: Case) -> Iterator[Memory]:
-    """Fills in what it yields at the end of the block."""
-    memory = Memory()
-    if case.device == "cuda":
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        yield memory
-        memory.kept = torch.cuda.memory_allocated() - before
-        memory.peak = torch.cuda.max_memory_allocated() - before
-        return
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        yield memory
-    changes = [
-        (event.start_ns(), event.nbytes())
-        for event in recorded.profiler.kineto_results.events()
-        if event.name() == "[memory]"
-    ]
-    for _, change in sorted(changes):
-        memory.kept += change
-        memory.peak = max(memory.peak, memory.kept)
-
-
 def build(
-    names: list[str], case: Case, base: PreTrainedModel, targets: list[str], task: str, steps: int
+    names: list[str], case: Case, base: PreTrainedModel, targets: list[str], task: str, warmup: int
 ) -> list[Built]:
-    """The variants after some steps."""
+    """The variants after some steps, and after all rounds where there are such."""
     batch = make_batch(case, base.config.vocab_size)
     built = []
     for name in tqdm(names, desc="build", unit="variant"):
-        with watched_memory(case) as whole:
+        with watched_memory(case.device) as whole:
             variant = Variant(name, case, base, targets, task)
-            for _ in range(steps):
+            for _ in range(max(warmup, case.rounds + 1) if name == "mpo-r" else warmup):
                 variant.step(batch)
                 variant.alpha_step(batch)
-        with watched_memory(case) as step:
+        with watched_memory(case.device) as step:
             variant.step(batch)
-        with watched_memory(case) as alpha_step:
+        with watched_memory(case.device) as alpha_step:
             variant.alpha_step(batch)
         built.append(Built(variant, whole.kept, step.peak, alpha_step.peak))
     return built
 
 
-def run_case(name: str, case: Case, variants: list[str], repeats: int, warmup: int) -> dict[str, Any]:
-    """Time all variants of a case, interleaved."""
-    base, targets, task = build_base(case)
-    base.requires_grad_(False)
-    if case.device == "cuda" and case.batch > 1:
-        base.gradient_checkpointing_enable()
+def run_case(
+    name: str, case: Case, variants: list[str], repeats: int, warmup: int, within: float = float("inf")
+) -> dict[str, Any]:
+    """Time all variants of a case, interleaved. After `within` seconds no round of measurements begins but the first few."""
+    started = time.perf_counter()
+    base, targets, task = frozen_base(case)
     batch = make_batch(case, base.config.vocab_size)
-    built = build(variants, case, base, targets, task, max(warmup, case.rounds + 1))
+    built = build(variants, case, base, targets, task, warmup)
     times: dict[str, list[float]] = {v: [] for v in variants}
     alpha_times: dict[str, list[float]] = {v: [] for v in variants}
     with tqdm(total=repeats * len(built), desc=name, unit="step") as bar:
         for k in range(repeats):
+            if k >= ROUNDS and time.perf_counter() - started > within:
+                repeats = k
+                break
             turn = k % len(built)
             for one in built[turn:] + built[:turn]:
                 times[one.variant.name].append(one.variant.step(batch))
@@ -450,9 +454,16 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS))
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--warmup", type=int, default=3)
+    parser.add_argument(
+        "--within", type=float, default=float("inf"), help="seconds after which a case ends, if five rounds are done"
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--device", choices=DEVICES, help="in place of that of the case")
+    parser.add_argument("--quick", action="store_true", help="cases at a few hundredths of their size, two repeats")
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.repeats, arguments.warmup = 2, 1
     missing = {BESIDE.get(variant, "plain") for variant in arguments.variants} - set(arguments.variants)
     if missing:
         parser.error(f"the variants must include {', '.join(sorted(missing))}, which ratios are relative to")
@@ -460,10 +471,9 @@ def main() -> None:
     warnings.filterwarnings("ignore", message="TaylorRuntime: top_n")
     console = Console()
     for name in arguments.case or ["t5-cpu", "t5-cpu-short"]:
-        case = CASES[name]
-        if case.device == "cuda" and not torch.cuda.is_available():
-            raise SystemExit(f"case {name} needs CUDA, which this machine has not; the -cpu cases run anywhere")
-        result = run_case(name, case, arguments.variants, arguments.repeats, arguments.warmup)
+        case = on(CASES[name], arguments.device, arguments.quick)
+        require(case.device, f"case {name}")
+        result = run_case(name, case, arguments.variants, arguments.repeats, arguments.warmup, arguments.within)
         show(result, console)
         arguments.output.mkdir(parents=True, exist_ok=True)
         file = arguments.output / f"step_overhead-{name}.json"

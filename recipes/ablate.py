@@ -5,10 +5,10 @@ What does the order of the MPO do, what the number of expanded matrices (everyth
     python recipes/ablate.py vary --methods lora-over-mpo-r --factor order 2 4 10 16 --factor top_n 1 2 3 4
 
 What changes with the decomposition and what only with the learning rate: every value at each of the rates, into one
-report that later commands add their factors to::
+report that later commands add their factors to (``study.py`` tunes the rate of each instead, and has seeds)::
 
     python recipes/ablate.py vary --methods lora-over-mpo --factor factorization svd mpo tucker cp --lrs 5e-3 1e-2 \
-        --report docs/ablation
+        --report FOLDER
 
 Which learning rate, for every method on the same grid and on the validation split::
 

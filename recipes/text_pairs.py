@@ -57,7 +57,7 @@ def read_split(place: str, split: str, size: int) -> list[Record]:
         raise ValueError(
             f"--data is {place}: give a folder with train.jsonl and test.jsonl, or a file; hub ids are not read here"
         )
-    return list(read_records(file, COLUMNS)) if file else []
+    return read_records(file, COLUMNS) if file else []
 
 
 def grade(record: Record, output: str) -> tuple[bool, bool]:

@@ -119,6 +119,8 @@ def test_profile_step(load, monkeypatch, tmp_path, capsys):
     # every phase is there still, under its name in the engine
     assert [row["phase"] for row in case["rows"]] == profile_step.ORDER
     assert all(row["seconds"] > 0 for row in case["rows"] if row["phase"] != profile_step.SCHEDULE)
+    step, plain, passes = (row["operators"] for row in case["traffic"])
+    assert passes > step > plain > 0
     assert "<!-- profile-t5-cpu-short -->" in capsys.readouterr().out
 
 
@@ -137,14 +139,9 @@ def test_step_overhead(load, monkeypatch, tmp_path, capsys):
     pytest.importorskip("peft")
     script = load("step_overhead")
     variants = ["plain", "mpo", "α-lora", "tt-lora, 2 + 2 modes", "tt-lora, 3 + 3 modes", "full", "opf"]
-    options = ["--case", "t5-tiny", "--threads", "1", "--repeats", "2", "--warmup", "1", "--output", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", ["step_overhead.py", *options, "--variants", *variants])
-    threads = torch.get_num_threads()
-    try:
-        script.main()
-    finally:
-        torch.set_num_threads(threads)
-    rows = {row["variant"]: row for row in result(tmp_path / "step_overhead-t5-tiny.json")["rows"]}
+    options = ["--case", "t5-gpu", "--device", "cpu", "--threads", "1", "--output", str(tmp_path)]
+    run(script, monkeypatch, *options, "--variants", *variants)
+    rows = {row["variant"]: row for row in result(tmp_path / "step_overhead-t5-gpu.json")["rows"]}
     alpha = ["between α's steps", "T = 20", "T = 20, by mini-batch"]
     assert list(rows) == [*variants[:2], *(f"α-lora, {row}" for row in alpha), *variants[3:]]
     assert rows["plain"]["ratio"] == 1
@@ -161,6 +158,34 @@ def test_step_overhead(load, monkeypatch, tmp_path, capsys):
     assert rows["α-lora, between α's steps"]["peak_bytes"] == pytest.approx(rows["plain"]["peak_bytes"], rel=0.02)
     assert rows["α-lora, T = 20"]["peak_bytes"] > rows["plain"]["peak_bytes"]
     assert "goal: α-lora, T = 20, by mini-batch, at most 1.05" in capsys.readouterr().out
+
+
+def test_step_overhead_of_a_llama_that_computes_activations_again(load, monkeypatch, tmp_path):
+    pytest.importorskip("peft")
+    options = ["--case", "llama31-gpu", "--device", "cpu", "--threads", "1", "--within", "0", "--output", str(tmp_path)]
+    run(load("step_overhead"), monkeypatch, *options, "--variants", "plain", "mpo-r", "paper's way")
+    found = result(tmp_path / "step_overhead-llama31-gpu.json")
+    assert (found["model"], found["recompute"], found["batch"], found["micro"]) == ("llama-3.1-8b/16", True, 2, 1)
+    trained = {row["variant"]: row["trained_parameters"] for row in found["rows"]}
+    # one layer has one round, after which all is expanded
+    assert trained["mpo-r"] == trained["paper's way"] > trained["plain"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="benchmarks of a GPU are refused where there is none")
+def test_benchmarks_for_a_gpu_say_in_one_line_that_there_is_none(load, monkeypatch):
+    pytest.importorskip("peft")
+    script = load("step_overhead")
+    monkeypatch.setattr(sys, "argv", ["step_overhead.py", "--case", "llama31-gpu"])
+    with pytest.raises(SystemExit, match=r"case llama31-gpu needs CUDA.*--device cpu"):
+        script.main()
+
+
+def test_traffic_counts_what_computes_and_no_views(load):
+    traffic = load("devices").traffic
+    x = torch.ones(2, 3)
+    assert traffic(lambda: x.t().view(3, 2).unsqueeze(0), "cpu").operators == 0
+    found = traffic(lambda: torch.add(x, x).mul_(2).t().sum(), "cpu")
+    assert (found.operators, found.launches, found.waits) == (3, None, None)
 
 
 def test_three_modes_of_step_overhead(load):

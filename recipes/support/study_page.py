@@ -95,14 +95,10 @@ def good_rates(lane: Lane, best: Point, seed: int = 0) -> tuple[float, float, bo
 
 def task_table(task: Task, mine: Sequence[Finding]) -> str:
     """A row for each arm, from the lowest loss to the highest."""
-    reference = next((each for each in mine if each.arm.name == REFERENCE), None)
     rows = []
     for each in sorted(mine, key=lambda finding: finding.loss):
         losses = [run.loss for run in each.runs]
         spread = f" ± {stdev(losses):.4f}" if len(losses) > 1 else ""
-        seconds = _relative(
-            [run.seconds for run in each.runs], [run.seconds for run in reference.runs] if reference else []
-        )
         rate = f"{each.point[0]:g}{'' if each.inside else ' (edge)'}"
         row = [
             each.arm.label,
@@ -113,8 +109,8 @@ def task_table(task: Task, mine: Sequence[Finding]) -> str:
             rate,
         ]
         row += [str(each.point[1])] if len(task.steps) > 1 else []
-        rows.append([*row, good(each), seconds, str(len(losses))])
-    columns = ["arm", "loss", "accuracy", "less LoRA's", "", "rate", "good rates", "time", "seeds"]
+        rows.append([*row, good(each), str(len(losses))])
+    columns = ["arm", "loss", "accuracy", "less LoRA's", "", "rate", "good rates", "seeds"]
     if len(task.steps) > 1:
         columns.insert(6, "steps")
     return Table(task.label, columns, rows).markdown()
@@ -139,10 +135,6 @@ def good(finding: Finding) -> str:
     low, high, below, above = finding.good
     decades = math.log10(high / low) + 0.25
     return f"{'' if below and above else '≥ '}{decades:.2f}"
-
-
-def _relative(ones: Sequence[float], others: Sequence[float]) -> str:
-    return f"{median(ones) / median(others):.2f}" if others and all(others) else "–"
 
 
 def overall(found: Mapping[tuple[str, str], Finding], tasks: Sequence[Task], held_out: str) -> list[Sequence[str]]:
@@ -205,7 +197,7 @@ def answer(found: Mapping[tuple[str, str], Finding], held_out: str) -> str:
     others = [name for name in gains if name not in over]
     if others:
         lines.append(
-            f"Of the other ways to train an adapter these beat LoRA on {TASKS_OF_A_GAIN} tasks or more: {_names(arms, others)}."
+            f"Of the other ways to fine-tune these beat LoRA on {TASKS_OF_A_GAIN} tasks or more: {_names(arms, others)}."
         )
     for name in gains:
         last = found.get((held_out, name))
@@ -329,6 +321,8 @@ def pairs(found: Mapping[tuple[str, str], Finding], tasks: Sequence[Task], compa
 FRAMES = (("mpo-null", "mpo-10"), ("mpo-balanced", "mpo-10"), ("mpo-gradient", "mpo-10"), ("mpo-10-matched", "mpo-10"))
 CHOICES = (("mpo-r", "mpo-random"), ("mpo-p", "mpo-random"), ("mpo-10", "mpo-random"))
 DECAY = (("lora-decay", "lora"), ("mpo-decay", "mpo-10"))
+#: Depth in the weights themselves, beside full fine-tuning.
+WEIGHTS = (("opf", "full"),)
 
 
 def provenance(study: Study) -> str:
@@ -496,6 +490,7 @@ def sections(study: Study, tasks: Sequence[Task], held_out: str) -> dict[str, st
         "frames": pairs(found, tasks, FRAMES),
         "choices": pairs(found, tasks, CHOICES),
         "decay": pairs(found, tasks, DECAY),
+        "weights": pairs(found, tasks, WEIGHTS),
         "steps": step_table(watched(study)),
         "provenance": provenance(study),
     }

@@ -115,8 +115,7 @@ class Experts(nn.Module):
 
 def expert_loss(model: Experts, step: int, used: tuple[int, ...] = (0, 1, 2)) -> Tensor:
     generator = torch.Generator().manual_seed(200 + step)
-    dtype = model.experts[0].lora_A.weight.dtype
-    x = torch.randn(5, 12, generator=generator, dtype=torch.float64).to(dtype)
+    x = torch.randn(5, 12, generator=generator, dtype=torch.float64).to(model.experts[0].lora_A.weight)
     return (model(x, used) - x[:, :6]).square().mean()
 
 

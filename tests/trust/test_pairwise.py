@@ -1,5 +1,7 @@
 """Every pair of precision, optimizer, LoRA variant and accumulation: trains, is continuous at expansion, follows the oracle.
 
+With TNADAPT_TEST_DEVICE=cuda in the environment models are on the GPU.
+
 The oracle is the same optimizer class on the cores, whose gradients autograd takes through the contraction of Eq. 3; it uses
 nothing of tnadapt but the cores (and what they are handed) at the moment of an expansion, which are not unique.
 """
@@ -7,6 +9,7 @@ nothing of tnadapt but the cores (and what they are handed) at the moment of an 
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,6 +22,7 @@ from torch import Tensor, nn
 from tnadapt import MPO, LoraOver, TaylorRuntime
 
 RATE, STEPS, ORDER, SCALE = 1e-2, 5, 4, 2.0**7
+DEVICE = os.environ.get("TNADAPT_TEST_DEVICE", "cpu")
 
 # -- factors ------------------------------------------------------------------------------------------------------------
 
@@ -129,7 +133,7 @@ def quantized(model: nn.Module) -> nn.Module:
 def made(case: Case) -> nn.Module:
     """The model of a case, the same at every call."""
     dtype = PRECISIONS[case.precision]
-    device = "cuda" if case.optimizer == "AdamW capturable" else "cpu"
+    device = "cuda" if case.optimizer == "AdamW capturable" else DEVICE
     if case.variant == "idle experts":
         return Experts(dtype=torch.float32).to(device, dtype)
     from peft import LoraConfig, get_peft_model

@@ -58,8 +58,8 @@ def problems(place: str, split: str, size: int | None = None) -> list[Row]:
     if place == EMBEDDED:
         return [*generate("composed", split, size or 500)]
     if file := local_file(place, split):
-        known: Sequence[Row] = read_problems(file)
-        return [*known[:size]]
+        known: list[Row] = [*read_problems(file)]
+        return known[:size]
     if Path(place).expanduser().exists():
         raise ValueError(f"--test-data is {place}, which has no {split}.jsonl with question, answer")
     return list(load_hub("test-data", place, "main", split=split))[:size]
