@@ -7,7 +7,8 @@ what the model forgets, as the loss on 100 texts. One GPU; the board's own run o
     python recipes/peft_board.py --method lora-over-mpo-r --lr 1e-4
     python recipes/peft_board.py --method lora --name lora/llama-3.2-3B-rank32
 
-On any machine, with what this repository ships in place of model and data::
+On any machine, with what this repository ships in place of model and data, which shows that everything runs: the small model does not know
+the prompt, and in the 100 steps of the preset the loss falls to 2.5 nats a token and no test problem is answered rightly::
 
     python recipes/peft_board.py --preset laptop --method lora-over-mpo-r
 
