@@ -4,8 +4,9 @@ On any machine, with the small model and the generated programs that this reposi
 
     python recipes/llama31_humaneval.py --method lora lora-over-mpo-r --lr 1e-2 --execute
 
-The small model is too small to learn this in a few minutes: it shows that everything runs. With ``--method lora --lr 1e-2`` the loss falls
-from 10.0 to 4.9 nats a token in the 100 steps of the preset, and none of the 164 problems is solved. So no rate was tuned, and ``--lr`` is asked for. The setting of LoRA-Over (arXiv:2605.16470): Llama 3.1 8B,
+The small model is too small to learn this in a few minutes: it shows that everything runs. With ``--method lora --lr
+1e-2`` the loss falls from 10.0 to 4.9 nats a token in the 100 steps of the preset, and none of the 164 problems is
+solved. So no rate was tuned, and ``--lr`` is asked for. The setting of LoRA-Over (arXiv:2605.16470): Llama 3.1 8B,
 100k examples of CodeFeedback, HumanEval, one GPU; ``--preset paper-llama2`` is the one for Llama 2 7B::
 
     python recipes/llama31_humaneval.py --preset paper --method lora lora-over-mpo-r --execute
