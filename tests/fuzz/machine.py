@@ -201,6 +201,8 @@ class Run:
     def __init__(self, plan: Plan, *, reload: bool = True, reference: Callable[[Run], Any] | None = None) -> None:
         self.setting, self.plan, self.reloads = plan.setting, plan, reload
         self.batch = 0
+        #: whether there was no step since a state was loaded, in a run that leaves reloads out too
+        self.loaded = False
         #: expanded matrices that were written from outside since the last step, by name, and what they were
         self.edited: dict[str, Tensor] = {}
         self.trace: list[dict[str, Any]] = []
@@ -324,11 +326,13 @@ class Run:
     def make(self, move: Move) -> None:
         if isinstance(move, Step):
             self._step(move)
+            self.loaded = False
         elif isinstance(move, Edit):
             self._edit(move)
         elif isinstance(move, Fold):
             self._fold(move)
         elif isinstance(move, Reload):
+            self.loaded = True
             if self.reloads:
                 self._reload(move)
         elif isinstance(move, Fail):
@@ -507,6 +511,10 @@ class Run:
             else:
                 flat = parameter.view(-1)
                 flat[flat.abs().argmin()] = 0.0
+        if self.loaded and self._within_rounding(raw, was):
+            with torch.no_grad():
+                parameter.copy_(was)
+            return
         self._tell("edit", raw, parameter.detach().clone())
         if self.over is None or torch.equal(was, parameter.detach()):
             return
@@ -516,6 +524,16 @@ class Run:
                     del self.edited[name]  # and back again
                 else:
                     assert name in self.over.changed_outside(), f"{edit} of {name} is not seen"
+
+    def _within_rounding(self, raw: str, was: Tensor) -> bool:
+        """Whether an edit is too small to be told from what cores fold to, the only thing to compare with after loading."""
+        cores = {} if self.over is None else {self.raw_name(n): cores for n, (cores, _) in cores_of(self.over).items()}
+        if raw not in cores:
+            return False
+        now, was = matrix_parameters(self.model)[raw].detach().double(), was.double()
+        decomposed = 128 * len(cores[raw]) * torch.finfo(cores[raw][0].dtype).eps * was.abs().max()
+        written = 2 * torch.finfo(self.setting.dtype).eps * was.abs()
+        return bool(((now - was).abs() <= decomposed + written).all())
 
     def _fold(self, fold: Fold) -> None:
         if self.over is None or self.over.step == 0:

@@ -100,6 +100,16 @@ def test_nothing_goes_wrong_in_silence_though_the_loop(hostile: str, plan: Plan)
         Run(plan, reference=Reference).go()
 
 
+def test_an_edit_within_rounding_after_a_reload_is_no_edit() -> None:
+    """A step that moves no `A` but by rounding, and is taken back after loading."""
+    ends_alike(
+        Plan(
+            Setting(hidden=(4, 8), zero_start=True, optimizer=Call("SGD", {"lr": 1e-3})),
+            (Step(), Reload(), Edit("back", 0), Edit("back", 4), Step()),
+        )
+    )
+
+
 @pytest.mark.parametrize("hostile", HOSTILE)
 @few
 @given(data=st.data())
