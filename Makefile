@@ -115,7 +115,7 @@ $(OLDEST)/.torch-$(OLDEST_TORCH): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(OLDEST)
 	grep -v -e '^torch==' -e '^sympy==' constraints.txt > $(OLDEST)/constraints.txt
 	$(OLDEST)/bin/python -m pip install --disable-pip-version-check --quiet --progress-bar on -c $(OLDEST)/constraints.txt \
-		"torch==$(OLDEST_TORCH).*" -e ".[transformers,all]" hypothesis jaxtyping pytest scipy tqdm
+		"torch==$(OLDEST_TORCH).*" -e ".[transformers,all]" hypothesis jaxtyping pytest scipy sybil tqdm
 	@touch $@
 
 clean:

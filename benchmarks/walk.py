@@ -2,8 +2,8 @@
 
     python benchmarks/walk.py            # prints the walk, and writes docs/walk.md
 
-Four LoRA matrices of a small model, all expanded at order 4, AdamW. "Ordinary" is a step in which nothing is expanded, folded back
-or unfolded anew. A scheduler that still scores waiting matrices is shown beside one that has nothing left to do.
+The model is small and has four LoRA matrices, all expanded at order 4; the optimizer is AdamW. In an "ordinary" step nothing is expanded,
+folded back or unfolded anew. A scheduler that still scores waiting matrices is shown beside one that has nothing left to do.
 """
 
 from __future__ import annotations
@@ -24,8 +24,6 @@ from tnadapt import MPO, LoraOver, OverParamAdapter, Scheduler, Static, TaylorRu
 
 PACKAGE = Path(tnadapt.__file__).parent
 PAGE = PACKAGE.parent / "docs" / "walk.md"
-#: measured by the same rule on the engine's first form, with four matrices at order 4
-BEFORE = (115, 67, 12, 42)
 
 
 def ordinary_step(scheduler: Scheduler, order: int = 4, layers: int = 2) -> tuple[Callable[[], Any], LoraOver]:
@@ -89,12 +87,11 @@ def page() -> str:
     lines = [
         "# The walk of a gradient",
         "",
-        "Which functions of the package an ordinary optimizer step runs through: four matrices at order 4, AdamW, on a CPU. Made by",
-        "`python benchmarks/walk.py`.",
+        "This page lists the functions of the package that an ordinary optimizer step calls, with four matrices at order 4 and AdamW on a CPU.",
+        "`python benchmarks/walk.py` writes it. *Changes of file* counts how often a call is in another file than the call before.",
         "",
         "| step | calls | functions | files | changes of file |",
         "|---|---:|---:|---:|---:|",
-        "| the engine's first form | {} | {} | {} | {} |".format(*BEFORE),
     ]
     shown: list[tuple[int, str, str]] = []
     for name, scheduler in CASES.items():
@@ -102,7 +99,7 @@ def page() -> str:
         calls = walk(step)
         lines.append("| {} | {} | {} | {} | {} |".format(name, *figures(calls)))
         shown = shown or calls
-    lines += ["", "The first of them, call by call:", "", "```"]
+    lines += ["", "The first step of the table, call by call:", "", "```"]
     lines += [f"{'  ' * depth}{name}    {file}" for depth, file, name in shown]
     return "\n".join([*lines, "```", ""])
 

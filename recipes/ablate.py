@@ -33,87 +33,21 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
 import math
-import multiprocessing
-import sys
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from functools import lru_cache
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-import torch
-from support.cluster import LOCAL, run_on_cluster
 from support.command_line import OneLine, config_from, options_of, preset_of
+from support.grid import RATE_STEP, on_grid, same_rate, usable
+from support.many import HERE, Sweep, load_recipe
 from support.methods import METHODS
 from support.pictures import score_against
 from support.provenance import config_hash, environment, read_json, write_json, write_text
-from support.recipe import Recipe
 from support.tables import Table, percent, percent_over_seeds, rate
 from support.tuned import best_of_lane, lanes, loss_of
 from tqdm import tqdm
-
-HERE = Path(__file__).resolve().parent
-
-# -- running ----------------------------------------------------------------------------------------------------------
-
-
-@lru_cache(maxsize=4)
-def load_recipe(path: Path) -> Recipe:
-    """The ``RECIPE`` of the file ``path``."""
-    if not path.exists():
-        raise ValueError(f"--recipe is {path}, which does not exist; the recipes lie in {HERE}")
-    name = f"ablated_{path.stem}"
-    specification = importlib.util.spec_from_file_location(name, path)
-    if specification is None or specification.loader is None:
-        raise ValueError(f"--recipe is {path}, which is no Python file; the recipes lie in {HERE}")
-    module = importlib.util.module_from_spec(specification)
-    sys.modules[name] = module  # dataclasses look their module up
-    specification.loader.exec_module(module)
-    recipe = getattr(module, "RECIPE", None)
-    if not isinstance(recipe, Recipe):
-        raise ValueError(f"--recipe is {path}, which has no RECIPE; the recipes lie in {HERE}")
-    return recipe
-
-
-def run_one(recipe: Path, settings: dict[str, Any], root: Path, quiet: bool) -> dict[str, Any]:
-    """One run of the recipe; what failed is a result with an ``error``, so that the other runs go on."""
-    from support.running import hush, run
-
-    hush()
-    loaded = load_recipe(recipe)
-    try:
-        result = run(loaded, loaded.config(**settings), root, resume=True, quiet=quiet)
-    except Exception as error:
-        return {"config": settings, "error": f"{type(error).__name__}: {error}"}
-    return result
-
-
-def run_all(configs: Sequence[Any], options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The results of all ``configs``, in their order."""
-    recipe, root, workers = options.recipe, options.runs, options.workers
-    settings = [dataclasses.asdict(config) for config in configs]
-    if options.cluster is not None:
-        return run_on_cluster(options.cluster, options.gpus_per_run, recipe, settings, root, workers)
-    if options.gpus_per_run:
-        raise ValueError(f"--gpus-per-run is {options.gpus_per_run:g}, which is for runs on a cluster; add --cluster")
-    if workers == 1:
-        return [run_one(recipe, each, root, quiet=False) for each in tqdm(settings, desc="runs", unit="run")]
-    results: list[dict[str, Any]] = [{} for _ in settings]
-
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool:
-        futures = {pool.submit(run_one, recipe, each, root, True): index for index, each in enumerate(settings)}
-        try:
-            for future in tqdm(as_completed(futures), total=len(futures), desc="runs", unit="run"):
-                results[futures[future]] = future.result()
-        except KeyboardInterrupt:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    return results
-
 
 # -- what to run, and what came out -----------------------------------------------------------------------------------
 
@@ -188,7 +122,7 @@ def run_cells(cells: Sequence[Cell], options: argparse.Namespace) -> list[Outcom
     resolve = load_recipe(options.recipe).resolve
     cells = [dataclasses.replace(cell, configs=tuple(map(resolve, cell.configs))) for cell in cells]
     distinct = list(dict.fromkeys(config for cell in cells for config in cell.configs))
-    results = dict(zip(distinct, run_all(distinct, options), strict=True))
+    results = dict(zip(distinct, Sweep.of(options).run([(options.recipe, config) for config in distinct]), strict=True))
     outcomes = []
     for cell in cells:
         mine = [results[config] for config in cell.configs]
@@ -472,10 +406,6 @@ def cell_at(config: Any, ratio: float, lr: float, seeds: Sequence[int]) -> Cell:
     return Cell(factor, lr, over_seeds(changed, seeds))
 
 
-#: The factor between two rates of a grid, which is that of "Learning Rate Matters" (arXiv:2602.04998), and where a grid ends.
-RATE_STEP, LOWEST_RATE, HIGHEST_RATE = 10**0.25, 1e-7, 10.0
-
-
 def untried_beside(outcomes: Sequence[Outcome]) -> list[float]:
     """The rates one step above and below the best one that were not tried yet; below the lowest one if all runs failed."""
     tried = [outcome.cell.value for outcome in outcomes]
@@ -484,9 +414,7 @@ def untried_beside(outcomes: Sequence[Outcome]) -> list[float]:
         beside = [best.cell.value * RATE_STEP, best.cell.value / RATE_STEP]
     else:
         beside = [min(tried) / RATE_STEP]
-    on_grid = [float(f"{10 ** (round(4 * math.log10(lr)) / 4):.2e}") for lr in beside]
-    new = [lr for lr in on_grid if all(abs(math.log(lr / other)) > math.log(RATE_STEP) / 2 for other in tried)]
-    return [lr for lr in new if LOWEST_RATE <= lr <= HIGHEST_RATE]
+    return [lr for lr in map(on_grid, beside) if usable(lr) and not any(same_rate(lr, other) for other in tried)]
 
 
 def warnings_about(best: Outcome, lrs: Sequence[float]) -> Iterator[str]:
@@ -642,16 +570,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sub.add_argument(
             "--seeds", type=int, nargs="+", default=[0, 1, 2] if name == "seeds" else [0], help="one run each"
         )
-        sub.add_argument("--workers", type=int, default=1, help="runs at once, each with one thread if above 1")
-        sub.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders and tables go")
-        sub.add_argument(
-            "--cluster",
-            nargs="?",
-            const=LOCAL,
-            metavar="ADDRESS",
-            help=f"make the runs on this Ray cluster; {LOCAL}, or no address, starts one here with --workers CPUs",
-        )
-        sub.add_argument("--gpus-per-run", type=float, default=0.0, help="of each run on the cluster; 0: on the CPU")
+        Sweep.add_options(sub)
         if name == "vary":
             sub.add_argument(
                 "--factor",

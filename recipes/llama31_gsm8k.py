@@ -36,12 +36,14 @@ from support import llama
 from support.benchmark import ExactMatch
 from support.command_line import main
 from support.config import EMBEDDED, Rates
+from support.elsewhere import tuned_lora
 from support.evaluation import prompts
 from support.evaluation.gsm8k import marked_number, read_problems, reference_number
 from support.llama import LLAMA_2, LLAMA_31
 from support.llama import LlamaConfig as Config
 from support.recipe import Recipe, Record
 from support.records import hold_out, load_hub, local_file
+from support.tried import tried_rates
 from support.tuned import tuned_rates
 
 PAPER = {
@@ -54,24 +56,17 @@ PAPER = {
 }
 
 PRESETS = {
-    "laptop": Config(),
+    "laptop": Config(train_size=1600, batch=16, micro_batch=16),
     LLAMA_31: Config(**llama.settings(LLAMA_31, **PAPER, split=8)),
     LLAMA_2: Config(**llama.settings(LLAMA_2, **PAPER, split=8)),
 }
 
-# Chosen on the validation split by
-#   python recipes/ablate.py tune --methods lora lora-over-svd lora-over-mpo lora-over-mpo-r \
-#       --lrs 1.25e-3 2.5e-3 5e-3 1e-2 2e-2 4e-2 --core-ratios 1 0.5 --eval-split validation --workers 2
-AT_THE_PRESETS_OWN_BATCH: Rates = {
-    "lora": (2e-2, None),
-    "lora-over-svd": (2e-2, None),
-    "lora-over-mpo": (1e-2, None),
-    "lora-over-mpo-r": (1e-2, None),
-}
-# laptop: the other methods' rates were tuned with half the batch; results/tuning has the table and its commands.
+#: The table of rates that were tuned for the laptop preset.
+TUNED = "llama31_gsm8k-laptop"
+# laptop: chosen on the validation split; results/tuning has the table and its commands.
 # paper and paper-llama2: the paper's table, and GoRA's rate of plain LoRA, which the paper does not print.
 LEARNING_RATES: dict[str, Rates] = {
-    "laptop": {**tuned_rates("llama31_gsm8k-laptop"), **AT_THE_PRESETS_OWN_BATCH},
+    "laptop": tuned_rates(TUNED),
     LLAMA_31: llama.rates(1.7e-4, 2e-4, lora=5e-5),
     LLAMA_2: llama.rates(9.3e-5, 1e-4),
 }
@@ -153,6 +148,8 @@ RECIPE = Recipe(
     answer=lambda problem: problem["answer"],
     benchmark=ExactMatch("Exact match of the final number", prompt, grade),
     paper=partial(llama.printed, "gsm8k"),
+    elsewhere=partial(tuned_lora, "gsm8k"),
+    grids={"laptop": tried_rates(TUNED)},
 )
 
 

@@ -4,8 +4,9 @@ On any machine, with the small model and the generated instructions that this re
 
     python recipes/llama31_mtbench.py --method lora lora-over-mpo-r --lr 1e-2
 
-The small model is too small to learn this in a few minutes: it shows that everything runs, and no rate was tuned for it, so that
-``--lr`` is asked for. The setting of LoRA-Over (arXiv:2605.16470): Llama 3.1 8B,
+The small model is too small to learn this in a few minutes: it shows that everything runs. With ``--method lora --lr 1e-2`` the loss falls
+from 9.7 to 3.1 nats a token in the 100 steps of the preset. What it then writes has the form of an answer, a list of words or a number, and
+none of the 80 first turns is right. So no rate was tuned, and ``--lr`` is asked for. The setting of LoRA-Over (arXiv:2605.16470): Llama 3.1 8B,
 52k examples of WizardLM, MT-Bench, one GPU; ``--preset paper-llama2`` is the one for Llama 2 7B::
 
     python recipes/llama31_mtbench.py --preset paper --method lora lora-over-mpo-r --judge gpt-4

@@ -29,8 +29,8 @@ def on_a_rank(settings: dict[str, Any]) -> None:
     os.chdir(settings["folder"])
     os.environ.update(settings["environment"])
     sys.path.insert(0, settings["recipes"])
-    from ablate import load_recipe
     from support.command_line import main
+    from support.many import load_recipe
 
     try:
         main(load_recipe(Path(settings["recipe"])), settings["arguments"])

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Self
@@ -34,9 +35,12 @@ from support.benchmark import ExactMatch
 from support.command_line import main
 from support.config import EMBEDDED, Rates, option
 from support.config import Config as SharedConfig
+from support.elsewhere import tuned_lora
+from support.evaluation.records import read_records
 from support.glue import TASKS
 from support.recipe import Recipe, Record
-from support.records import hold_out, load_hub, local_file, read_jsonl
+from support.records import hold_out, load_hub, local_file
+from support.tried import tried_rates
 from support.tuned import tuned_rates
 
 
@@ -106,10 +110,12 @@ PRESETS = {
     ),
 }
 
+#: The table of rates that were tuned for the laptop preset.
+TUNED = "t5_glue-laptop-sst2"
 # laptop: tuned on sst2; results/tuning has the table and its commands.
 # paper: the paper's table. It gives none for LoRA, a baseline that it takes from GoRA (arXiv:2502.12171): 1e-4 there.
 LEARNING_RATES: dict[str, Rates] = {
-    "laptop": tuned_rates("t5_glue-laptop-sst2"),
+    "laptop": tuned_rates(TUNED),
     "paper": {
         "lora": (1e-4, None),
         "lora-over-svd": (4.9e-4, None),
@@ -196,24 +202,33 @@ def read_file(path: Path, config: Config) -> list[Record]:
     numbers = [str(number) for number in range(len(task.labels))]
 
     def problem(record: Record) -> str:
-        return (
-            "" if record["label"] in numbers else f"label is {record['label']!r}; {task.name} has {', '.join(numbers)}"
-        )
+        label = record["label"]
+        return "" if str(label) in numbers else f"label is {label!r}; {task.name} has {', '.join(numbers)}"
 
     if path.suffix != ".tsv":
-        return read_jsonl(path, columns, problem)
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+        # a label is a number or its text
+        found = read_records(path, {**dict.fromkeys(task.columns, str), "label": object}, problem)
+        return [{column: str(record[column]) for column in columns} for record in found]
+    raw = path.read_bytes()
+    try:
+        lines = io.StringIO(raw.decode("utf-8"), newline="")
+    except UnicodeDecodeError as error:
+        number = raw.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path}, line {number}: not UTF-8; convert the file to UTF-8") from error
+    rows = csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
+    records = []
+    try:
         missing = [column for column in columns if column not in (rows.fieldnames or ())]
         if missing:
             has = ", ".join(rows.fieldnames or ()) or "nothing"
             raise ValueError(f"{path} has no column {', '.join(missing)} for {task.name}; its header has {has}")
-        records = []
-        for number, row in enumerate(rows, start=2):
+        for row in rows:
             record = {column: row[column] for column in columns}
-            if None in record.values() or problem(record):
-                raise ValueError(f"{path}, line {number}: {problem(record) or 'columns are missing'}")
+            if wrong := "columns are missing" if None in record.values() else problem(record):
+                raise ValueError(f"{path}, line {rows.line_num}: {wrong}")
             records.append(record)
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {rows.line_num}: {error}") from error
     return records
 
 
@@ -242,6 +257,8 @@ RECIPE = Recipe(
     embedded="t5",
     several=("task", "method"),
     paper=paper_figures,
+    elsewhere=lambda config: tuned_lora(config.task, config),
+    grids={"laptop": tried_rates(TUNED)},
 )
 
 

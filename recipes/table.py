@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from support.config import EMBEDDED
+from support.marked import replaced
 from support.methods import METHODS
 from support.recipe import Recipe
 from support.tables import Table
@@ -46,7 +47,7 @@ def text() -> str:
     columns = ("recipe", "preset", "model", "data", "measured", "rates known for")
     table = Table("what can be run", columns, [row for recipe in recipes() for row in rows_of(recipe)])
     methods = ", ".join(f"`{name}` ({method.label})" for name, method in METHODS.items())
-    return f"{START}\n\n{table.markdown()}\n`--method` takes any of {methods}.\n\n{END}"
+    return f"{table.markdown()}\n`--method` takes any of {methods}."
 
 
 def renewed(readme: str) -> str:
@@ -55,11 +56,7 @@ def renewed(readme: str) -> str:
     Raises:
         ValueError: it lacks the marks.
     """
-    before, start, rest = readme.partition(START)
-    _, end, after = rest.partition(END)
-    if not start or not end:
-        raise ValueError(f"{README} lacks the marks {START!r} and {END!r}, between which the table belongs")
-    return before + text() + after
+    return replaced(readme, START, END, text(), README)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
@@ -38,7 +36,6 @@ from tnadapt.factorizations.base import _FACTORIZATIONS
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
-DOCS = Path(__file__).parent.parent / "docs"
 KINDS = [(OverParamAdapter, {"rank": 3, "alpha": 7}), (TTLoraLinear, {"rank": 3, "alpha": 0.7})]
 kinds = pytest.mark.parametrize(("kind", "options"), KINDS, ids=[kind.__name__ for kind, _ in KINDS])
 
@@ -701,17 +698,3 @@ def test_what_peft_cannot_say_is_not_exported(tmp_path):
     with pytest.raises(ValueError, match=r"dropouts \[0\.0, 0\.1\]"):
         export_peft(model, tmp_path)
     assert not list(tmp_path.iterdir())
-
-
-# -- pages ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("page", ["adapters.md", "row_rescale.md", "tt_lora.md"])
-def test_examples_of_the_pages_run(page, tmp_path, monkeypatch):
-    """Blocks of one page run one after the other in one namespace."""
-    monkeypatch.chdir(tmp_path)
-    namespace: dict[str, object] = {}
-    blocks = re.findall(r"^```python\n(.*?)^```", (DOCS / page).read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    assert blocks, f"{page} has no example"
-    for block in blocks:
-        exec(compile(block, page, "exec"), namespace)

@@ -45,11 +45,13 @@ class Net(nn.Module):
 class Trained:
     """A short run and what was recorded of it."""
 
-    def __init__(self, factorization: Any = None, scheduler: Any = None, steps: int = 6) -> None:
+    def __init__(self, factorization: Any = None, scheduler: Any = None, steps: int = 6, **options: Any) -> None:
         self.model = Net()
         self.before = pictures.spectra(self.model)
         self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-2)
-        self.over = LoraOver(self.model, self.optimizer, factorization or MPO(order=4), scheduler or rounds())
+        self.over = LoraOver(
+            self.model, self.optimizer, factorization or MPO(order=4), scheduler or rounds(), **options
+        )
         self.norms: dict[int, dict[str, float]] = {}
         self.curve: list[tuple[int, float]] = []
         x, y = torch.randn(16, 12), torch.randn(16, 12)
@@ -294,6 +296,7 @@ def test_a_state_alone(capsys, tmp_path):
         assert "step 6: 4 of 6 matrices are expanded" in shown
         assert "were not compared" in shown
         assert "TaylorRuntime(" in shown
+        assert "core_lr        the rate of the matrices" in shown
 
 
 def test_before_the_first_step(capsys, tmp_path):
@@ -302,6 +305,12 @@ def test_before_the_first_step(capsys, tmp_path):
     shown = said(capsys, "inspect", tmp_path)
     assert "6 matrices are expanded at the next step" in shown
     assert "No matrix is expanded" in shown
+
+
+def test_the_rate_of_the_cores_is_shown(capsys, tmp_path):
+    run = Trained(scheduler=Static(), steps=1, core_lr=2e-3)
+    torch.save(run.over.state_dict(), tmp_path / "tnadapt.pt")
+    assert "core_lr        0.002 at a base rate of 0.01" in said(capsys, "inspect", tmp_path)
 
 
 def test_what_is_no_checkpoint(capsys, tmp_path):

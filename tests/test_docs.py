@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import doctest
 import importlib
 import os
 import re
@@ -19,7 +18,7 @@ import torch
 
 import tnadapt
 from tests.browser import chromium, faults
-from tests.pages import DOCS, ROOT, as_script, blocks, run
+from tests.pages import DOCS, ROOT, as_script, blocks, run, run_docstrings
 from tnadapt.cli import _parser
 from tnadapt.engine.checks import REFUSED
 
@@ -28,8 +27,6 @@ PAGES = sorted([*DOCS.rglob("*.md"), *ROOT.glob("*.md")])
 #: files whose tests run the blocks of pages, with more checks than that they run; all other pages run here
 ELSEWHERE = {
     "tests/guides/test_guides.py": "plain_loop own_model trainer trl lightning qlora accelerate",
-    "tests/test_adapter_models.py": "adapters row_rescale tt_lora",
-    "tests/factorizations/test_docs.py": "mpo svd tucker cp tensor_ring backends",
     "tests/factorizations/test_plugins.py": "plugins",
     "tests/test_docs.py": "distributed quickstart ablation",
 }
@@ -65,13 +62,13 @@ def test_pages_with_tests_of_their_own() -> None:
     assert TOLD.keys() <= {page.stem for page in PAGES if blocks(page)}
     for page, file in TOLD.items():
         text = (ROOT / file).read_text(encoding="utf-8")
-        assert f"{page}.md" in text or '"factorizations").glob("*.md")' in text, f"{file} does not run {page}.md"
+        assert f"{page}.md" in text, f"{file} does not run {page}.md"
 
 
 def test_the_ablation_is_a_loop_of_five_lines() -> None:
     """Five variants of a model with four factorizations, each trained through what its adapters bring."""
     page = DOCS / "guides" / "ablation.md"
-    loops = [node for _, code in blocks(page) for node in ast.parse(code).body if isinstance(node, ast.For)]
+    loops = [node for code in blocks(page) for node in ast.parse(code).body if isinstance(node, ast.For)]
     (loop,) = [node for node in loops if "LoraOver" in ast.unparse(node)]
     assert loop.end_lineno is not None
     assert loop.end_lineno - loop.lineno + 1 == 5
@@ -117,14 +114,11 @@ def docstrings(path: Path) -> list[str]:
 
 def test_examples_in_docstrings_run() -> None:
     """Examples in docstrings are doctests, which run here; code in another form would not, so there is none."""
-    for path in (ROOT / "tnadapt").rglob("*.py"):
-        found = docstrings(path)
-        assert not any(re.search(r"^\s*```|::\s*$", text, re.MULTILINE) for text in found), (
-            f"{path}: code that is not run"
-        )
-        if any(">>>" in text for text in found):
-            module = importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
-            assert doctest.testmod(module).failed == 0, path
+    modules = sorted((ROOT / "tnadapt").rglob("*.py"))
+    for path in modules:
+        for text in docstrings(path):
+            assert not re.search(r"^\s*```|::\s*$", text, re.MULTILINE), f"{path}: code that is not run"
+    assert sum(run_docstrings(path) for path in modules if ">>>" in path.read_text(encoding="utf-8")) > 5
 
 
 # -- commands --------------------------------------------------------------------------------------------------------------
@@ -227,6 +221,13 @@ def test_files_that_pages_name_are_there() -> None:
 def test_every_page_is_in_the_contents() -> None:
     listed = re.findall(r"^([a-z_]+(?:/[a-z_]+)?)$", (DOCS / "index.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert {str(page.relative_to(DOCS).with_suffix("")) for page in DOCS.rglob("*.md")} == {"index", *listed}
+
+
+def test_every_factorization_has_a_page() -> None:
+    public = (getattr(tnadapt, name) for name in tnadapt.__all__)
+    classes = {cls for cls in public if isinstance(cls, type) and issubclass(cls, tnadapt.Factorization)}
+    pages = {page.stem.replace("_", "") for page in (DOCS / "factorizations").glob("*.md")}
+    assert pages == {cls.__name__.lower() for cls in classes - {tnadapt.Factorization}} | {"backends"}
 
 
 def test_every_public_name_is_in_the_reference() -> None:

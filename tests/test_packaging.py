@@ -17,8 +17,8 @@ import pytest
 from packaging.requirements import Requirement
 
 import tnadapt
+from tests.pages import ROOT, as_script
 
-ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 
@@ -159,14 +159,28 @@ def test_the_wheel_has_the_package_and_nothing_else(wheel: Path):
 
 @pytest.mark.slow
 def test_the_plain_loop_runs_with_torch_alone(bare_python: Path, tmp_path: Path):
-    page = (ROOT / "docs" / "guides" / "plain_loop.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
-    assert blocks
     script = tmp_path / "loop.py"
-    script.write_text("\n".join(blocks), encoding="utf-8")
+    script.write_text(as_script(ROOT / "docs" / "guides" / "plain_loop.md"), encoding="utf-8")
     result = run(bare_python, script, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert "the model is plain LoRA" in result.stdout
+    assert "their cores are gone" in result.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("page", "extra"), [("own_model", "safetensors")])
+def test_guides_need_no_more_than_their_extra(
+    bare_python: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, page: str, extra: str
+):
+    """The extra has everything that the page uses: safetensors, for one, needs numpy and does not say so."""
+    guide = ROOT / "docs" / "guides" / f"{page}.md"
+    assert f'pip install "tnadapt[{extra}]"' in guide.read_text(encoding="utf-8")
+    packages = tmp_path_factory.mktemp("extra") / "packages"
+    link_packages({name for package in requirements(extra) for name in with_requirements(package)}, packages)
+    script = tmp_path / "page.py"
+    script.write_text(f"import sys\nsys.path.append({str(packages)!r})\n{as_script(guide)}", encoding="utf-8")
+    result = run(bare_python, script, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "their cores are gone" in result.stdout
 
 
 @pytest.mark.slow
@@ -178,6 +192,11 @@ def test_the_plain_loop_runs_with_torch_alone(bare_python: Path, tmp_path: Path)
         ("import tnadapt; tnadapt.MPO(order=4, backend='tensornetwork')", "tensornetwork"),
         ("import tnadapt.integrations.transformers", "transformers"),
         ("import tnadapt.pictures; tnadapt.pictures.loss_curves({'run': [(1, 2.0)]})", "pictures"),
+        (
+            "import tnadapt, torch; model = torch.nn.Sequential(torch.nn.Linear(2, 2)); "
+            "tnadapt.add_adapters(model, '0', rank=1); tnadapt.save_adapters(model, 'adapters')",
+            "safetensors",
+        ),
     ],
     ids=lambda value: value if " " not in value else "",
 )

@@ -210,7 +210,7 @@ def test_table():
     text = str(plan(Net((24, 16, 4), (24, 16, 4)), MPO(order=5), top_n=1))
     lines = text.splitlines()
     trained = plan(Net((24, 16, 4), (24, 16, 4)), MPO(order=5), top_n=1).trained_parameters
-    assert lines[0] == f"MPO(order=5): 320 LoRA parameters, {trained:,} trained ({trained / 320:.2f}x)"
+    assert lines[0] == f"MPO(order=5): 320 parameters in the matrices, {trained:,} trained ({trained / 320:.2f}x)"
     [row] = [line for line in lines if line.startswith("layers.*.B")]
     structure = MPO(order=5).structure((16, 4))
     assert row.split()[1:4] == ["2", "16x4", "1"]

@@ -18,7 +18,7 @@ _PACKAGES = ("tnadapt", "torch", "peft", "transformers", "accelerate")
 
 
 def describe(over: LoraOver) -> dict[str, Any]:
-    """Settings, course and versions of a run, as JSON data. `LoraOver.from_config` reads it."""
+    """The settings of a run, what was expanded when, and the versions of packages, as JSON data for `LoraOver.from_config`."""
     versions: dict[str, str] = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -36,7 +36,7 @@ def describe(over: LoraOver) -> dict[str, Any]:
 
 
 def save_card(over: LoraOver, folder: str | Path) -> None:
-    """Write `tnadapt.json`, and a section of `README.md`, into the folder of a saved adapter. What else the README says stays.
+    """Write `tnadapt.json`, and a section of `README.md`, into the folder of a saved adapter. The rest of the README is kept.
 
     Raises:
         FileNotFoundError: the folder is not there.
@@ -68,7 +68,7 @@ def _section(over: LoraOver, described: dict[str, Any]) -> str:
         [
             "## Trained through tensor networks",
             "",
-            f"This is a plain LoRA adapter. While it was trained, its matrices were over-parameterized ({over}) and folded back",
+            f"While these weights were trained, their matrices were over-parameterized ({over}) and folded back",
             "(LoRA-Over, arXiv:2605.16470).",
             "",
             f"Optimizer {described['optimizer']}; {'; '.join(settings)}. {described['steps']} steps. {versions}.",
@@ -79,7 +79,7 @@ def _section(over: LoraOver, described: dict[str, Any]) -> str:
 
 
 def _write(file: Path, text: str) -> None:
-    """Whole or not at all."""
+    """Write a file whole or not at all."""
     half = file.with_name(file.name + ".writing")
     half.write_text(text, encoding="utf-8")
     half.replace(file)

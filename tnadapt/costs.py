@@ -1,6 +1,6 @@
 """What training through cores costs: memory of a rank, what ranks send, arithmetic of a step, and the time to expand.
 
-All but that time follow from shapes. What a factorization multiplies and keeps is not written down a second time: `counting` runs it.
+All but the time follow from shapes. `counting` runs a factorization to count what it multiplies and keeps, so no formula is written down twice.
 
 Letters: C = numbers in all cores of expanded matrices, M = numbers in these matrices, s = numbers that the optimizer keeps for each
 that it steps, R = ranks. A flop is a multiplication or an addition.
@@ -97,12 +97,12 @@ class Memory:
     Attributes:
         cores: C.
         optimizer_state: s C.
-        gradients_and_prefixes: core gradients and kept prefixes, which share one memory: the larger of both, core by core.
-        copies: of the matrices, M; where cores are dealt out, of those that the rank owns, and under FSDP2 of its shards of the others.
+        gradients_and_prefixes: core gradients and kept prefixes, which share one memory. The larger of the two counts, core by core.
+        copies: of the matrices, M. Where cores are dealt out: of those that the rank owns, and under FSDP2 of its shards of the others.
         residuals: M for truncated factorizations.
         scratch: while pulling back and refolding, of the largest cohort.
-        messages: after that, refolded matrices on their way between ranks; only where cores are dealt out.
-        spared: optimizer state that plain LoRA has of these matrices, s M (FSDP2: its share of a rank).
+        messages: refolded matrices that are sent between ranks, after the scratch is free again; only where cores are dealt out.
+        spared: optimizer state that plain LoRA would have of these matrices, s M (under FSDP2, a rank's share of it).
     """
 
     cores: int
@@ -236,14 +236,16 @@ class Costs:
             *([("residuals", _bytes(memory.residuals))] if memory.residuals else []),
             ("scratch of a step", _bytes(memory.scratch)),
             *([("refolded matrices being sent", _bytes(memory.messages))] if memory.messages else []),
-            ("less plain LoRA's optimizer state", f"-{_bytes(memory.spared)}"),
-            ("memory of a rank above plain LoRA", _bytes(memory.total)),
+            ("less the optimizer state of the matrices", f"-{_bytes(memory.spared)}"),
+            ("memory of a rank for the cores", _bytes(memory.total)),
             ("beside adapters, gradients and state", _bytes(self.plain_bytes)),
             ("and the frozen model", _bytes(self.base_bytes)),
         ]
         if self.ranks > 1:
-            rows.append(("sent in a step above plain LoRA", f"{sent.added:,} numbers, {_bytes(sent.added_bytes)}"))
-            rows.append(("beside plain LoRA's gradients", f"{sent.plain:,} numbers, {_bytes(sent.plain_bytes)}"))
+            rows.append(("sent in a step for the cores", f"{sent.added:,} numbers, {_bytes(sent.added_bytes)}"))
+            rows.append(
+                ("beside the gradients that are sent anyway", f"{sent.plain:,} numbers, {_bytes(sent.plain_bytes)}")
+            )
         rows.append(("refold and pull back, each step", f"{self.flops:.3g} flops"))
         if self.model_flops is not None:
             rows.append(("of the model's arithmetic", f"{self.ratio:.3%} of {self.model_flops:.3g} flops"))

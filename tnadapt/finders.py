@@ -1,7 +1,7 @@
 """Finders: which parameters of a model are trained through cores, where it is not the LoRA pairs of its linear layers.
 
-A finder is a function of the model that gives one `Found` for each parameter. Pass one as `LoraOver(..., matrices=finder)`, or write
-one: a generator of ten lines is enough.
+A finder is a function that is given the model and yields one `Found` for each parameter to train. Pass it as
+`LoraOver(..., matrices=finder)`. A finder of your own can be a generator of ten lines.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class Found(NamedTuple):
     """One parameter that is to be trained through cores.
 
     Attributes:
-        name: of the matrix, unique in the model.
+        name: name of the matrix, unique in the model.
         owner: the module that has the parameter.
-        attribute: under which name the module has it.
+        attribute: the name of the parameter in that module.
         group: matrices that are ranked against each other; None for the name with its numbers replaced by `*`.
         kind: `"A"` or `"B"` for the sides of a LoRA pair, anything else otherwise.
     """
@@ -114,7 +114,7 @@ def named_parameters(which: str) -> Finder:
 
 
 def together(*finders: Finder) -> Finder:
-    """What any of the finders finds, in their order."""
+    """A finder of everything that any of these finders finds, in their order."""
 
     def find(model: nn.Module) -> Iterator[Found]:
         for finder in finders:
@@ -126,7 +126,7 @@ def together(*finders: Finder) -> Finder:
 def collect(
     model: nn.Module, finder: Finder | None, groups: Callable[[TrainedMatrix], str] | None = None
 ) -> tuple[dict[str, TrainedMatrix], list[Skipped]]:
-    """The matrices that a finder finds, by name; for None LoRA's, and the LoRA weights that cannot be expanded.
+    """The matrices that a finder finds, by name. Without a finder: LoRA's, and the LoRA weights that cannot be expanded.
 
     Raises:
         TypeError: the finder is no function, or gives something else than `Found`.

@@ -57,7 +57,7 @@ class FoldReport:
     Attributes:
         steps: optimizer steps that were taken.
         folded: matrices that were expanded until now.
-        lora_parameters: numbers in all LoRA matrices, which is what the model has.
+        lora_parameters: numbers in all matrices that can be expanded, which is what the model keeps.
         trained_parameters: numbers that were trained until now, cores in place of expanded matrices.
         history: every expansion and folding.
     """
@@ -71,8 +71,8 @@ class FoldReport:
     def __str__(self) -> str:
         ratio = self.trained_parameters / max(self.lora_parameters, 1)
         return (
-            f"folded {len(self.folded)} matrices after {self.steps} steps: the model is plain LoRA with "
-            f"{self.lora_parameters:,} parameters; {self.trained_parameters:,} were trained ({ratio:.2f}x)"
+            f"folded {len(self.folded)} matrices after {self.steps} steps: their cores are gone. The "
+            f"matrices have {self.lora_parameters:,} parameters; {self.trained_parameters:,} were trained ({ratio:.2f}x)"
         )
 
 
@@ -92,23 +92,23 @@ class LoraOver:
         model: any model with LoRA pairs on linear layers (PEFT, `OverParamAdapter`, or one's own `lora_A`/`lora_B`).
         optimizer: the torch optimizer that holds the LoRA parameters; accelerate's and Lightning's wrappers are unwrapped.
         factorization: `MPO(...)`, `SVD()`, …; or a mapping from groups or patterns of names to factorizations, of which the first
-            that fits a matrix counts; or a function of the matrix. A matrix that gets none from it has that of its adapter (see
-            `OverParamAdapter`).
+            that fits a matrix counts; or a function of the matrix. A matrix that gets none from it takes that of its adapter
+            (see `OverParamAdapter`).
         scheduler: what to expand and when; every matrix from step 0 by default.
         core_lr: learning rate of the cores while their matrices are at the base rate; it follows schedules, warm-up and ratios
-            between groups in proportion. The base rate is that of the first optimizer group with LoRA matrices: the peak or
+            between groups in proportion. The base rate is that of the first optimizer group that holds matrices: the peak or
             initial rate that a schedule has written there, or else the rate at the attachment. None: the matrices' rate.
         core_weight_decay: weight decay of the cores, None for the matrix's. Decay compounds over the cores of a matrix:
-            a deep factorization shrinks the matrix as often as it has cores.
-        handover: what the cores of a matrix that is expanded in mid-run know of its optimizer state: `"warm"` pulls its
-            moments back to them, which keeps the trajectory smooth; `"restart"` starts them fresh.
+            one step shrinks the matrix as many times as it has cores.
+        handover: whether the cores of a matrix that is expanded in mid-run take over its optimizer state. `"warm"` pulls
+            its moments back to them, which keeps the trajectory smooth. `"restart"` begins with fresh moments.
         max_update: cap on how far a matrix moves in one step: the root mean square of its update is at most
-            `max_update` times its cores' rate, in which Adam moves an entry of a plain LoRA matrix by at most about 1. The
+            `max_update` times the rate of its cores. (In plain LoRA, Adam moves an entry by at most about one rate.) The
             step of the cores is shortened until the update ends at the cap. None for no cap.
         matrices: a finder of the parameters to train through cores, see `tnadapt.finders`; None for LoRA pairs.
         matched: scale each step of the cores so that the matrix moves exactly as far as the optimizer would have moved it as a
-            plain matrix: it steps the matrix as well, and the refold overwrites that. Depth then changes the direction of a step
-            and not its size, so rates carry over from plain LoRA and between orders.
+            plain matrix. The optimizer steps the matrix as well, and the refold overwrites that step. Depth then changes the
+            direction of a step and not its size, so rates carry over from plain LoRA and between orders.
         groups: gives a matrix the group it is ranked in, see `default_group`.
         process_group: ranks that train the same matrices; None for all.
         shard: deal the cores out over these ranks: each expanded matrix has an owner that alone holds, steps and refolds its
@@ -153,7 +153,7 @@ class LoraOver:
         others = _find_attached(found, inner)
         if others and not replace:
             raise ValueError(
-                "a LoraOver is attached to these LoRA matrices, or to this optimizer, already; call its fold() or detach() "
+                "a LoraOver is attached to these matrices, or to this optimizer, already; call its fold() or detach() "
                 "before attaching another (LoraOver.of(model) finds it), or pass replace=True; give each of several models an "
                 "optimizer of its own"
             )
@@ -277,7 +277,7 @@ class LoraOver:
 
     @property
     def lora_parameters(self) -> int:
-        """Numbers in all LoRA matrices that can be expanded."""
+        """Numbers in all matrices that can be expanded."""
         return sum(matrix.parameter.numel() for matrix in self.matrices.values())
 
     @property
@@ -291,8 +291,7 @@ class LoraOver:
         return self._step is not None
 
     def core_rate(self) -> float | None:
-        """Learning rate of the cores in the last step (of the first that were expanded, where groups differ); None before
-        any."""
+        """Learning rate of the cores in the last step; None before any. If groups differ, it is that of the first cohort."""
         rate = None if self._step is None else self._step.core_rate
         return None if rate is None else float(rate)
 
@@ -307,7 +306,7 @@ class LoraOver:
 
     @torch.no_grad()
     def changed_outside(self) -> tuple[str, ...]:
-        """Names of expanded matrices that hold something else than what their cores fold to, because somebody wrote them
+        """Names of expanded matrices that differ from what their cores fold to, because other code wrote them
         (`load_best_model_at_end`, a hand edit). Waits for the device."""
         return tuple(self._expanded.edited())
 
@@ -318,13 +317,13 @@ class LoraOver:
     # -- ending it ----------------------------------------------------------------------------------------------------
 
     def fold(self, names: Iterable[str] | None = None) -> FoldReport:
-        """Drop the cores. The matrices, which hold what the cores fold to already, are never written. Folding everything a
-        second time does nothing.
+        """Drop the cores. No matrix is written: each holds already what its cores fold to. Folding everything a second time
+        does nothing.
 
         Warns where the method never ran: the optimizer was never stepped, or nothing was ever expanded.
 
         Args:
-            names: only these matrices, and go on; None for all, which ends the training through cores.
+            names: the matrices to fold; training through the other cores goes on. None for all, which ends it.
 
         Raises:
             ValueError: a name that is not expanded.
@@ -361,18 +360,18 @@ class LoraOver:
         if self.step == self._loaded_step and (self._step is None or self._step.stepped == 0):
             return (
                 f"nothing was trained: the {type(self.optimizer).__name__} that LoraOver is attached to never took a step with "
-                "gradients of LoRA matrices. Step this one (a trainer may have made an optimizer of its own: give it this one, or "
+                "gradients of its matrices. Step this one (a trainer may have made an optimizer of its own: give it this one, or "
                 "use LoraOverCallback)"
             )
         if not self.history:
             return (
-                f"nothing was expanded in {self.step} steps: {self.scheduler.label} chose no matrix, so this was plain LoRA. Its "
+                f"nothing was expanded in {self.step} steps: {self.scheduler.label} chose no matrix, so nothing was trained through cores. Its "
                 "first round must come within the run"
             )
         return None
 
     def detach(self) -> None:
-        """Take the hooks off: the optimizer trains plain LoRA matrices from now on. The cores stay readable through
+        """Take the hooks off: from now on the optimizer trains the matrices themselves. The cores stay readable through
         `state_dict()`; the matrices keep their values. Detaching twice does nothing."""
         if self._step is None:
             return
@@ -408,8 +407,8 @@ class LoraOver:
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs: tensors and plain containers, so `torch.load(weights_only=True)` reads it.
 
-        It rides in `optimizer.state_dict()` too, under the key "tnadapt": attach first and load afterwards, since an
-        optimizer without `LoraOver` drops what it does not know. Tensors are references, as in torch's own.
+        It is also part of `optimizer.state_dict()`, under the key "tnadapt". Attach first and load afterwards: an optimizer
+        without `LoraOver` drops what it does not know. Tensors are references, as in torch's own state dicts.
 
         Raises:
             RuntimeError: cores are dealt out over ranks, and `consolidate()` has not run since the last step.
@@ -425,7 +424,7 @@ class LoraOver:
         return states.saved(self._expanded, self.scheduler, self.rates, cores)
 
     def _cores(self) -> dict[str, Any] | None:
-        """Of all ranks; None where these were not brought together since the last step."""
+        """The cores of all ranks; None if they were not brought together since the last step."""
         if not self._expanded.now.owners:
             return self._expanded.state_dict()
         if self._consolidated is None or self._consolidated[0] is not self._expanded.now:
@@ -548,7 +547,7 @@ def _asked_by_dcp() -> bool:
 
 def _refuse_copy(memo: Any) -> Any:
     raise TypeError(
-        "this optimizer trains matrices through the cores of a LoraOver, and a copy of it would train plain LoRA: copy the model, "
+        "this optimizer trains matrices through the cores of a LoraOver, and a copy of it would train them without cores: copy the model, "
         "make an optimizer of the copy's parameters, attach a LoraOver to both, and load this optimizer's state_dict()"
     )
 

@@ -50,9 +50,9 @@ class TrainedMatrix:
         module: canonical path of the module that owns the pair.
         layer: first number in the path, None where there is none.
         owner: the module that has the parameter.
-        attribute: under which name it has it.
-        parameter: that parameter, looked up anew where a wrapper has replaced it.
-        factorization: how it becomes cores; that of its adapter, or the one that `LoraOver` was given; None before.
+        attribute: the name of the parameter in that module.
+        parameter: the parameter itself, looked up anew after a wrapper has replaced it.
+        factorization: how it becomes cores: the one that `LoraOver` was given, or that of its adapter; None before either.
     """
 
     name: str
@@ -100,10 +100,11 @@ class TrainedMatrix:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A LoRA weight that is not a candidate for expansion, and why.
+    """A LoRA weight that cannot be expanded, and why.
 
     Attributes:
-        is_left_out: whether it is trained as it is for want of a way to expand it, rather than by choice (frozen, inactive).
+        is_left_out: whether it is trained as plain LoRA because nothing can expand it; false for weights that are frozen or
+            inactive.
         parameter: the weight, for as long as the model has it; None afterwards, and in a plan.
     """
 
@@ -118,7 +119,11 @@ class Skipped:
 
 
 def canonical_name(name: str) -> str:
-    """`name` without what DDP, FSDP, `torch.compile`, checkpoint wrappers and PEFT's outer models put into it."""
+    """`name` without the parts that DDP, FSDP, `torch.compile`, checkpoint wrappers and PEFT's outer models add.
+
+    >>> canonical_name("module.base_model.model.model.layers.0.mlp")
+    'model.layers.0.mlp'
+    """
     parts = [part for part in name.split(".") if part not in _WRAPPERS]
     while parts[:1] == ["module"]:
         parts = parts[1:]
@@ -128,8 +133,8 @@ def canonical_name(name: str) -> str:
 
 
 def default_group(matrix: TrainedMatrix) -> str:
-    """Module type, side and stack: the path with its numbers replaced by `*`. T5's encoder, decoder self-attention and
-    cross-attention are different groups, as the paper has them."""
+    """The name of the matrix with its numbers replaced by `*`: matrices of one kind of module and one side are a group. T5's
+    encoder, decoder self-attention and cross-attention are different groups, as in the paper."""
     return ".".join("*" if part.isdigit() else part for part in matrix.name.split("."))
 
 

@@ -44,7 +44,7 @@ def expansion_map(run: LoraOver | Mapping[str, int | None], steps: int | None = 
 
     Args:
         run: the `LoraOver` of the run, or the step of the first expansion of each matrix by name, None for never.
-        steps: length of the run, where the colours end; the steps of the `LoraOver`, or the last expansion, by default.
+        steps: length of the run, at which the colours end. By default the steps of the `LoraOver`, or the last expansion.
 
     Raises:
         ValueError: there are no matrices.

@@ -30,9 +30,9 @@ class PlanRow:
     Attributes:
         group: the group they are ranked in.
         count: how many there are.
-        expanded: how many would be expanded.
-        structure: what each would become.
-        factorization: what makes it.
+        expanded: how many of them would be expanded.
+        structure: what each of these would become.
+        factorization: what makes its cores.
         dtype: of the matrices.
     """
 
@@ -76,7 +76,7 @@ class Plan:
 
     @property
     def lora_parameters(self) -> int:
-        """Numbers in all LoRA matrices that can be expanded: what the model keeps."""
+        """Numbers in all matrices that can be expanded, which is what the model keeps."""
         return sum(row.lora_parameters for row in self.rows)
 
     @property
@@ -169,7 +169,7 @@ class Plan:
         ]
         ratio = self.trained_parameters / max(self.lora_parameters, 1)
         title = (
-            f"{' and '.join(dict.fromkeys(row.label for row in self.rows))}: {self.lora_parameters:,} LoRA parameters, "
+            f"{' and '.join(dict.fromkeys(row.label for row in self.rows))}: {self.lora_parameters:,} parameters in the matrices, "
             f"{self.trained_parameters:,} trained ({ratio:.2f}x)"
         )
         return "\n".join([title, "", *table, *([""] if self.advice else []), *(f"- {line}" for line in self.advice)])
@@ -182,12 +182,13 @@ def plan(
     groups: Callable[[TrainedMatrix], str] | None = None,
     matrices: Finder | None = None,
 ) -> Plan:
-    """What training through cores would make of the matrices of `model`, which may be on the meta device. `plan(...).costs(ranks=8)`
-    says what it needs.
+    """What training through cores would make of the matrices of `model`, which may be on the meta device.
+
+    `plan(...).costs(ranks=8)` has the costs: memory, what ranks send, arithmetic, and the time to expand.
 
     Args:
         factorization: as for `LoraOver`.
-        top_n: matrices to expand in each group, None for all; or the scheduler of the run, for what it has expanded in the end.
+        top_n: matrices to expand in each group, None for all; or the scheduler of the run, whose last round counts.
         groups, matrices: as for `LoraOver`.
 
     Raises:
@@ -223,7 +224,7 @@ def plan(
 
 
 def _size(model: nn.Module) -> ModelSize:
-    """Numbers and bytes of the model. A weight that several modules share is multiplied by in each, and stored once."""
+    """Numbers and bytes of the model. A weight that several modules share counts in each for arithmetic, and once for memory."""
     multiplied = {True: 0, False: 0}
     for module in model.modules():
         if isinstance(module, nn.Embedding):

@@ -44,7 +44,7 @@ class RowRescale:
             layer, as in the paper. The name of an adapted layer is that of the adapter, so a file fits with and without it.
         optimizer: makes the optimizer of α from its parameters, one vector for each layer:
             `lambda alphas: torch.optim.AdamW(alphas, lr=1e-2)`. None: α is applied and not trained.
-        every: period T, in steps of the adapter.
+        every: the period T, in steps of the adapter.
 
     Attributes:
         alphas: name of the layer -> α [d_out], float32, or the dtype of the weight where that is wider.
@@ -101,9 +101,9 @@ class RowRescale:
     # -- training -----------------------------------------------------------------------------------------------------
 
     def step(self, loss_fn: Callable[[], Tensor]) -> Tensor | None:
-        """To be called after each step of the adapter's optimizer. On every T-th call, α takes its own step.
+        """Call this after each step of the adapter's optimizer. On every T-th call, α takes its own step.
 
-        Everything else that the model trains is frozen meanwhile: its gradients stay as they are, accumulated ones included.
+        Everything else that the model trains is frozen meanwhile, so its gradients stay as they are, accumulated ones included.
         In distributed training, the gradient of α is the mean over the ranks.
 
         Args:

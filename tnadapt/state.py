@@ -1,4 +1,4 @@
-"""The saved state of a `LoraOver`: what is in it, and whether a state that is to be loaded fits.
+"""The saved state of a `LoraOver`: what it holds, and whether a state fits that is to be loaded.
 
 Tensors and plain containers only, so that `torch.load(weights_only=True)` reads it.
 """

@@ -273,9 +273,9 @@ def check_scheduler(scheduler: Scheduler, steps: int = 24, layers: int = 4) -> N
     """Check the laws of `Scheduler` in a run on `example_matrices(layers)`, whose gradients are random.
 
     Args:
-        scheduler: new; it is copied and stays so.
-        steps: as many as bring all that it decides.
-        layers: of the example.
+        scheduler: a new one; it is copied and not changed.
+        steps: length of the run, long enough for everything that the scheduler decides.
+        layers: number of layers of the example.
 
     Raises:
         LawBroken: with the number of the law and the step that breaks it.

@@ -36,16 +36,16 @@ TTShape = tuple[Sequence[int], Sequence[int]]
 class TTLoraLinear(LinearAdapter):
     """`y = base(x) + alpha * dW x`, with `dW` as a tensor train.
 
-    In forward, the cores of d_out are contracted to a matrix [d_out, r] and those of d_in to one of [r, d_in], and the input
-    goes through the second and the first. No tensor of `d_out * d_in` numbers is made, and activations are r wide, as in
+    In forward, the cores of d_out are contracted to a matrix [d_out, r] and those of d_in to one of [r, d_in]. The input is
+    multiplied by the second matrix and then by the first. No tensor of `d_out * d_in` numbers is made, and activations are r wide, as in
     LoRA. Folding the halves takes about `d² (d_out + d_in)` products for each forward, however many inputs there are.
 
     Args:
         base: the layer that is adapted, left as it is; `from_linear` freezes it.
         shape: `((m_1, ..., m_p), (n_1, ..., n_q))`, modes of d_out and of d_in. One mode for each is LoRA.
-        rank: TT rank, the same for every bond; where the full rank of a bond is smaller, that is taken. At most the largest of
-            these full ranks.
-        alpha: factor on `dW`. The rank does not divide it, other than in LoRA.
+        rank: TT rank, the same for every bond. A bond whose full rank is smaller has its full rank. At most the largest of these
+            full ranks.
+        alpha: factor on `dW`. Unlike in LoRA, it is not divided by the rank.
 
     Attributes:
         cores: parameters of the shapes [d_{k-1}, i_k, j_k, d_k], those of d_out first (j_k = 1), then those of d_in (i_k = 1).

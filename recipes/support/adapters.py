@@ -191,7 +191,12 @@ def make_optimizer(model: Any, method: Method, config: Config) -> torch.optim.Op
             if isinstance(m, LoraLinear)
             for side in "AB"
         ]
+        settings["clip_unmagnified_grad"] = config.clip
         return cast("torch.optim.Optimizer", LoRARite(pairs, lora_l_dim=0, lora_r_dim=-1, **settings))
+    if method.optimizer == "muon":
+        # scaled to the size of an AdamW step, so that rates mean about the same
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        return torch.optim.Muon(trained, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
     if method.b_ratio is not None:
         optimizer: torch.optim.Optimizer = create_loraplus_optimizer(
             model,

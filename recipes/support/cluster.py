@@ -9,12 +9,10 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-from tqdm import tqdm
 
 from support.folders import UNFINISHED
 from support.provenance import config_hash
@@ -28,16 +26,15 @@ _ANSWERS_WITHIN = 10.0
 
 
 def run_on_cluster(
-    address: str, gpus_per_run: float, recipe: Path, settings: Sequence[dict[str, Any]], root: Path, workers: int = 1
-) -> list[dict[str, Any]]:
-    """The results of runs with these settings, in their order, as `ablate.run_one` gives them.
+    address: str, gpus_per_run: float, jobs: Sequence[tuple[Path, dict[str, Any]]], root: Path, workers: int = 1
+) -> Generator[tuple[int, dict[str, Any]]]:
+    """The number and the result of each run, as they come; a result is what `many.run_one` gives.
 
     Args:
         address: of the cluster (``host:port``, ``ray://host:port``, or ``auto`` on one of its nodes); ``local`` for a new one on this
             machine.
         gpus_per_run: GPUs that each run has, possibly a share of one; 0 for runs on the CPU.
-        recipe: the recipe's file.
-        settings: of the runs.
+        jobs: the recipe's file and the settings of each run.
         root: the folder of the runs.
         workers: runs at once on a new local cluster; another cluster runs as many as it has CPUs and GPUs for.
 
@@ -53,24 +50,18 @@ def run_on_cluster(
         ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
         task = ray.remote(num_cpus=1, num_gpus=gpus_per_run, max_retries=RETRIES)(_in_worker)
         here = (str(Path(__file__).resolve().parents[1]), str(Path.cwd()))
-        locks = [root.resolve() / UNFINISHED / f"{config_hash(each)}.lock" for each in settings]
-        made = [
-            task.remote(here, str(recipe.resolve()), each, str(root.resolve()), str(lock))
-            for each, lock in zip(settings, locks, strict=True)
-        ]
-        results: list[dict[str, Any]] = [{} for _ in settings]
-        waiting = {reference: index for index, reference in enumerate(made)}
-        with tqdm(total=len(waiting), desc="runs", unit="run") as bar:
-            while waiting:
-                (done,), _ = ray.wait(list(waiting), num_returns=1)
-                index = waiting.pop(done)
-                try:
-                    results[index] = ray.get(done)
-                except ray.exceptions.RayError as error:
-                    reason = str(error).strip().splitlines()[-1]
-                    results[index] = {"config": settings[index], "error": f"{type(error).__name__}: {reason}"}
-                bar.update()
-    return results
+        waiting = {}
+        for index, (recipe, settings) in enumerate(jobs):
+            lock = root.resolve() / UNFINISHED / f"{config_hash(settings)}.lock"
+            waiting[task.remote(here, str(recipe.resolve()), settings, str(root.resolve()), str(lock))] = index
+        while waiting:
+            (done,), _ = ray.wait(list(waiting), num_returns=1)
+            index = waiting.pop(done)
+            try:
+                yield index, ray.get(done)
+            except ray.exceptions.RayError as error:
+                reason = str(error).strip().splitlines()[-1]
+                yield index, {"config": jobs[index][1], "error": f"{type(error).__name__}: {reason}"}
 
 
 def _in_worker(here: tuple[str, str], recipe: str, settings: dict[str, Any], root: str, lock: str) -> dict[str, Any]:
@@ -86,8 +77,9 @@ def _in_worker(here: tuple[str, str], recipe: str, settings: dict[str, Any], roo
     os.chdir(folder)
     sys.path.insert(0, recipes)
     import torch
-    from ablate import run_one
     from filelock import FileLock
+
+    from support.many import run_one
 
     torch.set_num_threads(1)
     Path(lock).parent.mkdir(parents=True, exist_ok=True)

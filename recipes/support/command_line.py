@@ -44,16 +44,21 @@ def options_of(recipe: Recipe, preset: str, without: Collection[str] = (), **set
         without: fields that get no option.
         settings: for ``argparse.ArgumentParser``.
     """
-    types = get_type_hints(recipe.config)
-    fields = [
-        (field.name, types[field.name], dataclasses.field(default=field.default, metadata=field.metadata))
-        for field in dataclasses.fields(recipe.config)
-        if field.name not in {*without, "preset"}
-    ]
-    parser = OneLine(dataclasses.make_dataclass("Options", fields), allow_abbrev=False, **settings)
+    parser = options_for(recipe.config, {*without, "preset"}, **settings)
     parser.add_argument("--preset", choices=recipe.presets, help="laptop: small and offline; paper: that of LoRA-Over")
     parser.set_defaults(**dataclasses.asdict(recipe.presets[preset]))
     return parser
+
+
+def options_for(config: type[Config], without: Collection[str], **settings: Any) -> OneLine:
+    """A parser with an option for every field of ``config`` but those ``without``."""
+    types = get_type_hints(config)
+    fields = [
+        (field.name, types[field.name], dataclasses.field(default=field.default, metadata=field.metadata))
+        for field in dataclasses.fields(config)
+        if field.name not in without
+    ]
+    return OneLine(dataclasses.make_dataclass("Options", fields), allow_abbrev=False, **settings)
 
 
 def config_from(recipe: Recipe, options: argparse.Namespace, **changes: Any) -> Any:
@@ -124,13 +129,43 @@ def _run_all(recipe: Recipe, configs: Sequence[Config], options: argparse.Namesp
         pairs = list(group)
         first = pairs[0][0]
         measure = f"{recipe.benchmark.measure}, {title}" if len(recipe.several) > 1 else recipe.benchmark.measure
-        table = committed_table(recipe, first)
-        picture = compare([result for _, result in pairs], options.runs, measure, table, recipe.paper(first))
+        picture = compare([result for _, result in pairs], options.runs, measure, beside(recipe, first))
         print(f"comparison: {picture}")
+        for line in closing(recipe, first, [result for _, result in pairs]):
+            print(line)
+
+
+def closing(recipe: Recipe, config: Config, results: Sequence[Any]) -> list[str]:
+    """What who ran the shipped model and data has seen, in a sentence, and what the study says about it."""
+    if len(results) < 2 or not _shipped(config):
+        return []
+    scores = {result["label"]: result["metrics"].get("accuracy") for result in results}
+    if None in scores.values():
+        return []
+    said = ", ".join(f"{label} {100 * score:.1f} %" for label, score in scores.items())
+    lines = [f"What you have seen: one run each with one seed, {said}; seeds alone move these by several points."]
+    study = recipe.path.parent / "results" / "study" / "answer.txt"
+    if study.exists() and (text := study.read_text(encoding="utf-8").strip()):
+        lines.append(f"What the study says: {text}.")
+    return [
+        *lines,
+        "Next: your own model and data. recipes/compare.py finds the method and its rate; docs/quickstart.md has the code.",
+    ]
+
+
+def _shipped(config: Config) -> bool:
+    return all(getattr(config, name) in (EMBEDDED, None) for name in ("model", *config.PLACES))
+
+
+def beside(recipe: Recipe, config: Any) -> Any:
+    """What stands beside results of ``config`` in the table."""
+    from support.results import Beside
+
+    grids = recipe.grids.get(config.preset, {}) if config.model == recipe.presets[config.preset].model else {}
+    return Beside(committed_table(recipe, config), grids, recipe.paper(config), recipe.elsewhere(config))
 
 
 def committed_table(recipe: Recipe, config: Config) -> Any:
     """The table over seeds that the repository keeps for the models and data that it ships."""
     path = recipe.path.parent / "results" / f"{recipe.table_name(config)}.json"
-    shipped = all(getattr(config, name) in (EMBEDDED, None) for name in ("model", *config.PLACES))
-    return read_json(path) if shipped and path.exists() else None
+    return read_json(path) if _shipped(config) and path.exists() else None

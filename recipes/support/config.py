@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -22,6 +22,9 @@ BACKENDS = ("torch", "opt_einsum", "tensorly", "tensornetwork")
 
 #: (rate of the LoRA matrices, rate of the cores; None: the cores take their matrix's), by method
 Rates = Mapping[str, tuple[float, float | None]]
+
+#: the rates of the LoRA matrices that were tried when those of `Rates` were tuned, by method
+Grids = Mapping[str, Sequence[float]]
 
 
 def option(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -66,8 +69,14 @@ class Config:
     factorization: str | None = option(None, "in place of the method's own", FACTORIZATIONS)
     expansion: float | None = option(None, "parameters of a matrix's cores over its own, in place of --order")
     backend: str = option("torch", "library that contracts and decomposes", BACKENDS)
+    matched: bool = option(False, "move each matrix as far as the optimizer would move it without cores")
+    wrong_answers: float = option(0.0, "share of the training examples that have the answers of one another")
     quantize: str = option(
         quantized.NONE, "base model in four bits, under an adapter of full precision", quantized.CHOICES
+    )
+    stop_after: int = option(0, "end after that many steps of the schedule, evaluate and report; 0: at its end")
+    shard: bool = option(
+        False, "where several ranks train, deal the cores out over them instead of copying all to each"
     )
 
     #: Fields that the scores of the base model depend on.
@@ -75,10 +84,12 @@ class Config:
         *("model", "data", "eval_split", "eval_size", "dtype", "max_new_tokens", "eval_batch", "quantize"),
     )
     #: Fields that are no part of a run's identity while they have their default: runs from before they came stay valid.
-    LATER: ClassVar[tuple[str, ...]] = ("factorization", "expansion", "backend", "quantize")
+    LATER: ClassVar[tuple[str, ...]] = (
+        *("factorization", "expansion", "backend", "matched", "wrong_answers", "quantize", "stop_after", "shard"),
+    )
     #: The smallest value of whole numbers where that is not 1, and the numbers with decimals that may be 0.
-    LEAST: ClassVar[Mapping[str, int]] = {"order": 2, "max_steps": 0, "seed": 0}
-    MAY_BE_ZERO: ClassVar[tuple[str, ...]] = ("weight_decay", "clip", "temperature")
+    LEAST: ClassVar[Mapping[str, int]] = {"order": 2, "max_steps": 0, "stop_after": 0, "seed": 0}
+    MAY_BE_ZERO: ClassVar[tuple[str, ...]] = ("weight_decay", "clip", "temperature", "wrong_answers")
     #: Fields that say how answers are scored. They are no part of a run's identity: its answers can be scored later.
     SCORING: ClassVar[tuple[str, ...]] = ()
     #: Fields that name data.
@@ -93,6 +104,12 @@ class Config:
         check_fields(self)
         if self.batch % self.micro_batch:
             raise ValueError(f"--micro-batch is {self.micro_batch}: it must divide --batch, which is {self.batch}")
+        if self.wrong_answers > 1:
+            raise ValueError(f"--wrong-answers is {self.wrong_answers:g}: give a share of at most 1")
+        if self.matched and METHODS[self.method].over is None:
+            raise ValueError(
+                f"--matched is given, and {self.method} has no cores; leave it out, or take a lora-over method"
+            )
         check_place("model", self.model, files=False)
         for name in self.PLACES:
             check_place(name.replace("_", "-"), getattr(self, name) or EMBEDDED, files=True)

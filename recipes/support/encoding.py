@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -36,3 +37,12 @@ def encode(
     if not examples:
         raise ValueError(f"no training example fits into --max-length {max_length} tokens; raise it")
     return examples
+
+
+def with_wrong_answers(
+    records: Sequence[Record], answer: Callable[[Record], str], share: float
+) -> Callable[[Record], str]:
+    """``answer``, save that a ``share`` of these records, always the same ones, have the answers of one another."""
+    drawn = random.Random(0).sample(range(len(records)), round(share * len(records)))
+    wrong = {id(records[one]): answer(records[other]) for one, other in zip(drawn, drawn[1:] + drawn[:1], strict=True)}
+    return lambda record: wrong.get(id(record)) or answer(record)

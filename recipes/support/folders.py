@@ -13,7 +13,7 @@ import os
 import shutil
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,8 @@ from typing import Any
 from .provenance import read_json, write_json
 
 UNFINISHED = "unfinished"
+#: In what the configuration of an unfinished run may differ from that of the run that goes on with it.
+MAY_CHANGE = frozenset({"stop_after"})
 RESULT = "result.json"
 
 
@@ -87,7 +89,7 @@ class RunFolder:
             ValueError: if the work folder to go on in belongs to a run with another configuration.
         """
         if self.work.exists() and keep:
-            _read(self.work / RESULT, result["config"])
+            _read(self.work / RESULT, result["config"], MAY_CHANGE)
         elif self.work.exists():
             os.replace(self.work, self._aside())
         self.work.mkdir(parents=True, exist_ok=True)
@@ -115,11 +117,11 @@ class RunFolder:
         return aside
 
 
-def _read(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The result in ``path``, which has to be of the same configuration."""
+def _read(path: Path, config: Mapping[str, Any], may_differ: Collection[str] = ()) -> dict[str, Any]:
+    """The result in ``path``, which has to be of the same configuration, save for what ``may_differ``."""
     result: dict[str, Any] = read_json(path)
     other = result["config"]
-    differing = sorted(key for key in {*config, *other} if config.get(key) != other.get(key))
+    differing = sorted(key for key in {*config, *other} - {*may_differ} if config.get(key) != other.get(key))
     if differing:
         shown = ", ".join(f"{key} {other.get(key)!r} there, {config.get(key)!r} here" for key in differing[:4])
         raise ValueError(

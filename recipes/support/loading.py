@@ -67,8 +67,8 @@ def choices_of(recipe: Recipe, config: Config, model_config: Any) -> Sequence[st
             "decoder or an encoder-decoder"
         )
     method = METHODS[config.method]
-    if method.tensor_train or method.optimizer == "rite":
-        reason = "trains nothing but its own factors"
+    if method.tensor_train or method.optimizer in ("rite", "muon"):
+        reason = "trains nothing but its own matrices"
     elif method.changes_base:
         reason = "changes the base model, and no adapter of PEFT's says both that and a new head"
     else:

@@ -21,7 +21,8 @@ class Over:
     """How LoRA-Over trains: through which factorization, and which matrices it expands when.
 
     ``choice`` is ``all`` (every matrix from step 0), ``predefined`` (MPO_P: from step 0 those that an ablation of a trained
-    plain LoRA found important) or ``runtime`` (MPO_R: in rounds, by importance).
+    plain LoRA found important), ``runtime`` (MPO_R: in rounds, by importance) or ``random`` (from step 0 as many as those have, drawn
+    by the seed: what a choice by importance is compared with).
     """
 
     factorization: str
@@ -67,12 +68,12 @@ class Over:
         return makers[kind](**settings)
 
     def make_scheduler(self, config: Config, scores: Mapping[str, float] | None = None) -> Scheduler:
-        """What chooses the matrices to expand; ``predefined`` takes the ``scores`` of the ablation."""
+        """What chooses the matrices to expand; ``predefined`` takes the ``scores`` of the ablation, ``random`` takes random ones."""
         from tnadapt import LossAblation, Static, TaylorRuntime
 
         if self.choice == "runtime":
             return TaylorRuntime(top_n=config.top_n, split=config.split, every=config.every)
-        if self.choice == "predefined":
+        if self.choice in ("predefined", "random"):
             assert scores is not None
             return LossAblation(scores, top_n=config.top_n)
         return Static(self.which)
@@ -98,13 +99,21 @@ class Method:
     over: Over | None = None
     """LoRA-Over: what trains through tensor networks."""
     optimizer: str = "adamw"
-    """``adamw``, ``riemannian`` (AdamW behind PEFT's preconditioner) or ``rite`` (LoRA-RITE)."""
+    """``adamw``, ``riemannian`` (AdamW behind PEFT's preconditioner), ``rite`` (LoRA-RITE) or ``muon`` (torch's, for the LoRA pairs)."""
     generated: bool = False
     """OP-LoRA: an MLP for each layer writes the pair and is dropped after training."""
     rescaled: bool = False
     """α-LoRA: the rows of the frozen weights are scaled too."""
     tensor_train: bool = False
     """TT-LoRA: the update itself is a tensor train, with ``--rank`` as its rank; no adapter of PEFT's."""
+
+    @property
+    def clips(self) -> bool:
+        """Whether the optimizer clips gradients itself. LoRA-RITE does, free of how a pair shares its product.
+
+        The norm of its raw gradients says nothing, as it grows with A where B is small, and its authors clip none.
+        """
+        return self.optimizer == "rite"
 
     @property
     def two_rates(self) -> bool:
@@ -156,10 +165,12 @@ METHODS = {
     "op-lora": Method("OP-LoRA", generated=True),
     "riemannian": Method("Riemannian LoRA", optimizer="riemannian"),
     "lora-rite": Method("LoRA-RITE", optimizer="rite"),
+    "muon": Method("LoRA with Muon", optimizer="muon"),
     "lora-over-svd": Method("LoRA-Over-SVD", over=Over("svd")),
     "lora-over-mpo": Method("LoRA-Over-MPO", over=Over("mpo")),
     "lora-over-mpo-p": Method("LoRA-Over-MPO_P", over=Over("mpo", "predefined")),
     "lora-over-mpo-r": Method("LoRA-Over-MPO_R", over=Over("mpo", "runtime")),
+    "lora-over-mpo-random": Method("LoRA-Over-MPO, random choice", over=Over("mpo", "random")),
     "lora-over-tucker": Method("LoRA-Over-Tucker", over=Over("tucker")),
     "lora-over-cp": Method("LoRA-Over-CP", over=Over("cp")),
 }

@@ -47,13 +47,14 @@ def git_state(folder: Path) -> dict[str, Any] | None:
 
     ``commit`` is None where nothing has been committed yet.
     """
-    status = _git(folder, "status", "--porcelain")
+    status = git(folder, "status", "--porcelain")
     if status is None:
         return None
-    return {"commit": _git(folder, "rev-parse", "HEAD"), "dirty": bool(status)}
+    return {"commit": git(folder, "rev-parse", "HEAD"), "dirty": bool(status)}
 
 
-def _git(folder: Path, *arguments: str) -> str | None:
+def git(folder: Path, *arguments: str) -> str | None:
+    """What a git command says in ``folder``; None where there is no git, or it fails."""
     try:
         done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=30, check=True)
     except (OSError, subprocess.SubprocessError):

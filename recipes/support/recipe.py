@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from support.benchmark import Benchmark, Record
-from support.config import Config, Rates
+from support.config import Config, Grids, Rates
+from support.elsewhere import TunedLora
 
 __all__ = ["Recipe", "Record"]
 
@@ -42,6 +43,10 @@ class Recipe:
     """Fields of which the command line takes several values; each combination is a run."""
     paper: Callable[[Any], Mapping[str, str]] = lambda config: {}
     """The paper's figures in % by label, for a configuration that they can stand beside."""
+    elsewhere: Callable[[Any], Sequence[TunedLora]] = lambda config: ()
+    """What other papers measured with LoRA at a rate that they tuned, for such a configuration."""
+    grids: Mapping[str, Grids] = field(default_factory=dict)
+    """The rates that were tried by preset and method."""
 
     @property
     def name(self) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,36 +10,6 @@ from support.config import EMBEDDED
 from support.evaluation.prompts import Example
 from support.evaluation.records import read_records
 from support.recipe import Record
-
-
-def read_jsonl(
-    path: Path, columns: Sequence[str], problem: Callable[[Record], str] = lambda record: ""
-) -> list[Record]:
-    """The records of a file with one JSON object a line, as text in ``columns``.
-
-    Args:
-        path: the file; empty lines are skipped.
-        columns: what every object has.
-        problem: what is wrong with a record, or an empty text.
-
-    Raises:
-        ValueError: names the line that is no such object, or has a problem.
-    """
-    records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            record = {column: str(row[column]) for column in columns}
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path}, line {number}: not an object with {' and '.join(columns)} ({error!r})"
-            ) from error
-        if wrong := problem(record):
-            raise ValueError(f"{path}, line {number}: {wrong}")
-        records.append(record)
-    return records
 
 
 def local_file(place: str, split: str, suffix: str = ".jsonl") -> Path | None:

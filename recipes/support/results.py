@@ -6,6 +6,7 @@ A result is a dictionary with ``label``, ``config``, ``metrics``, ``curve`` and 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from tnadapt.pictures import expansion_map, loss_curves
 
 from . import pictures
 from .advice import advise
+from .elsewhere import TunedLora
+from .methods import METHODS
 from .provenance import config_hash, write_text
-from .tables import Table, grade, percent, percent_over_seeds, rate
+from .tables import Table, grade, percent, percent_over_seeds, rate, span
 
 Result = Mapping[str, Any]
 
@@ -43,24 +46,37 @@ FIGURES: dict[str, tuple[str, Callable[[float | None], str]]] = {
 }
 
 
+#: The label of plain LoRA, which is the baseline of all others.
+LORA = METHODS["lora"].label
+
+
 def _figures(metrics: Mapping[str, Any], names: Sequence[str], prefix: str = "") -> list[str]:
     return [FIGURES[name][1](metrics.get(f"{prefix}{name}")) for name in names]
 
 
-def result_table(
-    results: Sequence[Result],
-    measure: str,
-    committed: Mapping[str, Any] | None = None,
-    paper: Mapping[str, str] | None = None,
-) -> Table:
-    """One row for the base model and one per result.
+@dataclass(frozen=True)
+class Beside:
+    """What stands beside the figures of runs, each in columns of its own."""
+
+    committed: Mapping[str, Any] | None = None
+    """The table over several seeds that the repository keeps."""
+    grids: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    """The rates that were tried for a method when the preset's were tuned."""
+    paper: Mapping[str, str] = field(default_factory=dict)
+    """The paper's own figures by label, which are nobody's measurement here."""
+    elsewhere: Sequence[TunedLora] = ()
+    """LoRA with the rates that other papers tuned."""
+
+
+def result_table(results: Sequence[Result], measure: str, beside: Beside | None = None) -> Table:
+    """One row for the base model and one per result; where no result is LoRA's, a row for what others report of it.
 
     Args:
         results: of runs on the same problems.
         measure: what the accuracy is a share of.
-        committed: the table over several seeds that the repository keeps; it gets a column of its own.
-        paper: the paper's own figures by label, which are nobody's measurement here; a column of their own, too.
+        beside: what stands beside.
     """
+    beside = beside or Beside()
     first = results[0]["metrics"]
     figures = [name for name in FIGURES if any(result["metrics"].get(name) is not None for result in results)]
     figures = figures or ["accuracy"]
@@ -90,22 +106,42 @@ def result_table(
             ]
         )
     caption = f"{first['problems']} examples, {first['steps']} steps."
-    if committed:
+    methods = [result["config"]["method"] for result in results]
+    if beside.grids:
+        columns.append("rates tried")
+        rows[0].append("–")
+        for row, method in zip(rows[1:], methods, strict=True):
+            row.append(span(beside.grids.get(method, ())))
+        caption += " Rates tried: how many, and from where to where, when the preset's rate was tuned."
+    if committed := beside.committed:
         columns.append(f"{len(committed['seeds'])} seeds")
         rows[0].append(percent(committed["base_accuracy"]))
-        for row, result in zip(rows[1:], results, strict=True):
-            method = committed["methods"].get(result["config"]["method"])
-            row.append(percent_over_seeds(method["accuracy"]) if method else "–")
+        for row, method in zip(rows[1:], methods, strict=True):
+            known = committed["methods"].get(method)
+            row.append(f"{percent_over_seeds(known['accuracy'])} at {rate(known['lr'])}" if known else "–")
         caption += (
-            f" Last column: committed mean ± std over seeds {', '.join(map(str, committed['seeds']))} with "
-            f"{committed['steps']} steps, not this run."
+            f" {columns[-1].capitalize()}: committed mean ± std over seeds {', '.join(map(str, committed['seeds']))} with "
+            f"{committed['steps']} steps, and the rate; not this run."
         )
-    if paper:
+    labels = [result["label"] for result in results]
+    if (beside.paper or beside.elsewhere) and LORA not in labels:
+        labels.append(LORA)
+        rows.append([LORA, *"–" * (len(columns) - 1)])
+    if beside.paper:
         columns.append("paper's" if figures[0] == "grade" else "paper's %")
         rows[0].append("–")
-        for row, result in zip(rows[1:], results, strict=True):
-            row.append(paper.get(result["label"], "–"))
-        caption += " Last column: printed in the paper, not measured here."
+        for row, label in zip(rows[1:], labels, strict=True):
+            row.append(beside.paper.get(label, "–"))
+        caption += f" {columns[-1].capitalize()}: printed in the paper, not measured here."
+    if beside.elsewhere:
+        columns.append("tuned elsewhere %")
+        rows[0].append("–")
+        for row, label in zip(rows[1:], labels, strict=True):
+            row.append("; ".join(each.figure for each in beside.elsewhere) if label == LORA else "–")
+        caption += (
+            f" Tuned elsewhere: LoRA as others measured it, not in every detail alike: {'; '.join(map(str, beside.elsewhere))}. "
+            "Where the paper's LoRA, or the one here, is far below, a gain over it may be its learning rate's."
+        )
     return Table(measure, columns, rows, caption)
 
 
@@ -137,15 +173,9 @@ def write_report(result: Result, folder: Path, measure: str) -> None:
     write_text(folder / "report.md", "\n".join(lines))
 
 
-def compare(
-    results: Sequence[Result],
-    root: Path,
-    measure: str,
-    committed: Mapping[str, Any] | None = None,
-    paper: Mapping[str, str] | None = None,
-) -> Path:
+def compare(results: Sequence[Result], root: Path, measure: str, beside: Beside | None = None) -> Path:
     """Print the results in one table and draw them in one picture below ``root``, whose path is returned."""
-    result_table(results, measure, committed, paper).show()
+    result_table(results, measure, beside).show()
     metrics = [result["metrics"] for result in results]
     figure = next((name for name in FIGURES if all(each.get(name) is not None for each in metrics)), None)
     heading, shown = FIGURES[figure or "accuracy"]

@@ -22,11 +22,11 @@ from support import ranks  # noqa: E402
 from support.adapters import attach, save_initial, save_trained  # noqa: E402
 from support.benchmark import Scores  # noqa: E402
 from support.config import Config  # noqa: E402
-from support.encoding import encode  # noqa: E402
+from support.encoding import encode, with_wrong_answers  # noqa: E402
 from support.evaluation import tokenization  # noqa: E402
 from support.evaluation.answers import Generate  # noqa: E402
 from support.evaluation.generate import Chooser, Generator, Sampling  # noqa: E402
-from support.evaluation.loss import answer_loss  # noqa: E402
+from support.evaluation.loss import answer_losses  # noqa: E402
 from support.evaluation.prompts import Example  # noqa: E402
 from support.folders import RunFolder  # noqa: E402
 from support.loading import choices_of, load_model, load_shape, target_modules  # noqa: E402
@@ -116,7 +116,9 @@ def run_alone(recipe: Recipe, config: Config, root: Path, name: str, resume: boo
         scores = evaluate(recipe, config, evaluation, lambda: (model, tokenizer), work, TRAINED, quiet)
         record_scores(result, config, work, scores, base)
         if recipe.benchmark.answered:
-            result["metrics"]["eval_loss"] = loss_on(recipe, config, evaluation, model, tokenizer)
+            result["losses"] = losses = losses_on(recipe, config, evaluation, model, tokenizer)
+            total, tokens = (sum(column) for column in zip(*losses, strict=True)) if losses else (0.0, 0)
+            result["metrics"]["eval_loss"] = total / tokens if tokens else None
         result["metrics"] |= {
             "problems": len(evaluation),
             "training_examples": len(training.examples),
@@ -138,7 +140,7 @@ def adapted(
         tokenizer,
         records,
         recipe.prompt,
-        recipe.answer,
+        with_wrong_answers(records[: config.train_size], recipe.answer, config.wrong_answers),
         config.train_size,
         config.max_length,
         model.config.is_encoder_decoder,
@@ -162,13 +164,14 @@ def train_along(recipe: Recipe, config: Config) -> dict[str, Any]:
     return result
 
 
-def loss_on(recipe: Recipe, config: Config, records: Sequence[Record], model: Any, tokenizer: Any) -> float | None:
-    """The loss on the answers of the records that fit into ``--max-length`` tokens; None where none does."""
+def losses_on(
+    recipe: Recipe, config: Config, records: Sequence[Record], model: Any, tokenizer: Any
+) -> list[tuple[float, int]]:
+    """The loss on the answer of each record that fits into ``--max-length`` tokens, in nats, and its tokens."""
     pairs = [Example(recipe.prompt(record), recipe.answer(record)) for record in records]
     kind = model.config.is_encoder_decoder, choices_of(recipe, config, model.config)
     examples = [tokenization.encode(tokenizer, pair, config.max_length, *kind) for pair in pairs]
-    fitting = [example for example in examples if example]
-    return answer_loss(model, tokenizer, fitting, config.micro_batch) if fitting else None
+    return answer_losses(model, tokenizer, [example for example in examples if example], config.micro_batch)
 
 
 TRAINED, BASE = "trained", "base"

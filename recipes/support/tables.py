@@ -74,6 +74,11 @@ def percent_over_seeds(values: Sequence[float]) -> str:
     return f"{100 * mean(values):.1f} ± {100 * stdev(values):.1f} %"
 
 
+def span(rates: Sequence[float]) -> str:
+    """How many learning rates there are, the lowest and the highest; a dash where there is none."""
+    return f"{len(rates)}, {rate(min(rates))} to {rate(max(rates))}" if rates else "–"
+
+
 def rate(value: float | None) -> str:
     """A learning rate; a dash where there is none."""
     return "–" if value is None else f"{value:.2g}"

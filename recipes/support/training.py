@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from support import ranks
@@ -18,7 +18,7 @@ from support.adapters import callbacks_of, finder_of, make_optimizer
 from support.config import Config
 from support.evaluation.tokenization import IGNORED, collator
 from support.generated import drop_generators
-from support.methods import Method
+from support.methods import METHODS, Method
 from support.provenance import read_json, write_json
 from support.results import expansions
 from tnadapt import LoraOver, finders, plan, predefined
@@ -89,7 +89,7 @@ class Training:
             gradient_accumulation_steps=config.batch // (size * ranks.world()),
             max_steps=self.steps,
             lr_scheduler_type="cosine",
-            max_grad_norm=config.clip,
+            max_grad_norm=0.0 if METHODS[config.method].clips else config.clip,
             seed=config.seed,
             bf16=config.dtype == "bfloat16",
             activation_checkpointing=config.activation_checkpointing,
@@ -124,19 +124,50 @@ class Training:
             trainer.add_callback(LossBar)
         return trainer
 
-    def run(self, model: Any, make: MakeOptimizer, callbacks: Sequence[Any] = (), name: str = "checkpoints") -> Any:
-        """Train ``model`` in place, from the last complete checkpoint in the folder ``name``; returns the Trainer's state."""
-        trainer = self.trainer(model, make, callbacks, name)
-        trainer.train(resume_from_checkpoint=last_complete_checkpoint(self.work / name))
+    def run(
+        self,
+        model: Any,
+        make: MakeOptimizer,
+        callbacks: Sequence[Any] = (),
+        stop_after: int = 0,
+        name: str = "checkpoints",
+    ) -> Any:
+        """Train ``model`` in place, from the last complete checkpoint in the folder ``name``.
+
+        Args:
+            model: what is trained.
+            make: makes its optimizer.
+            callbacks: for the Trainer.
+            stop_after: steps after which training ends; 0: with its schedule.
+            name: of the folder with the checkpoints.
+
+        Returns:
+            The Trainer's state.
+        """
+        trainer = self.trainer(model, make, [*callbacks, Until(stop_after or self.steps)], name)
+        try:
+            trainer.train(resume_from_checkpoint=last_complete_checkpoint(self.work / name))
+        except Trained:
+            trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
         return trainer.state
 
 
-def train(model: Any, method: Method, training: Training) -> dict[str, Any]:
-    """Train ``model`` in place with ``method``, and tell what happened: ``metrics``, ``curve``, ``plan`` and ``matrices``."""
+def train(model: Any, method: Method, training: Training, watching: Sequence[Any] = ()) -> dict[str, Any]:
+    """Train ``model`` in place with ``method``, and tell what happened: ``metrics``, ``curve``, ``plan`` and ``matrices``.
+
+    Args:
+        model: as ``attach`` has made it.
+        method: what to train it with.
+        training: the examples and the settings.
+        watching: callbacks of the Trainer that look on.
+    """
     config = training.config
     scores = None
     if method.over is not None and method.over.choice == "predefined":
         scores = scores_of_ablation(model, method, training)
+    elif method.over is not None and method.over.choice == "random":
+        drawn = random.Random(config.seed)
+        scores = {name: drawn.random() for name in finders.collect(model, finder_of(method, config, model))[0]}
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     overs: list[LoraOver] = []
     table, settings, beside = "", None, trainable
@@ -157,14 +188,20 @@ def train(model: Any, method: Method, training: Training) -> dict[str, Any]:
         optimizer = make_optimizer(model, method, config)
         if settings is not None:
             factorization, scheduler, finder = settings
-            overs.append(LoraOver(model, optimizer, factorization, scheduler, core_lr=config.core_lr, matrices=finder))
+            choices: dict[str, Any] = {"core_lr": config.core_lr, "matrices": finder}
+            choices |= {"matched": config.matched, "shard": config.shard}
+            overs.append(LoraOver(model, optimizer, factorization, scheduler, **choices))
         return optimizer
 
-    callbacks = callbacks_of(model, method, training)
-    if settings is not None and ranks.sharded():
-        callbacks.append(LoraOverCallback())  # the optimizer's files of FSDP have no cores
+    callbacks = [*callbacks_of(model, method, training), *watching]
+    if settings is not None and (ranks.sharded() or config.shard):
+        # the optimizer's files have no cores under FSDP, and this rank's alone where they are dealt out
+        callbacks.append(LoraOverCallback())
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
-    state = training.run(model, make, callbacks)
+    state = training.run(model, make, callbacks, config.stop_after)
     over = overs[0] if overs else None
     curve = [(entry["step"], entry["loss"]) for entry in state.log_history if "loss" in entry]
     tail = [loss for _, loss in curve[-5:]]
@@ -174,6 +211,7 @@ def train(model: Any, method: Method, training: Training) -> dict[str, Any]:
             "steps": state.global_step,
             "tokens": int(state.num_input_tokens_seen),
             "training_seconds": time.perf_counter() - start,
+            "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
             "lora_parameters": trainable,
             "trained_parameters": beside + over.trained_parameters if over else trainable,
         },
@@ -217,6 +255,28 @@ def scores_of_ablation(model: Any, method: Method, training: Training) -> dict[s
         write_json(file, scores)
         shutil.rmtree(training.work / "ablation", ignore_errors=True)
     return scores
+
+
+class Trained(Exception):
+    """The checkpoint that was read is of the end of training."""
+
+
+class Until(TrainerCallback):
+    """Ends training after a number of steps; the Trainer by itself takes one more where a checkpoint has them all.
+
+    Raises:
+        Trained: everything of such a checkpoint has been read.
+    """
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= self.steps:
+            raise Trained
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop |= state.global_step >= self.steps
 
 
 class LossBar(ProgressCallback):

@@ -243,7 +243,7 @@ def test_model_with_frozen_lora_only():
 
 def test_attaching_twice():
     model, optimizer, over = started()
-    said = ("attached to these LoRA matrices, or to this optimizer, already", r"fold\(\) or detach\(\)")
+    said = ("attached to these matrices, or to this optimizer, already", r"fold\(\) or detach\(\)")
     with Kept(model, optimizer, over), pytest.raises(ValueError, match=said[0]) as raised:
         LoraOver(model, optimizer, SVD())
     assert re.search(said[1], str(raised.value))

@@ -114,7 +114,7 @@ def test_a_subclass_that_clips_inside_its_step_is_told_that_cores_do_not_follow(
     LoraOver(model, optimizer, MPO(order=3))
     backward_through(model, 0)
     with pytest.raises(
-        RuntimeError, match=r"Clips changed gradients of LoRA matrices inside its step.*clip before optimizer.step"
+        RuntimeError, match=r"Clips changed gradients of expanded matrices inside its step.*clip before optimizer.step"
     ):
         optimizer.step()
 

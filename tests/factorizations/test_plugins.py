@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from tests.pages import DOCS, blocks, run
 from tnadapt import Backend, Factorization, LoraOver, OverParamAdapter, Scheduler, register_backend
 from tnadapt.backends import BACKENDS, TorchBackend, get_backend
 from tnadapt.factorizations import CP, MPO, TensorRing, Tucker
@@ -19,8 +18,7 @@ from tnadapt.schedulers.base import _SCHEDULERS
 
 from .variants import make_matrix, relative_error
 
-PAGE = Path(__file__).parents[2] / "docs" / "plugins.md"
-BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+PAGE = DOCS / "plugins.md"
 
 
 @pytest.fixture(autouse=True)
@@ -37,15 +35,13 @@ def _registries(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture
 def page(_registries: None) -> dict[str, Any]:
     """What the page defines, after all its blocks have run."""
-    namespace: dict[str, Any] = {}
-    for block in BLOCKS:
-        exec(compile(block, PAGE.name, "exec"), namespace)
-    return namespace
+    return run(PAGE)
 
 
 def test_a_plug_in_takes_less_than_sixty_lines() -> None:
-    assert len(BLOCKS) == 4
-    assert all(len(block.splitlines()) < 60 for block in BLOCKS)
+    found = blocks(PAGE)
+    assert len(found) == 4
+    assert all(len(block.splitlines()) < 60 for block in found)
 
 
 def test_the_page_runs(page: dict[str, Any]) -> None:

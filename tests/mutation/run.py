@@ -1,15 +1,22 @@
 """How many small faults in the code the tests notice: a mutation run.
 
     python tests/mutation/run.py --workers 2
+    python tests/mutation/run.py --modules tnadapt/planning.py --sample 12
     python tests/mutation/run.py --modules tnadapt/planning.py --survivors
 
-Each mutant is one module with one change. It runs in a fork of a process that has imported the libraries already, on a copy of the
-tree, so that it costs its tests and little else; the change is put in when the module is imported. A mutant is killed by a failing
-test, or by running far longer than the tests take.
+Each mutant is one module with one change (`operators.py`). It runs in a fork of a process that has imported the libraries already, on
+a copy of the tree, so that it costs its tests and little else; the change is put in when the module is imported.
+
+The tests are those that `targets.py` names for the module, and of these the files that come to the changed line; with the examples
+that `make test` draws, without shrinking; not the slow ones, and not the largest cases (`forks.py`). So a survivor may still be found
+by `make test` or `make test-all`. A mutant is killed when a test fails, also because the module cannot be imported any more, or when
+it takes more than one and a half times of what the tests take while they are traced (about three times of what they take otherwise),
+measured on the CPU. A change on a line that no test comes to is not run, and survives.
 
 What is finished is kept in `runs/mutation` and not run again while the module stays as it is; `--survivors` runs those that no test
-failed on again, after tests were added. The outcome goes to `docs/mutation/results.json`, where a reason can be written beside each survivor
-(the next run keeps it), and from there into the tables of `docs/mutation.md`.
+failed on again, after tests were added. The outcome goes to `docs/mutation/results.json`, where a reason is written beside each
+survivor by hand (the next run keeps it), and a table of it is printed. The figures in `docs/mutation.md` are checked against it by
+`tests/trust/test_mutation.py`.
 """
 
 from __future__ import annotations
@@ -17,7 +24,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import math
 import os
 import random
 import shutil
@@ -29,53 +35,13 @@ from typing import Any
 import torch
 from forks import outcomes
 from operators import mutants
+from targets import MUTATED, TESTS
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
-RESULTS, PAGE, CACHE = ROOT / "docs/mutation/results.json", ROOT / "docs/mutation.md", ROOT / "runs/mutation"
+RESULTS, CACHE = ROOT / "docs/mutation/results.json", ROOT / "runs/mutation"
 TREE = ("tnadapt", "tests", "docs", "recipes", "benchmarks")
 FILES = ("pyproject.toml", "README.md", "Makefile", "constraints.txt")
-DEFAULT = (
-    *("tnadapt/planning.py", "tnadapt/assignment.py", "tnadapt/finders.py", "tnadapt/matrices.py", "tnadapt/state.py"),
-    *("tnadapt/lora_over.py", "tnadapt/adapter", "tnadapt/backends", "tnadapt/factorizations", "tnadapt/schedulers"),
-    "tnadapt/engine",
-)
-
-FACTORIZATION_TESTS = ["gauges", "structure", "layout", "kernels", "bad_input", "truncation", "zero_start", "precision",
-                       "gradients", "batches", "round_trip", "docs"]  # fmt: skip
-RANKS_TESTS = ["fsdp", "ddp", "ddp_and_fsdp", "agreement", "sharded_cores", "offload", "refused", "checkpoint"]
-ENGINE_TESTS = ["steps", "edges", "matched", "mixed", "cohorts", "coupling", "handover", "bad_input", "model_untouched", "state", "equivalence",
-                "factorizations_train"]  # fmt: skip
-#: the tests that mutants of a module run, those that find most first
-TESTS = {
-    "tnadapt/planning.py": ["tests/test_planning.py", "tests/engine/test_mixed.py"],
-    "tnadapt/assignment.py": ["tests/engine/test_mixed.py"],
-    "tnadapt/finders.py": ["tests/test_finders.py", "tests/engine/test_mixed.py"],
-    "tnadapt/matrices.py": ["tests/test_matrices.py", "tests/engine/test_edges.py"],
-    "tnadapt/state.py": ["tests/engine/test_state.py", "tests/engine/test_edges.py"],
-    "tnadapt/lora_over.py": [
-        *(f"tests/engine/test_{name}.py" for name in ("edges", "state", "bad_input", "steps", "mixed")),
-        *("tests/test_public_api.py", "tests/integrations/test_own_optimizer.py"),
-    ],
-    "tnadapt/adapter": ["tests/test_adapter.py", "tests/test_adapter_models.py"],
-    "tnadapt/backends": [
-        *(
-            f"tests/factorizations/test_{name}.py"
-            for name in ("kernels", "backends_agree", "precision", "gradients", "round_trip")
-        ),
-    ],
-    "tnadapt/schedulers": [
-        *("tests/test_schedulers.py", "tests/test_loss_ablation.py"),
-        *(f"tests/distributed/test_{name}.py" for name in ("fsdp", "offload")),
-    ],
-    "tnadapt/factorizations": [f"tests/factorizations/test_{name}.py" for name in FACTORIZATION_TESTS],
-    "tnadapt/engine": [
-        *(f"tests/engine/test_{name}.py" for name in ENGINE_TESTS),
-        "tests/trust/test_faults.py",
-        "tests/test_public_api.py",
-        *(f"tests/distributed/test_{name}.py" for name in RANKS_TESTS),
-    ],
-}
 
 
 def digest_of(file: Path) -> str:
@@ -83,13 +49,15 @@ def digest_of(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()[:12] if file.exists() else ""
 
 
-def run_module(path: str, workers: int, again: bool, share: float, scratch: Path) -> tuple[int, list[dict[str, Any]]]:
-    """How many mutants a module has, and the outcomes of all or of a random share of them, also those known from earlier."""
+def run_module(
+    path: str, workers: int, again: bool, sample: int | None, seed: int, scratch: Path
+) -> tuple[int, list[dict[str, Any]]]:
+    """How many mutants a module has, and the outcomes of all or of a random sample, also those known from earlier."""
     source = (scratch / path).read_text()
     cache = CACHE / f"{path.removesuffix('.py').replace('/', '.')}-{digest_of(scratch / path)}.jsonl"
     cache.parent.mkdir(parents=True, exist_ok=True)
     whole = mutants(source)
-    every = whole if share == 1 else random.Random(0).sample(whole, math.ceil(share * len(whole)))
+    every = whole if sample is None else random.Random(seed).sample(whole, min(sample, len(whole)))
     known = {}
     for line in cache.read_text().splitlines() if cache.exists() else ():
         entry = json.loads(line)
@@ -117,8 +85,8 @@ def recorded() -> dict[str, Any]:
     return {path: found for path, found in results.items() if (ROOT / path).exists()}
 
 
-def record(path: str, scratch: Path, exist: int, found: list[dict[str, Any]]) -> None:
-    """Write the outcome of a module beside the others; reasons that stand there are kept."""
+def record(path: str, scratch: Path, exist: int, seed: int | None, found: list[dict[str, Any]]) -> None:
+    """Write the outcome of a module beside the others; reasons that stand there are kept. `seed` is that of a sample."""
     results = recorded()
     reasons = {
         (s["operator"], s["before"], s["after"]): s["reason"] for s in results.get(path, {}).get("survivors", [])
@@ -132,6 +100,7 @@ def record(path: str, scratch: Path, exist: int, found: list[dict[str, Any]]) ->
     results[path] = {
         "source": digest_of(scratch / path),
         "exist": exist,
+        "seed": seed,
         "mutants": len(found),
         **counts,
         "survivors": survivors,
@@ -140,86 +109,40 @@ def record(path: str, scratch: Path, exist: int, found: list[dict[str, Any]]) ->
     RESULTS.write_text(json.dumps(dict(sorted(results.items())), indent=1, ensure_ascii=False) + "\n")
 
 
-def agreeing(one: str, other: str) -> int:
-    """How many characters are the same at the start."""
-    return next((k for k, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-
-
-def around(before: str, after: str, context: int = 60) -> tuple[str, str]:
-    """Where two lines differ, with some of what is around it, as code in cells of a table."""
-    same = agreeing(before, after)
-    rest = agreeing(before[same:][::-1], after[same:][::-1])
-    cut = []
-    for text in (before, after):
-        start, stop = max(0, same - context), min(len(text), len(text) - rest + context)
-        shown = ("… " if start else "") + text[start:stop] + (" …" if stop < len(text) else "")
-        cut.append(f"`` {shown} ``".replace("|", "\\|"))
-    return cut[0], cut[1]
-
-
-def scores(row: list[int]) -> str:
-    """The share that was killed: of all that were drawn, and of those that the tests reach."""
-    _, drawn, killed, _, _, unreached = row
-    return f"{killed / drawn:.1%} | {killed / max(drawn - unreached, 1):.1%}"
-
-
-def tables() -> str:
-    """The results as Markdown: a line per module, then the survivors of each."""
-    results = recorded()
-    columns = (
-        "module",
-        "mutants",
-        "drawn",
-        "killed",
-        "of them by time",
-        "survived",
-        "of them not reached",
-        "score",
-        "of what is reached",
-    )
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    total = [0] * 6
-    for path, found in results.items():
-        row = [
-            found["exist"],
-            found["mutants"],
-            found["killed"] + found["time"],
-            found["time"],
-            len(found["survivors"]),
-            sum(one["outcome"] == "unreached" for one in found["survivors"]),
-        ]
-        total = [a + b for a, b in zip(total, row, strict=True)]
+def table() -> str:
+    """A line of figures per module."""
+    rows = []
+    for path, found in recorded().items():
+        unreached = sum(one["outcome"] == "unreached" for one in found["survivors"])
         since = "" if digest_of(ROOT / path) == found["source"] else " (changed since)"
-        lines.append(f"| `{path}`{since} | {' | '.join(map(str, row))} | {scores(row)} |")
-    lines.append(f"| all | {' | '.join(map(str, total))} | {scores(total)} |")
-    for path, found in results.items():
-        if found["survivors"]:
-            lines += ["", f"### `{path}`", "", "| line | before | after | why it survives |", "|---|---|---|---|"]
-        rows = []
-        for one in found["survivors"]:
-            before, after = around(one["before"], one["after"])
-            if one["outcome"] == "unreached":
-                before, after = around(one["before"], "")[0], "anything: these tests do not come here"
-            rows.append(f"| {one['line']} | {before} | {after} | {one['reason'] or '**not looked at**'} |")
-        lines += dict.fromkeys(rows)
-    return "\n".join(lines)
-
-
-def write_page() -> None:
-    """Put the tables between the markers of the page."""
-    start, end = "<!-- results -->", "<!-- end of results -->"
-    text = PAGE.read_text() if PAGE.exists() else f"# Mutation run\n\n{start}\n{end}\n"
-    head, tail = text.split(start)[0], text.split(end)[1]
-    PAGE.write_text(f"{head}{start}\n\n{tables()}\n\n{end}{tail}")
+        rows.append(
+            (
+                path + since,
+                found["exist"],
+                found["mutants"],
+                found["killed"],
+                found["time"],
+                len(found["survivors"]),
+                unreached,
+            )
+        )
+    columns = list(zip(*rows, strict=True))
+    rows.append(("all", *(sum(column) for column in columns[1:])))
+    titles = ("module", "mutants", "drawn", "killed", "by time", "survived", "not reached")
+    width = max(len(row[0]) for row in rows)
+    return "\n".join("  ".join([f"{row[0]:{width}}", *(f"{cell:>11}" for cell in row[1:])]) for row in (titles, *rows))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--modules", nargs="+", default=DEFAULT, help="files or folders of tnadapt")
+    parser.add_argument("--modules", nargs="+", default=MUTATED, help="files or folders of tnadapt")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--survivors", action="store_true", help="run those that survived again")
-    parser.add_argument("--share", type=float, default=1.0, help="part of the mutants of each module, drawn at random")
-    parser.add_argument("--report", action="store_true", help="only write the tables anew")
+    parser.add_argument(
+        "--sample", type=int, help="so many mutants of each module, drawn at random; all where it is not given"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the draw")
+    parser.add_argument("--report", action="store_true", help="only print the table")
     arguments = parser.parse_args()
     paths = [ROOT / name for name in arguments.modules]
     files = [file for path in paths for file in (sorted(path.rglob("*.py")) if path.is_dir() else [path])]
@@ -235,11 +158,12 @@ def main() -> None:
         sys.path.insert(0, str(scratch))
         for file in () if arguments.report else files:
             path = file.resolve().relative_to(ROOT).as_posix()
-            exist, found = run_module(path, arguments.workers, arguments.survivors, arguments.share, scratch)
+            exist, found = run_module(
+                path, arguments.workers, arguments.survivors, arguments.sample, arguments.seed, scratch
+            )
             if found:
-                record(path, scratch, exist, found)
-    RESULTS.write_text(json.dumps(recorded(), indent=1, ensure_ascii=False) + "\n")
-    write_page()
+                record(path, scratch, exist, None if arguments.sample is None else arguments.seed, found)
+    print(table())
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ pytest.importorskip("rich")
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support import running, tuned
+from support import many, running, tuned
 from support.methods import METHODS
 from support.provenance import config_hash
 
@@ -147,7 +147,7 @@ def fake_run(_: Path, settings: dict[str, Any], *__: Any, **___: Any) -> dict[st
 
 
 def test_every_value_at_every_rate_goes_into_one_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ablate, "run_one", fake_run)
+    monkeypatch.setattr(many, "run_one", fake_run)
     report = tmp_path / "report"
     vary = ["vary", "--runs", str(tmp_path), "--report", str(report), "--methods", "lora-over-mpo"]
     factors = ["--factor", "method", "lora", "--factor", "factorization", "mpo", "tucker", "cp"]
@@ -213,7 +213,7 @@ def tuning(monkeypatch: pytest.MonkeyPatch, root: Path, loss: Any, *options: str
         made["metrics"]["eval_loss"] = found
         return made | {"environment": {"git": {"commit": "abc", "dirty": True}}}
 
-    monkeypatch.setattr(ablate, "run_one", run)
+    monkeypatch.setattr(many, "run_one", run)
     folder = root / "tuned"
     command = ["tune", "--runs", str(root), "--methods", "lora", "--extend", "--tuned", str(folder), *options]
     ablate.main([*command, "--eval-split", "validation"])
@@ -283,7 +283,7 @@ def test_the_laptop_rates_are_those_of_the_committed_tables(path: Path) -> None:
     """Read here from the rows themselves: a recipe's rate is the one of lowest loss, with worse ones on both sides."""
     rates = {"t5": t5_glue.LEARNING_RATES, "ll": recipe.LEARNING_RATES}[path.stem[:2]]["laptop"]
     rows = [row for row in json.loads(path.read_text())["rows"] if row["factor"] == "lr"]
-    for method in {row["method"] for row in rows} - set(recipe.AT_THE_PRESETS_OWN_BATCH if path.stem[0] == "l" else ()):
+    for method in {row["method"] for row in rows}:
         losses = {row["lr"]: min(row["eval_loss"], default=math.inf) for row in rows if row["method"] == method}
         best = min(losses, key=lambda lr: losses[lr])
         inside = min(losses) < best < max(losses)

@@ -20,10 +20,12 @@ pytest.importorskip("rich")
 import psutil
 import torch
 from safetensors.torch import load_file
+from support import running, training
 from support.training import Training
 from transformers import AutoTokenizer
 
 from recipes import llama31_gsm8k as recipe
+from tnadapt import LoraOver
 
 ROOT = Path(__file__).parents[2]
 RECIPE, AS_ON_GPUS = str(ROOT / "recipes" / "llama31_gsm8k.py"), str(ROOT / "tests" / "recipes" / "as_on_gpus.py")
@@ -93,12 +95,17 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dic
     return result_of(folder)
 
 
+DEALT_OUT = [pytest.param(how, ("--shard",), id=f"{how}, cores dealt out") for how in LAUNCHERS if "torchrun" in how]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("how", LAUNCHERS)
-def test_two_ranks_train_what_one_process_trains_and_write_it_once(how: str, alone: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("how", "options"), [*(pytest.param(how, (), id=how) for how in LAUNCHERS), *DEALT_OUT])
+def test_two_ranks_train_what_one_process_trains_and_write_it_once(
+    how: str, options: tuple[str, ...], alone: Any, tmp_path: Path
+) -> None:
     if "Ray" in how:
         pytest.importorskip("ray")
-    said = finished(*_placed(how, tmp_path))
+    said = finished(*_placed(how, tmp_path), *options)
     result, adapter, files = result_of(tmp_path)
     first, first_adapter, first_files = alone
     assert (result["environment"]["ranks"], first["environment"]["ranks"]) == (2, 1)
@@ -111,7 +118,7 @@ def test_two_ranks_train_what_one_process_trains_and_write_it_once(how: str, alo
     for name, value in adapter.items():
         torch.testing.assert_close(value, first_adapter[name], rtol=1e-2, atol=1e-4)
     assert said.count("comparison: ") == 1
-    assert said.count("LoRA parameters, ") == 1
+    assert said.count("parameters in the matrices, ") == 1
 
 
 def _placed(how: str, folder: Path) -> tuple[list[str], Path, dict[str, str]]:
@@ -141,9 +148,9 @@ def test_methods_that_need_the_numbers_of_the_base(method: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["torchrun, DDP", "torchrun, FSDP2"])
-def test_ranks_that_are_killed_go_on_to_the_same_bits(how: str, tmp_path: Path) -> None:
-    longer = ("--max-steps", "12", "--save-every", "2", "--resume")
+@pytest.mark.parametrize(("how", "options"), [("torchrun, DDP", ()), ("torchrun, FSDP2", ()), *DEALT_OUT])
+def test_ranks_that_are_killed_go_on_to_the_same_bits(how: str, options: tuple[str, ...], tmp_path: Path) -> None:
+    longer = ("--max-steps", "12", "--save-every", "2", "--resume", *options)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     finished(*_placed(how, whole), *longer)
     process = started(*_placed(how, broken), *longer)
@@ -172,6 +179,19 @@ def test_what_cannot_work_is_said_once(tmp_path: Path) -> None:
     process = started(*_placed("torchrun, DDP", tmp_path), "--rank", "0")
     said, _ = process.communicate(timeout=400)
     assert said.count("error: --rank is 0") == 1
+
+
+@pytest.mark.parametrize("shard", [False, True])
+def test_cores_are_dealt_out_where_it_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_model: str, shard: bool
+) -> None:
+    made: list[LoraOver] = []
+    monkeypatch.setattr(training, "LoraOver", lambda *a, **how: made.append(LoraOver(*a, **how)) or made[0])
+    small = {"train_size": 4, "eval_size": 1, "batch": 2, "micro_batch": 2, "max_new_tokens": 1, "max_steps": 1}
+    config = recipe.Config(method="lora-over-svd", model=tiny_model, lr=1e-3, shard=shard, **small)
+    result = running.run(recipe.RECIPE, config, tmp_path, quiet=True)
+    assert made[0].config()["shard"] == shard
+    assert ("shard" in result["config"]) == shard, "runs from before there was the option keep their identity"
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,9 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -253,7 +255,12 @@ def test_the_command_line_compares_methods(
     tmp_path: Path, tiny_model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "results").mkdir()
-    committed = {"seeds": [0, 1], "steps": 7, "base_accuracy": 0.25, "methods": {"lora": {"accuracy": [0.5, 0.6]}}}
+    committed = {
+        "seeds": [0, 1],
+        "steps": 7,
+        "base_accuracy": 0.25,
+        "methods": {"lora": {"accuracy": [0.5, 0.6], "lr": 0.02}},
+    }
     (tmp_path / "results" / "llama31_gsm8k-laptop.json").write_text(json.dumps(committed))
     moved = dataclasses.replace(recipe.RECIPE, path=tmp_path / recipe.RECIPE.path.name)
     (tmp_path / "embedded").symlink_to(recipe.RECIPE.path.parent / "embedded")
@@ -262,7 +269,7 @@ def test_the_command_line_compares_methods(
     options = [part for name in given for part in (f"--{name.replace('_', '-')}", str(settings[name]))]
     recipe.main(moved, ["--method", "lora", "lora-over-mpo-r", "--runs", str(tmp_path), *options])
     printed = capsys.readouterr().out
-    assert "55.0 ± 7.1 %" in printed
+    assert "55.0 ± 7.1 %" in printed.replace("\n", " ")
     assert "comparison-" in printed
     assert len([*tmp_path.glob("comparison-*.png")]) == 1
     others = ["--model", tiny_model, "--lr", "1e-2"]
@@ -465,6 +472,42 @@ def test_a_hub_id_without_network_is_one_clear_line(tmp_path: Path, option: str)
     said = done.stderr.strip().splitlines()
     assert len(said) == 1, done.stderr
     assert said[0].startswith(f"error: {option} is nobody/nothing, which cannot be had from the hub: no network")
+
+
+class GatedHub(BaseHTTPRequestHandler):
+    """Refuses everything as the hub refuses a model whose terms were not accepted."""
+
+    def do_GET(self) -> None:
+        self.send_response(403)
+        self.send_header("X-Error-Code", "GatedRepo")
+        self.send_header("X-Error-Message", "Access to model nobody/nothing is restricted.")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("there", [True, False], ids=["gated", "nobody answers"])
+def test_a_model_that_the_hub_does_not_give_is_one_clear_line(tmp_path: Path, there: bool) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), GatedHub) as server:
+        hub = f"http://127.0.0.1:{server.server_port}"
+        if there:
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+        else:
+            server.server_close()
+        arguments = ["--model", "nobody/nothing", "--lr", "1e-3", "--method", "lora", "--runs", str(tmp_path / "runs")]
+        done = command(*arguments, HF_ENDPOINT=hub, HF_HUB_OFFLINE="0", HF_HOME=str(tmp_path / "cache"))
+        if there:
+            server.shutdown()
+    said = done.stderr.strip().splitlines()
+    assert (done.returncode, len(said)) == (2, 1), done.stderr
+    assert said[0].startswith("error: --model is nobody/nothing, which cannot be had from the hub: no network")
+    assert "access not granted (then run `hf auth login`); a local folder works without" in said[0]
+    assert not list((tmp_path / "runs").glob("*/result.json"))
 
 
 def test_a_second_run_says_what_it_does_with_the_first(

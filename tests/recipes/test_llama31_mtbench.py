@@ -27,14 +27,21 @@ pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning"), pytest.mark.fil
 
 
 class Judge(BaseHTTPRequestHandler):
-    """Grades first turns 6 and second turns 3, save that ``silent`` requests get no grade."""
+    """Grades first turns 6 and second turns 3, save that the first ``silent`` requests get no grade.
+
+    It grades ``patience`` requests, and hangs up on those that come after.
+    """
 
     asked = 0
     silent = 0
+    patience = 1000
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         Judge.asked += 1
+        if Judge.asked > Judge.patience:
+            self.close_connection = True
+            return
         second = "### User:" in body["messages"][1]["content"]
         said = "None." if Judge.asked <= Judge.silent else f"Rating: [[{3 if second else 6}]]"
         choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": said}}
@@ -51,7 +58,7 @@ class Judge(BaseHTTPRequestHandler):
 @pytest.fixture
 def judge(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setenv("JUDGE", "word")
-    Judge.asked = Judge.silent = 0
+    Judge.asked, Judge.silent, Judge.patience = 0, 0, 1000
     server = ThreadingHTTPServer(("127.0.0.1", 0), Judge)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -134,6 +141,45 @@ def test_what_stays_ungraded_is_said_and_asked_for_again(tmp_path: Path, tiny_mo
     assert Judge.asked > asked
     assert again["note"] == ""
     assert again["metrics"]["base_grade"] == 6.0
+
+
+def test_a_judge_that_goes_away_is_one_line_and_all_that_is_finished_is_kept(
+    tmp_path: Path, tiny_model: str, judge: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It grades both turns of two questions for the base model, and the first of the trained one's four answers."""
+    Judge.patience = 5
+    sizes = ["--train-size", "8", "--eval-size", "2", "--max-steps", "1", "--batch", "4", "--micro-batch", "2"]
+    command = ["--method", "lora", "--model", tiny_model, "--lr", "1e-2", "--max-new-tokens", "4", *sizes]
+    command += [
+        "--runs",
+        str(tmp_path),
+        "--name",
+        "run",
+        "--judge",
+        "m",
+        "--judge-key",
+        "JUDGE",
+        "--judge-requests",
+        "1",
+    ]
+    command += ["--judge-url", judge, "--resume"]
+    with pytest.raises(SystemExit) as stopped:
+        recipe.main(recipe.RECIPE, command)
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert stopped.value.code == 2
+    assert len(said) == 1
+    assert said[0].startswith(f"error: m at {judge}/ cannot be asked: Connection error")
+    unfinished = tmp_path / "unfinished" / "run"
+    written = (unfinished / "answers" / "trained.jsonl").read_bytes()
+    assert written.count(b"\n") == 4, "both turns of two questions"
+    asked = Judge.asked
+    Judge.patience = 1000
+    recipe.main(recipe.RECIPE, command)
+    assert Judge.asked == asked + 3, "grades that are there are not asked for again"
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert (result["metrics"]["grade"], result["metrics"]["base_grade"], result["note"]) == (6.0, 6.0, "")
+    assert (tmp_path / "run" / "answers" / "trained.jsonl").read_bytes() == written
+    assert [step for step, _ in result["curve"]] == [1], "training went on from its last checkpoint, which is its end"
 
 
 def test_without_a_key_nothing_is_trained() -> None:

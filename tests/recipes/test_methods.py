@@ -8,6 +8,8 @@ family of methods in every recipe.
 from __future__ import annotations
 
 import dataclasses
+import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -142,9 +144,9 @@ FAMILIES = (
     ("lora", "lora-equal", "rslora", "lora+", "dora"),
     ("pissa", "olora", "lora-ga", "lora-ga-peft"),
     ("adalora", "loha", "lokr", "tt-lora"),
-    ("alpha-lora", "op-lora", "riemannian", "lora-rite"),
+    ("alpha-lora", "op-lora", "riemannian", "lora-rite", "muon"),
     ("deep-lora", "lora-over-svd", "lora-over-mpo", "lora-over-tucker", "lora-over-cp"),
-    ("lora-over-mpo-p", "lora-over-mpo-r"),
+    ("lora-over-mpo-p", "lora-over-mpo-r", "lora-over-mpo-random"),
 )
 #: Every method at least once, and every family in every recipe; the recipes take turns.
 IN_CI = {
@@ -312,6 +314,16 @@ def predefined(run: Trained) -> None:
     assert not (run.folder / "ablation").exists()
 
 
+def drawn(run: Trained) -> None:
+    """From step 0, as many matrices of each group as ``--top-n``, and those that the seed draws."""
+    over(run)
+    config = run.result["config"]
+    chosen = {matrix["name"] for matrix in run.result["matrices"] if matrix["expanded_at"] == 0}
+    groups = Counter(re.sub(r"\d+", "*", matrix["name"]) for matrix in run.result["matrices"])
+    assert len(chosen) == sum(min(config["top_n"], size) for size in groups.values())
+    assert all(matrix["expanded_at"] in (None, 0) for matrix in run.result["matrices"])
+
+
 def tensor_train(run: Trained) -> None:
     adapters = find_adapters(run.model, TTLoraLinear).values()
     assert {adapter.rank for adapter in adapters} == {run.result["config"]["rank"]}
@@ -367,10 +379,12 @@ SIGNATURES: dict[str, Any] = {
     "op-lora": generated,
     "riemannian": optimizer_called("RiemannianPreconditionedOptimizer"),
     "lora-rite": optimizer_called("LoRARite"),
+    "muon": optimizer_called("Muon"),
     **{name: over for name, method in METHODS.items() if method.over is not None},
     "opf": whole_weights,
     "deep-lora": three_factors,
     "lora-over-mpo-p": predefined,
+    "lora-over-mpo-random": drawn,
 }
 
 
@@ -452,6 +466,27 @@ def test_rite_does_not_see_how_a_product_is_shared_by_its_pair(
     assert (apart < 1e-3 * moved) == invariant
 
 
+def test_clipping_does_not_see_it_either(tmp_path: Path, models: dict[str, Path]) -> None:
+    """Nor does a run with a threshold that every gradient is above, in which the norm of raw gradients differs by much."""
+    ids = torch.arange(5, 15).tolist()
+    examples = [{"input_ids": ids, "attention_mask": [1] * 10, "labels": ids}] * 8
+    products = []
+    for scale in (1.0, 8.0):
+        changes = {"max_steps": 3, "clip": 1e-2, "lr": 1e-3}
+        model, optimizer = pair_model(models, "lora-rite", scale, **changes)
+        tokenizer = AutoTokenizer.from_pretrained(models["llama"])
+        config = configuration("llama", models["llama"], "lora-rite", **changes)
+        before = steps_of(model, optimizer, count=0)
+        run = training.Training(tokenizer, examples, config, tmp_path / str(scale), quiet=True)
+        run.run(model, lambda _, optimizer=optimizer: optimizer)
+        products.append((before, steps_of(model, optimizer, count=0)))
+    (start, plain), (_, rescaled) = products
+    moved = sum(float((after - before).norm()) for after, before in zip(plain, start, strict=True))
+    apart = sum(float((one - other).norm()) for one, other in zip(plain, rescaled, strict=True))
+    assert moved > 0
+    assert apart < 1e-3 * moved
+
+
 def test_riemannian_gradients_are_preconditioned_by_the_other_factor(models: dict[str, Path]) -> None:
     """Zhang and Pilanci 2024 (arXiv:2402.02347): (BᵀB + δ)⁻¹ ∂A and ∂B (AAᵀ + δ)⁻¹, with PEFT's δ of 0.01."""
     model, optimizer = pair_model(models, "riemannian")
@@ -467,6 +502,32 @@ def test_riemannian_gradients_are_preconditioned_by_the_other_factor(models: dic
     for (a, b), (grad_a, grad_b) in zip(pairs, expected, strict=True):
         torch.testing.assert_close(a.grad, grad_a)
         torch.testing.assert_close(b.grad, grad_b)
+
+
+def test_muon_moves_a_matrix_alike_in_all_its_singular_directions(models: dict[str, Path]) -> None:
+    """And as far as AdamW would: the root mean square of a step is 0.2 times the rate, as ``match_rms_adamw`` says."""
+    model, optimizer = pair_model(models, "muon", lr=1e-2)
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    steps_of(model, optimizer, 1)
+    for name, p in model.named_parameters():
+        if name in before:
+            step = p.detach() - before[name]
+            values = torch.linalg.svdvals(step)
+            assert values.min() > 0.5 * values.max(), name
+            assert float(step.square().mean().sqrt()) == pytest.approx(0.2 * 1e-2, rel=0.35)
+
+
+def test_other_seeds_draw_other_matrices(tmp_path: Path) -> None:
+    chosen = []
+    for seed in (0, 1, 0):
+        config = dataclasses.replace(
+            llama31_gsm8k.PRESETS["laptop"], **FEW | {"max_steps": 1, "seed": seed, "lr": 1e-3}
+        )
+        config = dataclasses.replace(config, method="lora-over-mpo-random", top_n=1)
+        result = running.run(llama31_gsm8k.RECIPE, config, tmp_path / f"{len(chosen)}", quiet=True)
+        chosen.append({matrix["name"] for matrix in result["matrices"] if matrix["expanded_at"] == 0})
+    assert chosen[0] == chosen[2]
+    assert chosen[0] != chosen[1]
 
 
 def test_op_lora_starts_as_lora_and_differentiates_through_its_mlp(models: dict[str, Path]) -> None:
@@ -542,6 +603,58 @@ def test_an_interrupted_run_ends_where_a_whole_one_does(
         first, second = load_file(one), load_file(other)
         assert all(torch.equal(first[name], second[name]) for name in first)
     assert resumed["curve"] == whole["curve"]
+
+
+def test_a_run_that_is_stopped_early_reports_the_beginning_of_the_whole_one(
+    tmp_path: Path, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one that was interrupted and goes on for less than it was begun for; a finished one stays what it is."""
+    recipe, config = KINDS["llama"], configuration("llama", models["llama"], "lora-over-mpo-r")
+    whole = running.run(recipe, config, tmp_path / "whole", quiet=True)
+    shorter = dataclasses.replace(config, stop_after=3)
+    stopped = running.run(recipe, shorter, tmp_path, quiet=True)
+
+    class Killed(adapters.TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 2:
+                raise KeyboardInterrupt
+
+    real = training.callbacks_of
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "callbacks_of", lambda *a: [*real(*a), Killed()])
+        with pytest.raises(KeyboardInterrupt):
+            running.run(recipe, config, tmp_path, "run", quiet=True)
+    resumed = running.run(recipe, shorter, tmp_path, "run", resume=True, quiet=True)
+    for result in (stopped, resumed):
+        assert (result["status"], result["metrics"]["steps"]) == ("finished", 3)
+        assert result["curve"] == whole["curve"][:3], "the schedule is the whole run's"
+        assert "accuracy" in result["metrics"]
+        assert (Path(result["folder"]) / "report.md").exists()
+        assert (Path(result["folder"]) / "adapter").exists()
+    with pytest.raises(ValueError, match=r"another configuration \(stop_after 3 there, None here\)"):
+        running.run(recipe, config, tmp_path, "run", resume=True, quiet=True)
+
+
+@pytest.mark.parametrize("method", ["adalora", "lora-over-mpo-r"])
+def test_a_run_that_broke_after_training_is_not_trained_further(
+    tmp_path: Path, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    # an epoch is longer than training, so that there are batches that it could go on with
+    recipe, config = KINDS["llama"], configuration("llama", models["llama"], method, train_size=32)
+    whole = running.run(recipe, config, tmp_path / "whole", quiet=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(running, "record_scores", lambda *a: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            running.run(recipe, config, tmp_path, "run", quiet=True)
+    resumed = running.run(recipe, config, tmp_path, "run", resume=True, quiet=True)
+    assert (resumed["curve"], resumed["matrices"]) == (whole["curve"], whole["matrices"])
+    for name in ("steps", "tokens", "trained_parameters", "loss"):
+        assert resumed["metrics"][name] == whole["metrics"][name]
+    first, second = (
+        load_file(Path(run["folder"]) / "adapter" / "adapter_model.safetensors") for run in (whole, resumed)
+    )
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_adalora_without_its_averages_is_not_resumed(tmp_path: Path, models: dict[str, Path]) -> None:

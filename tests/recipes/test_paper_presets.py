@@ -147,6 +147,27 @@ def test_hyper_parameters_are_the_papers(setting: Setting) -> None:
         assert (config.temperature, config.top_p) == (0.8, 0.95)
 
 
+#: Others' LoRA, with the rate tuned: LoRA-One (ICML 2025), section 6.2, and AltLoRA, table 4.
+TUNED_ELSEWHERE = {
+    "gsm8k-2": ("59.3", "60.4", "LoRA-One"),
+    "mrpc": ("86.03", "88.30", "AltLoRA"),
+    **dict.fromkeys(("mnli", "sst2", "cola", "qnli"), ("87.88 over five tasks", "88.30", "AltLoRA")),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_others_tuned_lora_stands_beside_the_papers_where_it_is_known(name: str) -> None:
+    setting = SETTINGS[name]
+    found = setting.recipe.elsewhere(resolved(setting, "lora-over-mpo-r"))
+    if name not in TUNED_ELSEWHERE:
+        assert not found
+        return
+    (other,) = found
+    figure, rival, source = TUNED_ELSEWHERE[name]
+    assert (other.figure, other.source.partition(",")[0]) == (figure, source)
+    assert rival in other.rival
+
+
 #: Rows x columns of a matrix -> row and column modes of its first and last site ("structures used"); A has them exchanged.
 ENDS = {
     (768, 8): ((24, 2), (32, 4)),

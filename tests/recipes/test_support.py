@@ -12,7 +12,8 @@ import pytest
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
-from support import advice, config, folders, pictures, provenance, tables
+from support import advice, config, elsewhere, folders, pictures, provenance, results, tables, tried
+from support.tuned import tuned_rates
 
 from tnadapt.backends import BACKENDS
 
@@ -91,7 +92,7 @@ def test_environment_is_json_and_names_versions_and_hardware(tmp_path: Path) -> 
 
 
 def test_git_state_tells_commit_and_dirt(tmp_path: Path) -> None:
-    assert provenance._git(tmp_path, "init") is not None
+    assert provenance.git(tmp_path, "init") is not None
     assert provenance.git_state(tmp_path) == {"commit": None, "dirty": False}
     (tmp_path / "file").write_text("new")
     assert provenance.git_state(tmp_path) == {"commit": None, "dirty": True}
@@ -128,6 +129,69 @@ def test_percentages_over_seeds_use_the_sample_deviation() -> None:
     assert tables.percent_over_seeds([0.5, 0.6, 0.7]) == "60.0 ± 10.0 %"
     assert tables.percent_over_seeds([0.5]) == "50.0 %"
     assert tables.percent_over_seeds([]) == "–"
+
+
+def row_of(label: str, method: str, lr: float) -> dict[str, Any]:
+    metrics = {
+        **{"accuracy": 0.5, "format_rate": 1.0, "base_accuracy": 0.1, "base_format_rate": 1.0, "loss": 0.2, "steps": 4},
+        **{"trained_parameters": 10, "training_seconds": 1.0, "problems": 100},
+    }
+    return {"label": label, "config": {"method": method, "lr": lr, "core_lr": None}, "metrics": metrics}
+
+
+def cells_of(table: tables.Table) -> dict[str, dict[str, str]]:
+    return {row[0]: dict(zip(table.columns, row, strict=True)) for row in table.rows}
+
+
+def test_our_seeds_rates_and_grid_the_papers_figures_and_others_lora_have_a_column_each() -> None:
+    found = [row_of("LoRA", "lora", 0.01), row_of("LoRA-Over-SVD", "lora-over-svd", 0.02)]
+    committed = {
+        "seeds": [0, 1],
+        "steps": 4,
+        "base_accuracy": 0.1,
+        "methods": {"lora": {"accuracy": [0.5, 0.6], "lr": 0.03}},
+    }
+    others = elsewhere.TunedLora(
+        "some/model", "59.3", "the best method there has 60.4", "rate tuned", "A Paper, table 1"
+    )
+    beside = results.Beside(
+        committed, {"lora": [1e-3, 1e-2, 4e-2]}, {"LoRA": "42.1", "LoRA-Over-SVD": "45.0"}, [others]
+    )
+    table = results.result_table(found, "share", beside)
+    cells = cells_of(table)
+    ours, rival = cells["LoRA"], cells["LoRA-Over-SVD"]
+    assert (ours["accuracy"], ours["lr"], ours["rates tried"]) == ("50.0 %", "0.01", "3, 0.001 to 0.04")
+    assert (ours["2 seeds"], ours["paper's %"], ours["tuned elsewhere %"]) == ("55.0 ± 7.1 % at 0.03", "42.1", "59.3")
+    assert (rival["rates tried"], rival["2 seeds"], rival["paper's %"], rival["tuned elsewhere %"]) == (
+        "–",
+        "–",
+        "45.0",
+        "–",
+    )
+    assert {cells["base model"][name] for name in ("rates tried", "paper's %", "tuned elsewhere %")} == {"–"}
+    assert "59.3 in A Paper, table 1 (rate tuned; the best method there has 60.4)" in table.caption
+    plain = results.result_table(found, "share")
+    assert not {"rates tried", "paper's %", "tuned elsewhere %"} & {*plain.columns}
+
+
+def test_what_others_report_of_lora_is_shown_where_it_was_not_run() -> None:
+    others = elsewhere.TunedLora("some/model", "59.3", "…", "…", "A Paper")
+    beside = results.Beside(paper={"LoRA": "42.1", "LoRA-Over-SVD": "45.0"}, elsewhere=[others])
+    cells = cells_of(results.result_table([row_of("LoRA-Over-SVD", "lora-over-svd", 0.02)], "share", beside))
+    assert (cells["LoRA"]["accuracy"], cells["LoRA"]["paper's %"], cells["LoRA"]["tuned elsewhere %"]) == (
+        "–",
+        "42.1",
+        "59.3",
+    )
+
+
+def test_the_rates_that_were_tried_are_those_of_the_committed_tables() -> None:
+    grid = tried.tried_rates("t5_glue-laptop-sst2")
+    rates = tuned_rates("t5_glue-laptop-sst2")
+    assert rates
+    for method, (lr, _) in rates.items():
+        assert min(grid[method]) < lr < max(grid[method])
+    assert tried.tried_rates("no such table") == {}
 
 
 @pytest.mark.parametrize(

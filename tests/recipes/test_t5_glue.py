@@ -207,6 +207,33 @@ def test_broken_files_are_named(tmp_path: Path, text: str, message: str) -> None
         recipe.load_records(small(task="sst2", data=str(tmp_path)))
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("train.tsv", b"sentence\tlabel\nfine\t1\ncaf\xe9\t1\n", r"train\.tsv, line 3: not UTF-8"),
+        ("train.tsv", b"sentence\tlabel\n\nshort\n", r"train\.tsv, line 3: columns are missing"),
+        ("train.tsv", b"sentence\tlabel\n" + b"a" * 200_000 + b"\t1\n", r"train\.tsv, line \d: field larger"),
+        ("train.jsonl", b'{"sentence": "fine", "label": 1}\n{"sentence": "fine"}\n', r"line 2: no column label"),
+        ("train.jsonl", b'{"sentence": "fine", "label": 1}\n{"sentence"', r"train\.jsonl, line 2: not valid JSON"),
+        ("train.jsonl", b'{"sentence": "fine", "label": 7}\n', r"train\.jsonl, line 1: label is 7; sst2 has 0, 1"),
+        ("train.jsonl", b'{"sentence": 3, "label": 1}\n', r"line 1: column sentence should be str, found int"),
+        ("train.jsonl", b'{"sentence": "caf\xe9", "label": 1}\n', r"train\.jsonl, line 1: byte \d+ is not UTF-8"),
+    ],
+)
+def test_a_broken_line_is_named_with_its_file(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        recipe.load_records(small(task="sst2", data=str(tmp_path)))
+
+
+def test_a_line_of_json_ends_at_its_line_break_alone(tmp_path: Path) -> None:
+    for name in ("train.jsonl", "dev.jsonl"):
+        line = json.dumps({"sentence": "one\u2028two", "label": "1"}, ensure_ascii=False)
+        (tmp_path / name).write_text(f"{line}\n", encoding="utf-8")
+    train, _ = recipe.load_records(small(task="sst2", data=str(tmp_path)))
+    assert [(row["sentence"], row["label"]) for row in train] == [("one\u2028two", "1")]
+
+
 def test_a_folder_without_records_to_evaluate_on_says_which_files_it_looked_for(tmp_path: Path) -> None:
     (tmp_path / "train.tsv").write_text("sentence\tlabel\nfine\t1\n")
     with pytest.raises(ValueError, match=r"has none of the files dev\.tsv, dev\.jsonl, validation\.tsv"):
@@ -356,8 +383,8 @@ def test_padding_changes_no_choice(encoder: str) -> None:
 @pytest.mark.parametrize(
     ("method", "reason"),
     [
-        ("tt-lora", "trains nothing but its own factors"),
-        ("lora-rite", "trains nothing but its own factors"),
+        ("tt-lora", "trains nothing but its own matrices"),
+        ("lora-rite", "trains nothing but its own matrices"),
         ("pissa", "changes the base model"),
         ("lora-ga", "changes the base model"),
     ],

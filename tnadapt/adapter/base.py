@@ -20,7 +20,7 @@ class LinearAdapter(nn.Module, ABC):
 
     Attributes:
         base: the adapted layer, which may be an adapter itself; None for the update alone.
-        notes: names of the settings that change nothing in what the layer computes.
+        notes: names of settings that do not change what the layer computes.
     """
 
     base: nn.Module | None
@@ -38,7 +38,7 @@ class LinearAdapter(nn.Module, ABC):
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:
-        """What an adapter file has to say beside the tensors; plain JSON."""
+        """What an adapter file holds beside the tensors, as plain JSON."""
 
     @abstractmethod
     def delta_weight(self) -> Float[Tensor, "d_out d_in"]:

@@ -70,8 +70,11 @@ def named(names: Iterable[str], most: int = 3) -> str:
 
 
 def _require_safetensors() -> None:
-    """Raise ImportError with the way out where safetensors is missing: tnadapt itself needs torch alone."""
+    """Raise ImportError with the way out if safetensors is missing, or numpy, by which it writes: tnadapt needs torch alone."""
     try:
+        import numpy  # noqa: F401
         import safetensors  # noqa: F401
     except ImportError as error:
-        raise ImportError("adapter files are safetensors files: pip install safetensors") from error
+        raise ImportError(
+            "adapter files are safetensors files, which need safetensors and numpy: pip install 'tnadapt[safetensors]'"
+        ) from error

@@ -1,7 +1,7 @@
 """`OverParamAdapter`: a LoRA pair around a linear layer, for models that compose adapters themselves.
 
-It is plain LoRA (`y = base(x) + scaling * B A dropout(x)`), found by `LoraOver` like any other pair; what PEFT made is
-found as it is and needs none of this.
+It is plain LoRA, `y = base(x) + scaling * B A dropout(x)`. `LoraOver` finds it like any other pair. Adapters that PEFT made are
+found as they are and need none of this.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class OverParamAdapter(LinearAdapter):
         scaling: factor on `B A`, `alpha / r` in LoRA and `alpha / sqrt(r)` in rsLoRA.
         dropout: probability of dropping an input of `A` while training.
         factorization: how the matrices are to be over-parameterized: one factorization for both, or a mapping from side,
-            `{"A": MPO(order=9), "B": SVD()}`. It is a note for `LoraOver`; the adapter computes the same without it.
+            `{"A": MPO(order=9), "B": SVD()}`. Only `LoraOver` reads it; the adapter computes the same without it.
 
     Attributes:
         factorization: `{"A": ..., "B": ...}`, None for a side without one. Files of adapters keep it.

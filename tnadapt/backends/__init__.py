@@ -1,4 +1,4 @@
-"""Who contracts and decomposes: one small interface, one class per library (see `base`).
+"""Backends, which contract and decompose: one small interface, and one class per library (see `base`).
 
 A backend is chosen by name (`MPO(order=9, backend="opt_einsum")`) and imports its library when it is built, so that
 `import tnadapt` needs torch alone. A library that is missing is an error that names the extra to install.

@@ -1,4 +1,4 @@
-"""What a backend is: an equation to contract, and a singular value decomposition. All else has a default.
+"""What a backend does: it contracts an equation and computes a singular value decomposition. All else has a default.
 
 Shapes: n = batch (matrices of one structure), m = modes, p = size of a mode (a site's rows times its columns), d = bond,
 R = rank, P = all modes together.

@@ -1,8 +1,8 @@
 """Kernels: contractions that a training loop repeats at every step, and their gradients, in the precision of the cores.
 
-Whatever the training around it has switched on, a kernel multiplies exactly as its dtype allows. Autocast contracts float32
-tensors in half precision, and the float32 matmul settings of torch (`tf32`, "high", "medium") round the factors of a product
-to ten bits or seven. Both would move the matrix by a thousandth of its size at every fold, where rounding moves it by a
+A kernel multiplies as exactly as its dtype allows, whatever training has switched on. Autocast would contract float32 tensors in
+half precision, and the float32 matmul settings of torch (`tf32`, "high", "medium") would round the factors of a product to ten
+bits or seven. With either, every fold would change the matrix by a thousandth of its size. Rounding in float32 changes it by a
 ten-millionth.
 
 Letters as in `torch_backend`.
@@ -209,10 +209,10 @@ class ChainKernel(Kernel):
     From the left, with X_k the contraction of cores 0..k and C_k core k: X_k = X_{k-1} C_k, so dC_k = X_{k-1}^T dX_k and
     dX_{k-1} = dX_k C_k^T; the mirror image from the right.
 
-    One allocation holds first the partial contractions X and then the gradients: X_k stands in slot k, which is as large
-    as the larger of X_k and C_k. Pulling back goes from the last slot to the first and packs the gradients at the far end,
-    so that the gradient of core k lies in slots that no X still to be read stands in. X_0 is core 0 itself. All views are
-    made once, so that a contraction is its matmuls and nothing else.
+    One allocation holds first the partial contractions X and then the gradients. X_k is in slot k, which is as large as the
+    larger of X_k and C_k. Pulling back goes from the last slot to the first and packs the gradients at the far end. So the
+    gradient of core k overwrites only those X that have been read already. X_0 is core 0 itself. All views are made once, so a
+    contraction is its matmuls and nothing else.
     """
 
     def __init__(self, cores: Sequence[Tensor]) -> None:

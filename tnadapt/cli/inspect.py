@@ -87,7 +87,7 @@ def _weights(file: Path) -> Mapping[str, Tensor]:
     try:
         from safetensors.torch import load_file
     except ImportError as error:
-        raise ImportError(f"reading {file} needs safetensors: pip install 'tnadapt[transformers]'") from error
+        raise ImportError(f"reading {file} needs safetensors: pip install 'tnadapt[safetensors]'") from error
     return load_file(file)
 
 
@@ -168,7 +168,7 @@ def _text(found: Mapping[str, Any]) -> str:
     lines = [
         f"step {found['step']}: {len(matrices)} of {found['matrices']} matrices are expanded",
         f"scheduler      {found['scheduler']}",
-        f"core_lr        {_or_dash(found['core_lr'])} at a base rate of {_or_dash(found['base_lr'])}",
+        f"core_lr        {_core_rate(found)}",
     ]
     if found["waiting"]:
         lines.append(f"waiting        {len(found['waiting'])} matrices are expanded at the next step")
@@ -193,6 +193,12 @@ def _text(found: Mapping[str, Any]) -> str:
         ]
         lines += ["", aligned(header, rows)]
     return "\n".join([*lines, "", _agreement(found)])
+
+
+def _core_rate(found: Mapping[str, Any]) -> str:
+    if found["core_lr"] is None:
+        return "the rate of the matrices"
+    return f"{found['core_lr']:g} at a base rate of {_or_dash(found['base_lr'])}"
 
 
 def _agreement(found: Mapping[str, Any]) -> str:

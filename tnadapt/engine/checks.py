@@ -36,7 +36,7 @@ __all__ = [
 _STATE_IN_GROUPS = (
     "it keeps its step size in the parameter groups, which cores enter for the step only; use AdamW with a tuned rate"
 )
-_PARTITIONED = "ZeRO flattens and partitions parameters, so LoRA matrices are not whole; use FSDP2 or DDP"
+_PARTITIONED = "ZeRO flattens and partitions parameters, so no matrix is whole; use FSDP2 or DDP"
 _IN_BACKWARD = "it updates parameters during backward, before there is a step to follow; use AdamW"
 
 #: class name (of any base of the optimizer's class) -> why it is refused and the way out
@@ -44,7 +44,7 @@ REFUSED: dict[str, str] = {
     "LBFGS": "it evaluates the loss several times in one step, and the cores would follow only the first; use AdamW or SGD",
     "SAM": "it steps to a perturbed point and back inside one step; use its base optimizer",
     "ZeroRedundancyOptimizer": "it steps a private copy of the groups, where cores would never move; use FSDP2, or AdamW under DDP",
-    "DeepSpeedOptimizerWrapper": "DeepSpeed flattens and partitions parameters, so LoRA matrices are not whole; use FSDP2 or DDP",
+    "DeepSpeedOptimizerWrapper": "DeepSpeed flattens and partitions parameters, so no matrix is whole; use FSDP2 or DDP",
     "DeepSpeedZeroOptimizer": _PARTITIONED,
     "DeepSpeedZeroOptimizer_Stage3": _PARTITIONED,
     "Prodigy": _STATE_IN_GROUPS,
@@ -208,7 +208,7 @@ def unwrap(optimizer: Any) -> torch.optim.Optimizer:
                 )
         raise TypeError(
             f"optimizer is {_described(optimizer)}, not a torch.optim.Optimizer with step hooks; pass the torch optimizer that "
-            "steps the LoRA parameters"
+            "steps the matrices"
         )
     if callable(getattr(inner, "eval", None)):
         raise TypeError(
@@ -239,7 +239,7 @@ def check_matrices(
     missing = [name for name, matrix in matrices.items() if id(matrix.parameter) not in held]
     if missing:
         raise ValueError(
-            f"the optimizer does not hold {len(missing)} of {len(matrices)} LoRA matrices, such as {shown(missing)}; make it "
+            f"the optimizer does not hold {len(missing)} of {len(matrices)} matrices, such as {shown(missing)}; make it "
             "from [p for p in model.parameters() if p.requires_grad] after the adapters are in place"
         )
     for name, matrix in matrices.items():

@@ -1,8 +1,8 @@
 """Storage of the cores: one flat buffer per cohort, laid out by site, that folds and pulls back as one batch.
 
-A cohort is the expanded matrices that are contracted and stepped as one: of one factorization, dtype, device and optimizer
-group, with cores of the same fused shapes (the `A` and `B` of transposed shapes, say), and with one past: equal step counts,
-and gradients in the same steps.
+A cohort is a set of expanded matrices that are contracted and stepped as one. They share factorization, dtype, device and
+optimizer group. Their cores have the same fused shapes (as the `A` and `B` of transposed shapes have). And they have the same
+past: equal step counts, and gradients in the same steps.
 
 Letters: n = members, k = site (or core), core_k = shape of core k, numel = entries of a matrix. The buffer holds
 `[site 0: n x core_0][site 1: n x core_1]...`, so the stacked cores of a site are one contiguous tensor. Matrices are handled
@@ -65,7 +65,7 @@ class Member:
 
     Attributes:
         cores: its cores, each of the shape that its structure has.
-        value: what the matrix holds, [numel] in its own dtype; None where that must be looked up at the next step.
+        value: what the matrix holds, [numel] in its own dtype; None if that must be looked up at the next step.
         state: optimizer state of each core; None where it starts fresh.
         residual: what the cores miss of the matrix, [rows, cols]; None where they are exact.
         update_norm: Frobenius norm of the last update of the matrix; None before any.
@@ -370,7 +370,7 @@ class Cohort:
         assert self._kept is not None
 
         def lengths(rows: Tensor) -> Tensor:
-            # what overflowed on the way is too long
+            # an update that overflowed counts as too long
             norms: Tensor = torch.linalg.vector_norm(rows - before, dim=1)
             return norms.nan_to_num(math.inf, math.inf)
 
@@ -390,7 +390,7 @@ class Cohort:
         found = lengths(values)
         accuracy = torch.full_like(wanted, _CAP_ACCURACY)
         if exactly:
-            # rounding of the matrix is the floor: an update cannot be told to more digits than it leaves
+            # the matrix is rounded to its dtype, which limits how exactly the length of an update is known
             noise = torch.finfo(before.dtype).eps * torch.linalg.vector_norm(before, dim=1)
             accuracy = (4 * noise / wanted).nan_to_num(1.0, 1.0).clamp(_MATCH_ACCURACY, 1.0)
         off = ((found - wanted).abs() > wanted * accuracy) & (found > 0) if exactly else found > wanted * (1 + accuracy)
@@ -449,12 +449,12 @@ class Cohort:
     # -- writes of others ---------------------------------------------------------------------------------------------
 
     def was_written_to(self) -> bool:
-        """Whether torch has counted a write to a matrix since the last refold. Writes through `.data` it does not count. Does not
+        """Whether torch has counted a write to a matrix since the last refold. It does not count writes through `.data`. Does not
         wait for the device."""
         return self._versions != [parameter._version for parameter in self.parameters]
 
     def _overtaken(self) -> Tensor | None:
-        """Members that somebody has written since the last refold, be it with the same numbers: a checkpoint may hold these."""
+        """Members that other code has written since the last refold, even with the same numbers, as a restored checkpoint may."""
         pairs = zip(self._versions, self.parameters, strict=True)
         counted = torch.tensor([old != p._version for old, p in pairs], device=self.key.device)
         edited = self.edited()
@@ -501,7 +501,7 @@ class Cohort:
 
     def _loaded(self, whole: Sequence[Tensor] | None) -> Tensor | None:
         """The first look after a state was loaded: whether a matrix differs from what its cores fold to by more than rounding.
-        What agrees is what was written."""
+        What a matrix that agrees holds counts as written."""
         folded = self.fold()
         # Folding rounds in the cores' dtype once per core. Decomposing, which is done in float64, is the larger error of float64
         # cores. Writing rounds every entry once in the dtype of the matrix.

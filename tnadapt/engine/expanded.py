@@ -237,9 +237,9 @@ class Expanded:
     def gathered(
         self, of: Callable[[TrainedMatrix], Any], among: Sequence[TrainedMatrix]
     ) -> Callable[[Cohort], list[Tensor]] | None:
-        """A tensor of each member of a cohort, its parameter or gradient, whole, where ranks hold different cohorts and shards of
-        the matrices. Those of all matrices `among` which the members are get gathered at once, so that every rank enters the same
-        collectives. None elsewhere: a cohort gathers its own."""
+        """The whole parameter or gradient of each member of a cohort, for ranks that hold different cohorts and shards of the
+        matrices. Then the tensors of all matrices in `among`, of which the members are a part, are gathered at once, so that every
+        rank enters the same collectives. None in all other cases: a cohort gathers its own."""
         if not (self.now.owners and any(ranks.is_sharded(m.parameter) for m in among)):
             return None
         found = dict(zip((m.name for m in among), ranks.whole([of(m) for m in among]), strict=True))

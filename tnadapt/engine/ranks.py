@@ -62,7 +62,7 @@ def obstacle_to_gathering(tensor: Tensor) -> str | None:
     if unknown:
         return (
             f"its DTensor placement {unknown[0]} is neither Shard nor Replicate (tensor parallelism and FSDP2 over the "
-            "same dimension, say); shard LoRA weights with fully_shard alone, or keep them replicated"
+            "same dimension, say); shard matrices with fully_shard alone, or keep them replicated"
         )
     if mesh.get_coordinate() is None:
         return (

@@ -1,9 +1,9 @@
 """One optimizer step of a model with expanded matrices, from top to bottom.
 
     before the optimizer steps (`_prepare`)
-        1. follow the matrices to where they are
-        2. leave alone a step that moves nothing
-        3. unfold anew what somebody else has written
+        1. follow the matrices to their parameters and devices
+        2. stop here if the step moves nothing
+        3. unfold anew the matrices that other code has written
         4. make cores for the matrices that were chosen at the attachment
         5. let the scheduler look, release and choose
         6. pull the gradients back to the cores
@@ -14,10 +14,10 @@
         9. refold: write what the cores fold to into the matrices
        10. where ranks share the cores, send the refolded matrices to the others
 
-Whatever fails in 1 to 6 leaves everything as it was. Cores are in `optimizer.param_groups` only while the optimizer steps, so
-learning-rate schedulers, named parameters, checkpoints and whoever else counts groups see the user's own. Being stepped by
-the user's optimizer itself, in the same step, cores get its algorithm exactly: shared counters, norms over all groups, a
-GradScaler's scale.
+A failure in 1 to 6 leaves everything as it was. Cores are in `optimizer.param_groups` only while the optimizer steps. So
+learning-rate schedulers, named parameters, checkpoints and other code that counts groups see the user's own groups. The user's
+optimizer itself steps the cores, in the same step, so they get its algorithm exactly: shared counters, norms over all groups,
+a GradScaler's scale.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ class CoreRates:
         base = group.get("max_lr", group.get("initial_lr", at_attachment))
         if not isinstance(base, (int, float, Tensor)) or not float(base) > 0:
             raise ValueError(
-                f"core_lr={self.lr!r} is the rate of the cores at the base rate of the first optimizer group with LoRA "
-                f"matrices, and that is {base!r}: make the optimizer with the rate that its schedule starts from or peaks at"
+                f"core_lr={self.lr!r} is the rate of the cores at the base rate of the first optimizer group that "
+                f"holds matrices, and that is {base!r}: make the optimizer with the rate that its schedule starts from or peaks at"
             )
         self.base = float(base)
 
@@ -569,16 +569,17 @@ class Step:
         return group
 
     def _watched(self, by_group: Mapping[int, Sequence[Piece]]) -> list[tuple[Piece, Tensor]]:
-        """One piece of each group that must move in this step, and a copy of it."""
+        """One piece of each group that must move in this step, and a copy of it. A piece whose step is lost to rounding need not
+        move: half of rate times gradient must change it already, upwards or downwards."""
         watched: list[tuple[Piece, Tensor]] = []
         for index, pieces in by_group.items():
             rate = self.optimizer.param_groups[index].get("lr")
-            if rate is not None and float(rate) == 0.0:
-                continue
-            moving = (p for p in pieces if p.parameter.grad is not None and bool(p.parameter.grad.any()))
-            piece = next(moving, None)
-            if piece is not None:
-                watched.append((piece, piece.parameter.detach().clone()))
+            half = 0.5 if rate is None else 0.5 * float(rate) * self.rates.ratio
+            for piece in pieces:
+                before, grad = piece.parameter.detach(), piece.parameter.grad
+                if grad is not None and not torch.equal(before.add(grad, alpha=half), before):
+                    watched.append((piece, before.clone()))
+                    break
         return watched
 
     def _lend(self, loan: _Loan) -> None:
@@ -706,7 +707,7 @@ class Step:
             ]
             if changed:
                 faults.append(
-                    f"{kind} changed gradients of LoRA matrices inside its step (it clips them, perhaps) after they were pulled "
+                    f"{kind} changed gradients of expanded matrices inside its step (it clips them, perhaps) after they were pulled "
                     "back to the cores, so the cores took the step without that; clip before optimizer.step(), or in a step "
                     "pre-hook, and go on from the last checkpoint"
                 )

@@ -62,13 +62,12 @@ class Factorization(ABC):
     6. It is a value: what `to_dict` says makes an equal object with an equal hash, and no setting can be changed.
 
     Attributes:
-        order: number of sites, at least 2. It does not count where `sites` or `expansion` are given, and None is possible
-            there only.
+        order: number of sites, at least 2. Not used, and may be None, if `sites` or `expansion` is given.
         sites: explicit `(i_k, j_k)` of every site for one shape, or a mapping from shape to sites; shapes that a mapping
             does not list get the paper's split into `order` sites: near-square factors at the ends, 1x1 sites between.
         expansion: instead of `order` or `sites`, the wanted number of parameters over the matrix's own. The exact
-            structure nearest to it is taken; `structure(shape).expansion` says how near that is.
-        backend: who contracts and decomposes, see `tnadapt.backends`.
+            structure nearest to it is taken; `structure(shape).expansion` is what it reaches.
+        backend: the name of the library that contracts and decomposes, see `tnadapt.backends`.
     """
 
     order: int | None = 2
@@ -132,7 +131,7 @@ class Factorization(ABC):
     def to_dict(self) -> dict[str, Any]:
         """Every setting as plain JSON data, beside the name of the type: `{"type": "MPO", "order": 9, ...}`.
 
-        Shapes that are keys are written as `"768x8"`. `from_dict` rebuilds an equal object.
+        Shapes that are keys are written as `"768x8"`. `from_dict` makes an equal object from it.
 
         Raises:
             TypeError: a setting is no JSON data; its class then writes its own `to_dict` and `_from_settings`.

@@ -32,19 +32,22 @@ CP_GAUGES = ("unit", "spread")
 class CP(Factorization):
     """CP decomposition of `order` sites; `order`, `sites`, `expansion` and `backend` as in `Factorization`.
 
-    Without `rank` it is exact and in closed form: R is the product of all modes but the largest, component r singles out
-    the r-th entry of those by unit vectors, and the factor of the largest mode is the matrix itself. The default order
-    is 2; every 1x1 site between the ends adds R scales, a depth that costs next to nothing.
+    Without `rank` it is exact and in closed form. R is the product of all modes but the largest. Component r has unit vectors
+    in these modes, which single out their r-th entry, and the factor of the largest mode holds the matrix itself. The default
+    order is 2. Every 1x1 site between the ends adds R scales, a depth that costs next to nothing.
+
+    >>> CP().core_shapes((768, 8))
+    ((24, 2, 48), (32, 4, 48))
 
     Attributes:
-        rank: number of components, for every shape; below the exact rank, CP approximates (in closed form by SVD where
-            only two sites have more than one entry, otherwise by alternating least squares), and training keeps what is
-            missing as a frozen residual.
+        rank: number of components, for every shape. Below the exact rank, CP approximates: in closed form by SVD if only two
+            sites have more than one entry, otherwise by alternating least squares. Training keeps what is missing as a
+            frozen residual.
         max_rank: cap on the number of components, for shapes of different exact rank.
         gauge: `"unit"` has columns of norm 1 in all factors but that of the largest mode, which holds the weights.
             `"spread"` shares each component's weight out over its vectors, evenly up to powers of two; components of
             weight zero are left as they are.
-        max_scratch: how many numbers folding or decomposing one matrix may need at once, before `structure` refuses.
+        max_scratch: how many numbers folding or decomposing one matrix may need at once. `structure` refuses more.
 
     Raises:
         ValueError: an argument that means nothing, with its value and what to give instead.

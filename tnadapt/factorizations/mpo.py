@@ -35,10 +35,13 @@ class MPO(Factorization):
     """Matrix product operator of `order` sites; `order`, `sites`, `expansion` and `backend` as in `Factorization`. One of the
     first three must be given.
 
+    >>> MPO(order=4).core_shapes((768, 8))
+    ((1, 24, 2, 48), (48, 1, 1, 48), (48, 1, 1, 48), (48, 32, 4, 1))
+
     Attributes:
         max_bond: cap on the bond dimensions. Below full rank the factorization truncates; training keeps what is
             missing as a frozen residual.
-        gauge: the basis that each bond is written in; all fold to the same matrix.
+        gauge: the basis that each bond is written in. All gauges fold to the same matrix.
             `"svd"` is Algorithm 1, which is left-canonical: all cores orthonormal but the last, which holds the singular
             values. `"right"` is its mirror image: all orthonormal but the first.
             `"identity"` makes all cores identities but one, which is the matrix itself, so that fold(unfold(W)) is
@@ -46,11 +49,11 @@ class MPO(Factorization):
             `"spread"` is `"svd"` with the norm spread over the cores, evenly up to powers of two (skipped for a zero matrix,
             where no core would get a gradient).
             `"balanced"` is bi-canonical: the square roots of the singular values on both sides of every bond, as the
-            authors of OPF (Gao et al. 2023) do. Of a zero matrix it is `"svd"`; see `balance_chain` for those that are
-            rank-deficient. The paper's "Normalization" is undefined; `"balanced"` is its likely meaning.
-            `"random"` is `"svd"` with a random rotation of every bond: the null arm of comparisons between gauges.
-            `"gradient"` writes the bonds in the singular vectors of a gradient, see `gradient_frame`; `unfold` takes it.
-        seed: of the rotations of `"random"`. They depend on it and on the bonds only, so that all matrices of one
+            authors of OPF (Gao et al. 2023) have it. A zero matrix keeps `"svd"`; see `balance_chain` for rank-deficient
+            ones. The paper's "Normalization" is undefined; `"balanced"` is its likely meaning.
+            `"random"` is `"svd"` with a random rotation of every bond: the control when gauges are compared.
+            `"gradient"` writes the bonds in the singular vectors of a gradient that `unfold` is given, see `gradient_frame`.
+        seed: of the rotations of `"random"`. The rotations depend only on the seed and the bonds, so all matrices of one
             structure have the same.
 
     Raises:

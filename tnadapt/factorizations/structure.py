@@ -65,7 +65,11 @@ class Structure:
 
 
 def near_square(n: int) -> tuple[int, int]:
-    """The two factors of `n` nearest to its square root, smaller first: 768 -> (24, 32); a prime p -> (1, p)."""
+    """The two factors of `n` nearest to its square root, smaller first; 1 and `n` for a prime.
+
+    >>> near_square(768), near_square(769)
+    ((24, 32), (1, 769))
+    """
     small = math.isqrt(n)
     while n % small:
         small -= 1
@@ -73,13 +77,21 @@ def near_square(n: int) -> tuple[int, int]:
 
 
 def paper_sites(shape: Shape, order: int) -> Sites:
-    """The paper's split into `order` sites: each dimension's two near-square factors at the ends, 1x1 between."""
+    """The paper's split into `order` sites: each dimension's two near-square factors at the ends, 1x1 between.
+
+    >>> paper_sites((768, 8), 4)
+    ((24, 2), (1, 1), (1, 1), (32, 4))
+    """
     (row_first, row_last), (col_first, col_last) = near_square(shape[0]), near_square(shape[1])
     return ((row_first, col_first), *[(1, 1)] * (order - 2), (row_last, col_last))
 
 
 def full_bonds(sites: Sites) -> tuple[int, ...]:
-    """Inner bond dimensions at full rank (LoRA-Over, Eq. 4): `d_k = min(prod of modes up to k, prod of those after)`."""
+    """Inner bond dimensions at full rank (LoRA-Over, Eq. 4): `d_k = min(prod of modes up to k, prod of those after)`.
+
+    >>> full_bonds(((24, 2), (1, 1), (32, 4)))
+    (48, 48)
+    """
     modes = [i * j for i, j in sites]
     return tuple(min(math.prod(modes[:k]), math.prod(modes[k:])) for k in range(1, len(modes)))
 

@@ -35,6 +35,9 @@ class TensorRing(Factorization):
     rank, `d_k = min(d_{k-1} p_k, r * the modes after k)`, the ring is exact for every matrix. A 1x1 site then adds `d_1^2`
     numbers, where an MPO's adds `R^2`. Where R is prime, `r` is 1 and the ring is an MPO.
 
+    >>> TensorRing(order=3).core_shapes((768, 8))
+    ((6, 24, 2, 8), (8, 1, 1, 8), (8, 32, 4, 6))
+
     Attributes:
         max_bond: cap on all bonds, r too. Below full rank the ring truncates, and training keeps what is missing as a frozen
             residual.

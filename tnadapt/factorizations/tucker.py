@@ -38,9 +38,11 @@ TUCKER_GAUGES = ("svd", "identity", "spread", "random", "gradient")
 class Tucker(Factorization):
     """Tucker decomposition of `order` sites; `order`, `sites`, `expansion` and `backend` as in `Factorization`.
 
-    The default order is 2, because the paper's 1x1 sites between the ends give a Tucker one number each and no depth:
-    its depth is always two matmuls and a tensor. For more sites, give `sites` that all have entries. With two sites it
-    is the matrix product `U G V^T` of three matrices.
+    With two sites it is the matrix product `U G V^T` of three matrices. That is the default, because a 1x1 site would add one
+    number and no depth. For more sites, give `sites` that all have more than one entry.
+
+    >>> Tucker().core_shapes((768, 8))
+    ((24, 2, 48), (32, 4, 48), (48, 48))
 
     Attributes:
         ranks: explicit rank of each site, for one number of sites, or a mapping from shape to ranks; full rank where
@@ -50,8 +52,8 @@ class Tucker(Factorization):
             entries of the matrix in one core and identities in all others, so that fold(unfold(W)) is bitwise W.
             `"spread"` is `"svd"` with the norm spread over factors and core tensor, evenly up to powers of two (skipped
             for a zero matrix). `"random"` is `"svd"` with every factor's columns rotated at random, and the core tensor with
-            them: the null arm of comparisons between gauges. `"gradient"` has factors along the singular vectors of a
-            gradient, see `gradient_frame`; `unfold` takes it.
+            them: the control when gauges are compared. `"gradient"` has factors along the singular vectors of a gradient
+            that `unfold` is given, see `gradient_frame`.
         seed: of the rotations of `"random"`.
 
     Raises:

@@ -43,7 +43,7 @@ def last_complete_checkpoint(folder: str | Path) -> str | None:
     if not folder.is_dir():
         return None
     found = [(int(match[1]), path) for path in folder.iterdir() if (match := _CHECKPOINT.fullmatch(path.name))]
-    # where one has a file of ours, none that has its optimizer elsewhere is whole without it
+    # if any checkpoint has a file of ours, one without an optimizer.pt is not whole without that file
     apart = any((path / OWN_FILE).is_file() for _, path in found)
     for _, path in sorted(found, reverse=True):
         if apart and not any((path / name).is_file() for name in (OWN_FILE, OPTIMIZER_FILE)):
@@ -54,10 +54,10 @@ def last_complete_checkpoint(folder: str | Path) -> str | None:
 
 
 def checkpoint_fault(folder: str | Path) -> str | None:
-    """Why training cannot be resumed from a checkpoint of HF Trainer, None where it can.
+    """Why training cannot be resumed from a checkpoint of HF Trainer; None if it can.
 
-    Everything is read, but nothing is loaded: model or adapter, optimizer, learning-rate scheduler, random states and the
-    trainer's own state must be there and whole.
+    Model or adapter, optimizer, learning-rate scheduler, random states and the trainer's own state must be there and whole. All
+    files are read, but nothing is loaded.
     """
     folder = Path(folder)
     if not folder.is_dir():

@@ -2,7 +2,7 @@
 that reports on it, or attaches it where a trainer takes no optimizer.
 
 The recommended way is `optimizer_cls_and_kwargs=(LoraOverOptimizer, {...})`: it attaches before the trainer loads a checkpoint, so
-resuming needs nothing said.
+resuming needs no further setting.
 """
 
 from __future__ import annotations
@@ -60,12 +60,12 @@ def create_loraover_optimizer(
     scheduler: Scheduler | None = None,
     **kwargs: Any,
 ) -> torch.optim.Optimizer:
-    """An optimizer of the trainable parameters of `model` with a `LoraOver` attached, which `LoraOver.of(model)` gives.
+    """An optimizer of the trainable parameters of `model` with a `LoraOver` attached. `LoraOver.of(model)` returns the latter.
 
     Args:
-        optimizer_cls: such as `torch.optim.AdamW`.
+        optimizer_cls: class of the optimizer, such as `torch.optim.AdamW`.
         factorization, scheduler: as for `LoraOver`.
-        kwargs: further arguments of `LoraOver`, such as `core_lr`; all others are the optimizer's, such as `lr`.
+        kwargs: further arguments of `LoraOver`, such as `core_lr`, and arguments of the optimizer, such as `lr`.
     """
     options = {key: value for key, value in kwargs.items() if key in _OPTIONS}
     others = {key: value for key, value in kwargs.items() if key not in _OPTIONS}
@@ -129,13 +129,13 @@ class LoraOverCallback(TrainerCallback):  # type: ignore[misc]
     """Attaches `LoraOver` when training begins and folds when it ends. Without a factorization it finds the one that is attached
     already (see `LoraOverOptimizer`), reports on it, and leaves it to its owner to fold.
 
-    Its state is saved with the optimizer's in each checkpoint (in `tnadapt.pt` beside it under FSDP) and is restored on
-    resume: the folder is `output_dir/checkpoint-STEP`, or `resume_from`. Where training is not resumed, every call of `train()` starts the
+    Its state is saved in each checkpoint, with that of the optimizer (under FSDP in a file of its own, `tnadapt.pt`). On resume it is
+    restored from `output_dir/checkpoint-STEP`, or from `resume_from`. If training is not resumed, every call of `train()` starts the
     rounds of the scheduler anew.
 
-    Logs get `core_learning_rate`, `expanded_matrices` and `largest_update_norm` (of an expanded matrix, in the last step), and so
-    does whoever reports them (TensorBoard, W&B and the like). Beside each saved adapter, `tnadapt.json` and a section of
-    `README.md` say how it was trained.
+    It adds `core_learning_rate`, `expanded_matrices` and `largest_update_norm` (of an expanded matrix, in the last step) to the
+    trainer's logs, and so to TensorBoard, W&B and the like. Beside each saved adapter, `tnadapt.json` and a section of `README.md`
+    say how it was trained.
 
     Args:
         factorization, scheduler: as for `LoraOver`; both None for what is attached already.
@@ -149,7 +149,7 @@ class LoraOverCallback(TrainerCallback):  # type: ignore[misc]
 
     Raises:
         ValueError, FileNotFoundError: the checkpoint is damaged or incomplete, belongs to another adapter, or was saved
-            without `LoraOver`. Raised before the first step, with `resume_from` when the trainer is made already.
+            without `LoraOver`. Raised before the first step; with `resume_from`, when the trainer is made.
     """
 
     def __init__(
@@ -195,7 +195,7 @@ class LoraOverCallback(TrainerCallback):  # type: ignore[misc]
         if not self.over.history and first is not None and first > state.max_steps > 0:
             warnings.warn(
                 f"nothing will be expanded: {self.over.scheduler.label} has its first round at step {first}, and training has "
-                f"{state.max_steps} steps; this is plain LoRA",
+                f"{state.max_steps} steps; it would train without cores",
                 stacklevel=2,
             )
 

@@ -35,9 +35,9 @@ class Scheduler(ABC):
     A subclass keeps every argument of its `__init__` as an attribute of the same name, for `repr` and `to_dict`.
 
     Attributes:
-        after_update: whether what is selected at step t is expanded after the update of that step (Algorithm 2 as it is
-            printed): before the pull-back of step t + 1, from the matrix as update t left it. Otherwise it is expanded
-            before the update of step t, which is then the first that goes through its cores.
+        after_update: whether the matrices that are selected at step t are expanded after the update of that step, as in
+            Algorithm 2 as it is printed. Otherwise they are expanded before the update of step t, which is then the first
+            that goes through their cores.
     """
 
     after_update: bool = False

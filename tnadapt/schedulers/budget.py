@@ -19,14 +19,14 @@ class Budget(Scheduler):
 
     The score is that of `TaylorRuntime`, as an exponential average over steps. Every `every` steps matrices are ranked by
     score over the parameters that expanding them adds (Eq. 6); the best that fit into the budget should be expanded. An
-    expanded matrix that is no longer among them is folded back if a waiting one beats it by the factor `margin`, so that
-    nothing flips back and forth on noise: a folded matrix keeps its values and is trained on as plain LoRA.
+    expanded matrix that is no longer among them is folded back if a waiting one beats it by the factor `margin`. So nothing
+    flips back and forth on noise. A folded matrix keeps its values and is trained on as plain LoRA.
 
     Unlike the paper's schedulers this ranks across groups: a parameter costs the same everywhere. Pass `per_group=True`
     for a share of the budget per group, in proportion to what its matrices would add.
 
     Args:
-        added_parameters: budget, numbers that cores may have above the matrices they stand for.
+        added_parameters: the budget: how many more numbers cores may have than the matrices that they replace.
         every: optimizer steps between decisions.
         until: no changes after this step, so that what is expanded late has time to train; None for the whole run.
         decay: of the average per step, in [0, 1).

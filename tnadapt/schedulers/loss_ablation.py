@@ -72,12 +72,12 @@ class LossAblation(Scheduler):
 def ablation_scores(model: nn.Module, evaluate: Callable[[], float], progress: bool | None = None) -> dict[str, float]:
     """Importance `|L - L with the matrix zeroed|` of every LoRA matrix (LoRA-Over, Eq. 7).
 
-    Zeroing A or B of a pair gives the same loss, since both make BA zero: a pair is evaluated once. The model is in
-    evaluation mode meanwhile, and is what it was afterwards, also when this is interrupted.
+    Zeroing A or B of a pair gives the same loss, since both make BA zero, so a pair is evaluated once. The model is in
+    evaluation mode meanwhile. Mode and values are put back afterwards, also after an interruption.
 
     Args:
-        model: a model whose LoRA is trained.
-        evaluate: gives the mean loss of `model` on data of one's choice; called once, and once per pair.
+        model: a model whose LoRA matrices have been trained.
+        evaluate: returns the mean loss of `model` on data of your choice. It is called once, and then once per pair.
         progress: whether to show a progress bar; by default where standard error is a terminal.
 
     Returns:

@@ -12,7 +12,7 @@ __all__ = ["Static"]
 
 
 class Static(Scheduler):
-    """Every matrix, or those named, from step 0.
+    """Expands every matrix, or those that are named, from step 0.
 
     Args:
         which: None for every matrix; a regular expression that is searched for in names (`r"q_proj\\.A$"`); or names.
@@ -28,7 +28,7 @@ class Static(Scheduler):
         if not chosen:
             wanted = "an empty list of names" if self._pattern is None else f"the pattern {self._pattern.pattern!r}"
             raise ValueError(
-                f"Static: {wanted} matches none of the {len(matrices)} LoRA matrices, whose names look like "
+                f"Static: {wanted} matches none of the {len(matrices)} matrices, whose names look like "
                 f"{', '.join(list(matrices)[:3])}"
             )
 
@@ -46,7 +46,7 @@ class Static(Scheduler):
             missing = [name for name in self._names if name not in matrices]
             if missing:
                 raise ValueError(
-                    f"Static: {', '.join(missing[:5])} is not among the {len(matrices)} LoRA matrices that can be "
+                    f"Static: {', '.join(missing[:5])} is not among the {len(matrices)} matrices that can be "
                     f"expanded, whose names look like {', '.join(list(matrices)[:3])}"
                 )
             return list(self._names)

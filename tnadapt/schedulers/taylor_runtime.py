@@ -19,8 +19,11 @@ __all__ = ["TaylorRuntime", "round_sizes"]
 def round_sizes(top_n: int, split: int, group_size: int) -> list[int]:
     """How many matrices of a group each of the `split` rounds expands.
 
-    After round k, `ceil(k * N / split)` are expanded, with N = min(top_n, group_size): rounds differ by at most one, the
-    larger ones are spread, and N is reached exactly with the last round whether or not `split` divides it.
+    After round k, `ceil(k * N / split)` are expanded, with N = min(top_n, group_size). Rounds differ by at most one, and the last
+    round reaches N exactly, whether or not `split` divides it.
+
+    >>> round_sizes(9, 4, 32)
+    [3, 2, 2, 2]
     """
     n = min(top_n, group_size)
     reached = [-(-k * n // split) for k in range(split + 1)]
@@ -28,8 +31,8 @@ def round_sizes(top_n: int, split: int, group_size: int) -> list[int]:
 
 
 class TaylorRuntime(Scheduler):
-    """Every `every` steps expand the matrices of each group with the highest scores that are not expanded yet, until
-    `top_n` of each group are, after `split` rounds.
+    """Expands in `split` rounds, `every` steps apart. Each round expands, in each group, the matrices with the highest scores
+    that are not expanded yet. After the last round `top_n` matrices of each group are expanded.
 
     The score of a matrix is the sum over steps of the first-order change of the loss when the matrix is set to zero,
     `|<dL/dW, W>|` (Eq. 8). The paper leaves open whether products are summed before or after taking absolute values:
@@ -41,13 +44,13 @@ class TaylorRuntime(Scheduler):
         split: number of rounds.
         every: optimizer steps between rounds.
         reduction: `"inner"` or `"elementwise"`.
-        average: whether a score is divided by the number of steps in which the matrix had a gradient. Matters only
-            where matrices are idle in some steps (experts).
+        average: whether a score is divided by the number of steps in which the matrix had a gradient. It matters only if
+            matrices are idle in some steps (experts).
         reset: whether scores start from zero after each round. Off by default: the estimate from all steps so far has
             less noise than that from the last few.
-        expand_after_update: the order of Algorithm 2 as it is printed: what a round selects at step t is expanded after the
-            update of that step, and update t + 1 is the first through its cores. By default it is expanded before the
-            update of step t, which is then the first.
+        expand_after_update: the order of Algorithm 2 as it is printed. The matrices that a round selects at step t are then
+            expanded after the update of that step, and update t + 1 is the first through their cores. By default they are
+            expanded before the update of step t, which is then the first.
     """
 
     def __init__(

@@ -14,11 +14,14 @@ from typing import Any
 Record = dict[str, Any]
 
 
-def read_records(path: str | Path, columns: Mapping[str, type]) -> list[Record]:
+def read_records(
+    path: str | Path, columns: Mapping[str, type], problem: Callable[[Record], str] = lambda record: ""
+) -> list[Record]:
     """The objects of a ``.jsonl`` or ``.jsonl.gz`` file, in its order.
 
-    ``columns`` are the names and types that every object must have; an object may have more. Blank lines are skipped.
-    Raises ``ValueError`` with the file, the number of the line and what is wrong with it.
+    ``columns`` are the names and types that every object must have; an object may have more. ``problem`` says what else is
+    wrong with one, or nothing. Blank lines are skipped. Raises ``ValueError`` with the file, the number of the line and what is
+    wrong with it.
     """
     path = Path(path)
     try:
@@ -29,16 +32,23 @@ def read_records(path: str | Path, columns: Mapping[str, type]) -> list[Record]:
         raise ValueError(f"{path} does not exist") from error
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
-    records = _records(raw, path, columns)
+    records = _records(raw, path, columns, problem)
     if not records:
         raise ValueError(f"{path} holds no record; every line should be an object with {', '.join(columns)}")
     return records
 
 
-def _records(raw: bytes, path: Path, columns: Mapping[str, type]) -> list[Record]:
+def _records(
+    raw: bytes, path: Path, columns: Mapping[str, type], problem: Callable[[Record], str] = lambda record: ""
+) -> list[Record]:
+    found = []
     # bytes.split, because str.splitlines also breaks at characters such as U+2028, which JSON allows inside a string
-    lines = enumerate(raw.split(b"\n"), start=1)
-    return [_parse(line, f"{path}, line {number}", columns) for number, line in lines if line.strip()]
+    for number, line in enumerate(raw.split(b"\n"), start=1):
+        if line.strip():
+            found.append(_parse(line, f"{path}, line {number}", columns))
+            if wrong := problem(found[-1]):
+                raise ValueError(f"{path}, line {number}: {wrong}")
+    return found
 
 
 def _parse(line: bytes, where: str, columns: Mapping[str, type]) -> Record:

@@ -1,0 +1,229 @@
+"""Does depth pay? Arms x tasks x rates x seeds, each arm at its own best rate, and one page of what came out.
+
+The whole sweep, which goes on where it stopped::
+
+    python recipes/study.py run --workers 2 --encoder FOLDER --sst2 FOLDER
+
+A part of it, for two hours, with three seeds::
+
+    python recipes/study.py run --tasks llama-1600 llama-128 --arms lora mpo-10 --seeds 3 --hours 2
+
+Every figure and every number of ``docs/study.md``, from the results that the repository keeps::
+
+    python recipes/study.py report
+
+The direction and the length of steps through cores, beside plain LoRA's, which the report shows too::
+
+    python recipes/study.py steps
+
+``docs/study.md`` has the protocol. A run that is in ``recipes/results/study`` is not made again. ``--cluster`` makes the runs on a
+Ray cluster. For a model and data of your own see ``compare.py``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from support import study_page
+from support.many import HERE, Job, Sweep, load_recipe
+from support.provenance import environment, write_json
+from support.search import Arm, Lane, Point, Study, Task
+
+RESULTS = HERE / "results" / "study"
+PAGE, README = HERE.parent / "docs" / "study.md", HERE.parent / "README.md"
+
+ARMS = (
+    Arm("lora", "LoRA", "lora"),
+    # other ways to train a pair
+    Arm("lora+", "LoRA+", "lora+", start=0.316),
+    Arm("rslora", "rsLoRA", "rslora", start=0.562),
+    Arm("lora-equal", "LoRA, as many parameters as MPO_R", "lora-equal"),
+    Arm("lora-decay", "LoRA, weight decay 0.1", "lora", {"weight_decay": 0.1}),
+    Arm("riemannian", "Riemannian LoRA", "riemannian"),
+    Arm("lora-rite", "LoRA-RITE", "lora-rite", start=0.562),
+    Arm("muon", "LoRA with Muon", "muon"),
+    # depth
+    Arm("svd", "LoRA-Over, SVD", "lora-over-svd"),
+    Arm("mpo-4", "LoRA-Over, MPO of order 4", "lora-over-mpo", {"order": 4}, start=0.562),
+    Arm("mpo-10", "LoRA-Over, MPO of order 10", "lora-over-mpo", {"order": 10}, start=0.562),
+    Arm("mpo-16", "LoRA-Over, MPO of order 16", "lora-over-mpo", {"order": 16}, start=0.562),
+    Arm("mpo-3x", "LoRA-Over, MPO of 3x the parameters", "lora-over-mpo", {"expansion": 3.0}, start=0.562),
+    Arm("mpo-5x", "LoRA-Over, MPO of 5x the parameters", "lora-over-mpo", {"expansion": 5.0}, start=0.562),
+    Arm("tucker", "LoRA-Over, Tucker", "lora-over-tucker", start=0.562),
+    Arm("cp", "LoRA-Over, CP", "lora-over-cp", start=0.562),
+    Arm("mpo-decay", "MPO of order 10, weight decay 0.1", "lora-over-mpo", {"weight_decay": 0.1}, start=0.562),
+    # its frame
+    Arm("mpo-balanced", "MPO of order 10, balanced", "lora-over-mpo", {"gauge": "balanced"}, start=0.562),
+    Arm("mpo-gradient", "MPO of order 10, frame of the gradient", "lora-over-mpo", {"gauge": "gradient"}, start=0.562),
+    Arm("mpo-null", "MPO of order 10, random frame", "lora-over-mpo", {"gauge": "random"}, start=0.562),
+    # its direction alone
+    Arm("svd-matched", "SVD, matched steps", "lora-over-svd", {"matched": True}),
+    Arm("mpo-4-matched", "MPO of order 4, matched steps", "lora-over-mpo", {"order": 4, "matched": True}),
+    Arm("mpo-10-matched", "MPO of order 10, matched steps", "lora-over-mpo", {"order": 10, "matched": True}),
+    Arm("mpo-16-matched", "MPO of order 16, matched steps", "lora-over-mpo", {"order": 16, "matched": True}),
+    # which matrices
+    Arm("mpo-r", "LoRA-Over, MPO_R", "lora-over-mpo-r", start=0.562),
+    Arm("mpo-p", "LoRA-Over, MPO_P", "lora-over-mpo-p", start=0.562),
+    Arm("mpo-random", "MPO on matrices drawn at random", "lora-over-mpo-random", start=0.562),
+    # depth of other kinds
+    Arm("deep-lora", "Deep LoRA", "deep-lora"),
+    Arm("op-lora", "OP-LoRA", "op-lora", start=0.0562),
+    # rates over ranks
+    Arm("lora-rank-2", "LoRA of rank 2", "lora", {"rank": 2, "alpha": 4}),
+    Arm("lora-rank-32", "LoRA of rank 32", "lora", {"rank": 32, "alpha": 64}),
+    Arm("mpo-10-rank-2", "MPO of order 10, rank 2", "lora-over-mpo", {"rank": 2, "alpha": 4}, start=0.562),
+    Arm("mpo-10-rank-32", "MPO of order 10, rank 32", "lora-over-mpo", {"rank": 32, "alpha": 64}, start=0.562),
+    # the rest of the papers' tables
+    Arm("full", "Full fine-tuning", "full", start=0.316),
+    Arm("opf", "OPF", "opf", start=0.1),
+    Arm("pissa", "PiSSA", "pissa", start=0.562),
+    Arm("olora", "OLoRA", "olora", start=0.316),
+    Arm("lora-ga", "LoRA-GA", "lora-ga", start=0.562),
+    Arm("dora", "DoRA", "dora"),
+    Arm("adalora", "AdaLoRA", "adalora", start=1.78),
+    Arm("loha", "LoHa", "loha", start=1.78),
+    Arm("lokr", "LoKr", "lokr", start=1.78),
+    Arm("tt-lora", "TT-LoRA", "tt-lora"),
+    Arm("alpha-lora", "α-LoRA", "alpha-lora"),
+)
+
+_LLAMA = {"batch": 16, "micro_batch": 16, "eval_size": 125, "eval_split": "validation"}
+_GLUE = {"task": "sst2", "eval_split": "validation"}
+TASKS = (
+    Task("llama-1600", "Llama, 1,600 examples", "llama31_gsm8k.py", {**_LLAMA, "train_size": 1600}, (0,), 1.78e-2),
+    Task(
+        "llama-1600-wrong",
+        "Llama, 1,600 examples, 20 % of them wrong",
+        "llama31_gsm8k.py",
+        {**_LLAMA, "train_size": 1600, "wrong_answers": 0.2},
+        (0,),
+        1.78e-2,
+    ),
+    Task("llama-128", "Llama, 128 examples", "llama31_gsm8k.py", {**_LLAMA, "train_size": 128}, (50, 100), 1.78e-2),
+    Task("llama-32", "Llama, 32 examples", "llama31_gsm8k.py", {**_LLAMA, "train_size": 32}, (25, 50), 1e-2),
+    Task("t5-3200", "T5, 3,200 examples", "t5_glue.py", {**_GLUE, "eval_size": 250}, (0,), 3.16e-3),
+    Task(
+        "sst2-400",
+        "MiniLM on SST-2, 400 examples",
+        "t5_glue.py",
+        {
+            **_GLUE,
+            **{"model": "ENCODER", "data": "SST2", "train_size": 400, "eval_size": 250, "batch": 16, "micro_batch": 16},
+            **{"targets": "query,key,value", "order": 10, "top_n": 2, "split": 2},
+        },
+        (50,),
+        3.16e-3,
+    ),
+)
+#: The task that was held back until everything else had been run and said.
+HELD_OUT = "sst2-400"
+
+
+def configure(lane: Lane, point: Point, seed: int, places: dict[str, str | None]) -> Job:
+    """The recipe and the configuration of a run.
+
+    Raises:
+        ValueError: the task is of a model or data that no option gives.
+    """
+    recipe = HERE / lane.task.recipe
+    loaded = load_recipe(recipe)
+    changes: dict[str, Any] = {**lane.task.changes, **lane.arm.changes}
+    for name in ("model", "data"):
+        if (place := changes.get(name)) in places:
+            if places[place] is None:
+                raise ValueError(
+                    f"the task {lane.task.name} needs --{place.lower()}: a local folder of an encoder, such as "
+                    "sentence-transformers/all-MiniLM-L6-v2, is --encoder; one with SST-2's train.tsv is --sst2"
+                )
+            changes[name] = places[place]
+    lr, steps = point
+    config = loaded.config(method=lane.arm.method, seed=seed, lr=lr, max_steps=steps, **changes)
+    return recipe, loaded.resolve(config)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Make the runs that are missing."""
+    pairs = [(task, arm) for task in _named(TASKS, options.tasks) for arm in _named(ARMS, options.arms)]
+    study = Study(options.results, pairs)
+    places = {"ENCODER": options.encoder, "SST2": options.sst2}
+    until = time.monotonic() + 3600 * options.hours
+    seeds = range(options.seeds)
+
+    def configured(lane: Lane, point: Point, seed: int) -> Job:
+        return configure(lane, point, seed, places)
+
+    over = study.run(lambda: study.wanted(seeds), Sweep.of(options), configured, until)
+    print(f"{'finished' if over else 'time is up; the same command goes on'}: {options.results}")
+
+
+#: The arms whose steps are watched, and the task on which.
+WATCHED = ("svd", "mpo-4", "mpo-10", "mpo-16", "mpo-balanced", "mpo-null", "lora")
+WATCHED_ON = "llama-1600"
+
+
+def steps(options: argparse.Namespace) -> None:
+    """Watch the steps of a few arms beside plain AdamW's, at their best rates."""
+    from support.probe import measure
+
+    study = Study(options.results, [(task, arm) for task in TASKS for arm in ARMS if task.name == WATCHED_ON])
+    lanes = {lane.arm.name: lane for lane in study.lanes}
+    rows = []
+    for name in WATCHED:
+        best = lanes[name].best(range(1))
+        if best is None:
+            raise ValueError(
+                f"{name} has no run on {WATCHED_ON} yet: python recipes/study.py run --tasks {WATCHED_ON} --arms {name}"
+            )
+        seen = measure(configure(lanes[name], best, 0, {}))
+        rows.append({"arm": name, "label": lanes[name].arm.label, "lr": best[0], **seen})
+        print(f"{name}: cosine {seen['cosines'][0]:.3f} at the first step, {seen['cosines'][-1]:.3f} at the last")
+    write_json(options.results / study_page.STEPS, {"environment": environment(HERE), "rows": rows})
+
+
+def report(options: argparse.Namespace) -> None:
+    """Write the figures and the numbers of the page anew."""
+    study = Study(options.results, [(task, arm) for task in TASKS for arm in ARMS])
+    study_page.write(study, TASKS, HELD_OUT, options.page, options.readme)
+    print(f"{options.page} and {options.readme}: renewed")
+
+
+def _named(known: Sequence[Any], names: Sequence[str] | None) -> list[Any]:
+    return [each for each in known if names is None or each.name in names]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+    running = commands.add_parser("run", help="make the runs that are missing", allow_abbrev=False)
+    running.add_argument("--tasks", nargs="+", choices=[task.name for task in TASKS], help="all where none is given")
+    running.add_argument("--arms", nargs="+", choices=[arm.name for arm in ARMS], help="all where none is given")
+    running.add_argument("--seeds", type=int, default=5, help="seeds at the best rate and its neighbours")
+    running.add_argument("--hours", type=float, default=float("inf"), help="begin no run after these")
+    running.add_argument("--encoder", help=f"folder of the encoder that {HELD_OUT} trains")
+    running.add_argument("--sst2", help="folder with SST-2's train.tsv")
+    Sweep.add_options(running)
+    running.set_defaults(action=run)
+    reporting = commands.add_parser("report", help="write the page's figures and numbers anew", allow_abbrev=False)
+    reporting.add_argument("--page", type=Path, default=PAGE, help="the page")
+    reporting.add_argument("--readme", type=Path, default=README, help="the README, which has the answer too")
+    reporting.set_defaults(action=report)
+    watching = commands.add_parser("steps", help="watch steps through cores beside plain ones", allow_abbrev=False)
+    watching.set_defaults(action=steps)
+    for each in (running, reporting, watching):
+        each.add_argument("--results", type=Path, default=RESULTS, help="the folder of the kept results")
+    options = parser.parse_args(arguments)
+    try:
+        options.action(options)
+    except ValueError as error:
+        parser.exit(2, f"error: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "\ncancelled; the same command goes on where it stopped\n")
+
+
+if __name__ == "__main__":
+    main()
