@@ -28,12 +28,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.nn
-from devices import watched_memory
 from provenance import environment, read_json, write_json
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from tqdm import tqdm
@@ -203,6 +203,12 @@ class Collectives(TorchDispatchMode):
         return out
 
 
+def changes(recorded: Any) -> list[int]:
+    """Bytes that the allocator gave out (positive) and took back, in order."""
+    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+
+
 def measured(engine: str, how: str, layers: int, width: int) -> dict[str, Any]:
     """What this rank allocates between steps and at most during one, and what is sent in one.
 
@@ -221,23 +227,22 @@ def measured(engine: str, how: str, layers: int, width: int) -> dict[str, Any]:
     model(torch.randn(4, width, generator=torch.Generator().manual_seed(dist.get_rank()))).square().mean().backward()
     trained = [p for p in model.parameters() if p.requires_grad]
     gc.collect()
-    with watched_memory("cpu") as before:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as before:
         optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=True)
         if how != "plain":
             LoraOver(model, optimizer, MPO(order=ORDER), **({"shard": how == "one"} if SHARDS else {}))
         optimizer.step()
         optimizer.step()
         gc.collect()
-    with watched_memory("cpu") as during:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as during:
         optimizer.step()
+    rest, level, peak = sum(changes(before)), 0, 0
+    for change in changes(during):
+        level += change
+        peak = max(peak, level)
     with Collectives() as sent:
         optimizer.step()
-    return {
-        "rest": before.kept,
-        "peak": before.kept + during.peak,
-        "sent": sum(sent.bytes.values()),
-        "collectives": sent.bytes,
-    }
+    return {"rest": rest, "peak": rest + peak, "sent": sum(sent.bytes.values()), "collectives": sent.bytes}
 
 
 def worker(rank: int, world: int, folder: str, ways: Sequence[tuple[str, str]], layers: int, width: int) -> None:
