@@ -62,7 +62,7 @@ GPU_PYTHON_VERSION ?= 3.12
 GPU_PACKAGES ?= accelerate bitsandbytes hypothesis jaxtyping matplotlib numpy peft pytest rich safetensors scipy tqdm transformers
 
 gpu-wheels:
-	$(PYTHON) benchmarks/wheels.py download $(GPU_WHEELS) --python $(GPU_PYTHON_VERSION) \
+	$(PYTHON) benchmarks/wheels.py download $(GPU_WHEELS) --python $(GPU_PYTHON_VERSION) --constraints constraints.txt \
 		$(if $(GPU_TORCH),--torch $(GPU_TORCH),) $(GPU_PACKAGES)
 
 # The site, in build/docs; a warning is an error. Its notebooks are executed.

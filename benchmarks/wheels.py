@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import venv
+import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -39,15 +40,33 @@ def name_of(wheel: Path) -> str:
 # -- where there is a network -----------------------------------------------------------------------------------------
 
 
-def resolved(requirements: Sequence[str], python: str, constraints: Path | None) -> list[str]:
-    """`name==version` of the requirements and of all that they need, on x86-64 Linux."""
+def stand_in(folder: Path, constraints: Path | None) -> Path:
+    """A wheel of nothing that calls itself torch, newer than the torch of the constraints and still what they ask for: pip then looks
+    for no other torch, nor for what that needs."""
+    pins = constraints.read_text(encoding="utf-8") if constraints else ""
+    pinned = re.search(r"^torch==([\d.]+)", pins, re.MULTILINE)
+    version = f"{pinned[1] if pinned else '99.0'}+stand.in"
+    wheel = folder / f"torch-{version}-py3-none-any.whl"
+    about = f"torch-{version}.dist-info"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr(f"{about}/METADATA", f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\n")
+        archive.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{about}/RECORD", "")
+    return wheel
+
+
+def resolved(requirements: Sequence[str], python: str, constraints: Path | None, torch: bool) -> list[str]:
+    """`name==version` of the requirements and of all that they need, on x86-64 Linux; without `torch` neither torch nor what it
+    brings."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--dry-run"]
         command += ["--ignore-installed", "--target", folder, "--report", str(report), *target(python)]
+        command += [] if torch else ["--find-links", str(stand_in(Path(folder), constraints).parent)]
         subprocess.run([*command, *(["-c", str(constraints)] if constraints else []), *requirements], check=True)
         found = json.loads(report.read_text(encoding="utf-8"))["install"]
-    return [f"{normalized(each['metadata']['name'])}=={each['metadata']['version']}" for each in found]
+    pins = [(normalized(each["metadata"]["name"]), each["metadata"]["version"]) for each in found]
+    return [f"{name}=={version}" for name, version in pins if torch or name != "torch"]
 
 
 def target(python: str) -> list[str]:
@@ -60,11 +79,7 @@ def download(
     folder: Path, requirements: Sequence[str], python: str, constraints: Path | None, torch: bool
 ) -> list[str]:
     """Download wheels to `folder`; returns `name==version` of each."""
-    chosen = [
-        pin
-        for pin in resolved(requirements, python, constraints)
-        if torch or not TORCH.fullmatch(pin.partition("==")[0])
-    ]
+    chosen = resolved(requirements, python, constraints, torch)
     folder.mkdir(parents=True, exist_ok=True)
     # one version of each
     names = {pin.partition("==")[0] for pin in chosen}

@@ -4,6 +4,7 @@ network. The steps here are of a line each; those of the repository are run by t
 from __future__ import annotations
 
 import importlib
+import json
 import subprocess
 import sys
 import time
@@ -195,20 +196,38 @@ def test_wheels_without_torch_make_no_environment(load: Any, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("torch", [False, True])
 def test_wheels_are_downloaded_for_the_machine_that_they_are_for(
-    load: Any, monkeypatch: Any, tmp_path: Path, torch: bool
+    load: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, torch: bool
 ) -> None:
     wheels = load("wheels")
     commands: list[list[str]] = []
-    monkeypatch.setattr(
-        wheels, "resolved", lambda *_: ["torch==2.13.0", "nvidia-cudnn-cu13==9.2", "triton==3.6", "peft==0.21.2"]
-    )
-    monkeypatch.setattr(wheels.subprocess, "run", lambda command, **_: commands.append(command))
+    offered: list[str] = []
+
+    def pip(command: list[str], **_: Any) -> None:
+        commands.append(command)
+        if "--report" in command:
+            found = ["torch", "PEFT", "triton"] if torch else ["torch", "PEFT"]
+            install = [{"metadata": {"name": name, "version": "1.0"}} for name in found]
+            Path(command[command.index("--report") + 1]).write_text(json.dumps({"install": install}))
+        if "--find-links" in command:
+            (file,) = Path(command[command.index("--find-links") + 1]).glob("*.whl")
+            offered.append(file.name)
+            with zipfile.ZipFile(file) as archive:
+                about = archive.read(f"{file.name.removesuffix('-py3-none-any.whl')}.dist-info/METADATA").decode()
+            assert "Name: torch\nVersion: 2.13.0+stand.in\n" in about
+            assert "Requires-Dist" not in about
+
+    monkeypatch.setattr(wheels.subprocess, "run", pip)
     old, other = wheel(tmp_path, "peft"), wheel(tmp_path, "rich")
-    chosen = wheels.download(tmp_path, ["peft"], "3.12", None, torch)
-    assert ("torch==2.13.0" in chosen) is ("triton==3.6" in chosen) is torch
-    (command,) = commands
-    assert command[-1] == "peft==0.21.2"
-    assert command[command.index("--python-version") + 1] == "3.12"
+    pins = tmp_path / "constraints.txt"
+    pins.write_text("peft==1.0\ntorch==2.13.0\ntorchmetrics==1.9.0\n")
+    chosen = wheels.download(tmp_path, ["peft"], "3.12", pins, torch)
+    assert chosen == (["torch==1.0", "peft==1.0", "triton==1.0"] if torch else ["peft==1.0"])
+    # where torch is not wanted, pip finds one that needs nothing
+    assert offered == ([] if torch else ["torch-2.13.0+stand.in-py3-none-any.whl"])
+    for command in commands:
+        assert command[command.index("--python-version") + 1] == "3.12"
+        assert "manylinux_2_28_x86_64" in command
+    assert commands[-1][-len(chosen) :] == chosen
     # two versions of one package would stop the whole installation
     assert (old.exists(), other.exists()) == (False, True)
 
