@@ -44,7 +44,7 @@ DEFAULT = (
 FACTORIZATION_TESTS = ["gauges", "structure", "layout", "kernels", "bad_input", "truncation", "zero_start", "precision",
                        "gradients", "batches", "round_trip", "docs"]  # fmt: skip
 RANKS_TESTS = ["fsdp", "ddp", "ddp_and_fsdp", "agreement", "sharded_cores", "offload", "refused", "checkpoint"]
-ENGINE_TESTS = ["steps", "edges", "matched", "mixed", "cohorts", "coupling", "handover", "bad_input", "model_untouched", "state", "equivalence",
+ENGINE_TESTS = ["steps", "edges", "matched", "scaling", "mixed", "cohorts", "coupling", "handover", "bad_input", "model_untouched", "state", "equivalence",
                 "factorizations_train"]  # fmt: skip
 #: the tests that mutants of a module run, those that find most first
 TESTS = {
