@@ -34,7 +34,8 @@ def match_tolerance(before: Tensor, wanted: Tensor) -> Tensor:
         wanted: lengths of their updates, [n].
     """
     eps = torch.finfo(before.dtype).eps
-    return wanted * max(_MATCH_ACCURACY, 32 * eps) + torch.linalg.vector_norm(before, dim=1) * (4 * eps)
+    rounding: Tensor = torch.linalg.vector_norm(before, dim=1) * (4 * eps)
+    return wanted * max(_MATCH_ACCURACY, 32 * eps) + rounding
 
 
 def search_scale(
