@@ -15,7 +15,7 @@ the whole buffer as one piece. Any other gets one piece per member and site, as 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ from torch._utils import _flatten_dense_tensors
 
 from tnadapt.backends import Kernel
 from tnadapt.engine import ranks
+from tnadapt.engine.scaling import cap_tolerance, match_tolerance, search_scale
 from tnadapt.factorizations import Factorization, site_axes
 from tnadapt.matrices import TrainedMatrix
 
@@ -33,12 +34,6 @@ __all__ = ["STACK_BYTES", "Cohort", "Key", "Member", "Piece", "matrix_view_shape
 #: Bytes of cores that one cohort stacks at most, and of matrices that are unfolded as one batch; a matrix whose cores are
 #: larger is alone. It bounds the scratch of a step. Below a hundredth of it, launches cost more than arithmetic.
 STACK_BYTES = 2**28
-
-#: relative accuracy to which a capped update ends at its cap, and a matched one at the length that it is matched to; rounding
-#: of the matrix permitting
-_CAP_ACCURACY, _MATCH_ACCURACY = 1e-3, 1e-7
-#: how often a step is scaled anew for that at most
-_SCALINGS = 100
 
 
 class Key(NamedTuple):
@@ -231,13 +226,6 @@ class Cohort:
         """The matrices' parameters."""
         return [matrix.parameter for matrix in self.matrices]
 
-    def is_active(self) -> bool:
-        """Whether a member has a gradient."""
-        for matrix in self.matrices:  # noqa: SIM110 (called for every cohort in every step, where any() is slower)
-            if matrix.parameter.grad is not None:
-                return True
-        return False
-
     def _rows(self, tensors: Sequence[Tensor]) -> Tensor:
         """One tensor of each member as rows [n, numel], gathered where they are sharded; may be a view of that of an only member."""
         if any(hasattr(t, "full_tensor") for t in tensors):
@@ -358,78 +346,37 @@ class Cohort:
         """Scale the step of the cores of each member so that its matrix moves from `before` by the wanted length; returns all
         members folded.
 
-        The step keeps its direction and is scaled by s > 0. The length of the update is a polynomial in s of the order of the
-        factorization, so steps of all sizes occur. The wanted length is between those at two scales; the scale is looked for
-        between these, on a logarithmic axis, where a power is a straight line.
-
         Args:
             before: what the matrices hold, [n, numel].
             wanted: Frobenius norm of each update, [n].
             exactly: whether shorter steps are lengthened too; they are left alone otherwise.
         """
         assert self._kept is not None
-
-        def lengths(rows: Tensor) -> Tensor:
-            # an update that overflowed counts as too long
-            norms: Tensor = torch.linalg.vector_norm(rows - before, dim=1)
-            return norms.nan_to_num(math.inf, math.inf)
-
         start, stepped = self._kept
         stepped.copy_(self.buffer)
+        one, values = torch.ones_like(wanted), before
 
-        def fold_at(scale: Tensor) -> Tensor:
-            for now, old, new in zip(*map(self._by_site, (self.buffer, start, stepped)), strict=True):
-                torch.lerp(old, new, scale.view(-1, *[1] * (new.dim() - 1)), out=now)
-            return self.fold()
+        def length_at(scale: Tensor) -> Tensor:
+            nonlocal values
+            if scale is not one:
+                for now, old, new in zip(*map(self._by_site, (self.buffer, start, stepped)), strict=True):
+                    torch.lerp(old, new, scale.view(-1, *[1] * (new.dim() - 1)), out=now)
+            values = self.fold()
+            # what overflowed on the way is too long
+            norms: Tensor = torch.linalg.vector_norm(values - before, dim=1)
+            return norms.nan_to_num(math.inf, math.inf)
 
-        one, zero = torch.ones_like(wanted), torch.zeros_like(wanted)
-        scale = one
-        if exactly and self._scale is not None:
-            scale = self._scale  # that of the step before is near already
-        values = self.fold() if scale is one else fold_at(scale)
-        found = lengths(values)
-        accuracy = torch.full_like(wanted, _CAP_ACCURACY)
-        if exactly:
-            # the matrix is rounded to its dtype, which limits how exactly the length of an update is known
-            noise = torch.finfo(before.dtype).eps * torch.linalg.vector_norm(before, dim=1)
-            accuracy = (4 * noise / wanted).nan_to_num(1.0, 1.0).clamp(_MATCH_ACCURACY, 1.0)
-        off = ((found - wanted).abs() > wanted * accuracy) & (found > 0) if exactly else found > wanted * (1 + accuracy)
-        if not bool(off.any()):
-            return values
-        too_long = found > wanted
-        # scales at which the update is known to be too short and too long, with its length
-        low, short = torch.where(too_long, zero, scale), torch.where(too_long, zero, found)
-        high, long = torch.where(too_long, scale, math.inf * one), torch.where(too_long, found, math.inf * one)
-        # a length of zero, as the first step of a warm-up has it, leaves the cores where they were
-        scale = torch.where(off & (wanted == 0), zero, scale)
-        off = off & (wanted > 0)
-        for _ in range(_SCALINGS):
-            # Both ends known: a straight line on the logarithmic axis. One end known: a line of slope one through it.
-            both = (low > 0) & (short > 0) & long.isfinite() & high.isfinite()
-            slope = torch.where(both, (long / short).log() / (high / low).log(), one)
-            guess = torch.where(low > 0, low * (wanted / short) ** (1 / slope), high * (wanted / long))
-            middle = torch.where(low > 0, (low * high).sqrt(), high * 1e-2)
-            middle = torch.where(high.isfinite(), middle, low * 4)
-            # away from both ends, so that neither can stay for ever
-            margin = (0.05 * (high / low).log()).clamp(max=1.0).exp()
-            inside = (guess > low * torch.where(high.isfinite(), margin, one)) & (guess < high / margin)
-            guess = torch.where(inside | ((low == 0) & (guess > 0) & (guess < high)), guess, middle)
-            scale = torch.where(off, guess, scale)
-            values = fold_at(scale)
-            found = lengths(values)
-            too_long = found > wanted
-            high, long = torch.where(off & too_long, scale, high), torch.where(off & too_long, found, long)
-            low, short = torch.where(off & ~too_long, scale, low), torch.where(off & ~too_long, found, short)
-            off = off & ((found - wanted).abs() > wanted * accuracy)
-            if not bool(off.any()):
-                break
+        # the scale of the step before is near already
+        first = self._scale if exactly and self._scale is not None else one
+        tolerance = match_tolerance(before, wanted) if exactly else cap_tolerance(wanted)
+        scale = search_scale(length_at, wanted, first, tolerance, only_shorten=not exactly)
         self._scale = torch.where(scale > 0, scale, one) if exactly else None
         return values
 
-    def take_back(self, state: Mapping[Any, Any]) -> None:
+    def take_back(self, state: MutableMapping[Any, Any]) -> None:
         """The optimizer has stepped: its state of the pieces is theirs."""
         for piece in self.pieces:
-            piece.state = state.get(piece.parameter, piece.state)
+            piece.state = state.pop(piece.parameter, piece.state)
 
     def release_gradients(self) -> None:
         """Free the core gradients."""

@@ -296,10 +296,12 @@ class Step:
         owners = {id(p): k for k, group in enumerate(self.optimizer.param_groups) for p in group["params"]}
         for matrix in self.expanded.matrices.values():
             # where modules keep parameters; what a parametrization makes is no parameter, and is found by the attribute
-            current: Any = vars(matrix.owner)["_parameters"].get(matrix.attribute)
+            current: Any = matrix.owner._parameters.get(matrix.attribute)
+            known = matrix.parameter
+            if current is known and id(current) in owners and current.dim() >= 2:
+                continue
             if current is None:
                 current = getattr(matrix.owner, matrix.attribute)
-            known = matrix.parameter
             if current is not known and hasattr(known, "full_tensor") and not hasattr(current, "full_tensor"):
                 # FSDP2 holds the gathered parameter in its place (after an evaluation, say); the shard is what is trained
                 current = known
@@ -309,13 +311,24 @@ class Step:
         places = [(m.parameter.device, m.parameter.dtype) for m in self.expanded.now.elsewhere]
         if places != self._places:
             self._places, self.expanded.unseen = places, True
-        for cohort in self.expanded.now.cohorts:
+        for cohort in self._active():
             key = cohort.key
-            for matrix in cohort.matrices if cohort.is_active() else ():
+            for matrix in cohort.matrices:
                 p = matrix.parameter
                 if p.device != key.device or p.dtype != key.matrix_dtype or owners[id(p)] != key.group:
                     self.expanded.follow()
                     return
+
+    def _active(self) -> list[Cohort]:
+        """The cohorts that have gradients."""
+        # written out, since any() is slower and most cohorts may rest
+        found: list[Cohort] = []
+        for cohort in self.expanded.now.cohorts:
+            for matrix in cohort.matrices:
+                if matrix.parameter.grad is not None:
+                    found.append(cohort)
+                    break
+        return found
 
     def _moves_nothing(self) -> bool:
         """Whether this step is a GradScaler's overflow, one without any gradient, or the one by which distributed checkpoints
@@ -379,9 +392,7 @@ class Step:
             names = self._edited_on_any_rank(step)
         else:
             # what rests in this step is looked at when it is trained again
-            looked = [
-                cohort for cohort in self.expanded.now.cohorts if cohort.is_active() and self._looks(cohort, step)
-            ]
+            looked = [cohort for cohort in self._active() if self._looks(cohort, step)]
             names = [name for cohort in looked for name in cohort.named(cohort.edited())]
         if names:
             warnings.warn(
@@ -479,9 +490,7 @@ class Step:
         now, flags = self.expanded.now, list[Tensor]()
         active = [m for m in now.trained if m.parameter.grad is not None] if now.owners else []
         gradients = self.expanded.gathered(lambda matrix: matrix.parameter.grad, active) if active else None
-        for cohort in now.cohorts:
-            if not cohort.is_active():
-                continue
+        for cohort in self._active():
             idle = [matrix.parameter.grad is None for matrix in cohort.matrices]
             part = self.expanded.divide(cohort, idle) if any(idle) else cohort
             finite = part.pull_back(None if gradients is None else gradients(part))
@@ -673,8 +682,6 @@ class Step:
             owner["params"] = own
         for cohort in loan.cohorts:
             cohort.take_back(state)
-            for piece in cohort.pieces:
-                state.pop(piece.parameter, None)
         if loan.scale is not None and not self.rates.matched:
             # as the optimizer's kernel leaves gradients that it has unscaled
             for parameter, _, _ in loan.gradients:
