@@ -134,8 +134,8 @@ class LoraOverCallback(TrainerCallback):  # type: ignore[misc]
     rounds of the scheduler anew.
 
     It adds `core_learning_rate`, `expanded_matrices` and `largest_update_norm` (of an expanded matrix, in the last step) to the
-    trainer's logs, and so to TensorBoard, W&B and the like. Beside each saved adapter, `tnadapt.json` and a section of `README.md`
-    say how it was trained.
+    trainer's logs, and so to TensorBoard, W&B and the like. In each checkpoint and in `output_dir`, `tnadapt.json` and a section of
+    `README.md` say how the adapter was trained.
 
     Args:
         factorization, scheduler: as for `LoraOver`; both None for what is attached already.
