@@ -49,7 +49,7 @@ ablation: $(VENV)/.recipes
 	$(VARY) --methods lora-over-mpo --factor expansion 1 2 3 4 5 6 7 --lrs $(EXPANSION_LRS)
 	$(VARY) --methods lora-over-mpo-r --factor top_n 1 2 3 4 --factor split 1 2 3 4 --lrs $(SELECTION_LR)
 
-# The report in docs/mutation.md: how many small faults in the code the tests notice. Takes hours; what is finished is not run again.
+# The data of docs/mutation.md: how many small faults in the code the tests notice. Takes hours; what is finished is not run again.
 mutation: $(VENV)/.mutation
 	$(BIN)/python tests/mutation/run.py --workers 2
 

@@ -305,7 +305,7 @@ class Run:
                 self.make(move)
                 self._consistent()
             ours = [str(w.message) for w in caught if w.category is UserWarning]
-            expected = ("outside the optimizer", "lr_scheduler.step()")
+            expected = ("outside the optimizer", "lr_scheduler.step()", "had a gradient before the round")
             assert all(any(part in text for part in expected) for text in ours), f"warned: {ours}"
             self.trace.append(
                 {
