@@ -42,7 +42,7 @@ study: $(VENV)/.recipes
 	$(BIN)/python recipes/study.py run --workers 2 $(if $(ENCODER),--encoder $(ENCODER)) $(if $(SST2),--sst2 $(SST2))
 	$(BIN)/python recipes/study.py report
 
-# The report in docs/mutation.md: how many small faults in the code the tests notice. Takes hours; what is finished is not run again.
+# The data of docs/mutation.md: how many small faults in the code the tests notice. Takes hours; what is finished is not run again.
 mutation: $(VENV)/.mutation
 	$(BIN)/python tests/mutation/run.py --workers 2
 
