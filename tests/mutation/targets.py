@@ -51,7 +51,7 @@ TESTS = {
     "tnadapt/factorizations": _files(
         "factorizations",
         "gauges structure layout kernels bad_input truncation zero_start precision gradients batches round_trip "
-        "tensor_ring dicts docs",
+        "tensor_ring dicts",
     ),
     "tnadapt/engine": [
         *_files(
