@@ -18,12 +18,12 @@ pytest.importorskip("rich")
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
-from support import compare_page, many, marked, probe, study_page
+from support import command_line, compare_page, many, marked, probe, study_page
 from support.grid import on_grid
 from support.paired import difference
 from support.search import Arm, Lane, Run, Study, Task, neighbours, read_runs, write_runs
 
-from recipes import compare, study
+from recipes import compare, llama31_gsm8k, study
 
 TASK = Task("task", "A task", "llama31_gsm8k.py", {}, (10,), 1e-2)
 ARM = Arm("arm", "An arm", "lora")
@@ -257,6 +257,20 @@ def test_every_arm_can_be_configured_on_every_task(tmp_path: Path) -> None:
                 assert getattr(config, name) == value
     with pytest.raises(ValueError, match="needs --encoder"):
         study.configure(Lane(study.TASKS[-1], ARM), (1e-3, 10), 0, {"ENCODER": None, "SST2": None})
+
+
+def test_the_demo_ends_with_what_was_seen_and_what_the_study_says(tmp_path: Path) -> None:
+    recipe = llama31_gsm8k.RECIPE
+    results = [{"label": label, "metrics": {"accuracy": share}} for label, share in (("LoRA", 0.5), ("MPO", 0.25))]
+    lines = command_line.closing(recipe, recipe.config(), results)
+    assert "LoRA 50.0 %, MPO 25.0 %" in lines[0]
+    said = (study.RESULTS / study_page.ANSWER).read_text().strip()
+    assert [line for line in lines if said and said in line] == ([f"What the study says: {said}."] if said else [])
+    assert "compare.py" in lines[-1]
+    assert command_line.closing(recipe, recipe.config(), results[:1]) == [], "one method is no comparison"
+    assert command_line.closing(recipe, recipe.config(model=str(tmp_path)), results) == [], (
+        "the study is of what is shipped"
+    )
 
 
 # -- comparisons ------------------------------------------------------------------------------------------------------
