@@ -164,7 +164,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 #: The arms whose steps are watched, and the task on which.
-WATCHED = ("svd", "mpo-4", "mpo-10", "mpo-16", "mpo-balanced", "mpo-null", "lora")
+WATCHED = ("svd", "mpo-4", "mpo-10", "mpo-16", "mpo-null", "lora")
 WATCHED_ON = "llama-1600"
 
 
