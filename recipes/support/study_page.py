@@ -372,6 +372,7 @@ def dot_grid(study: Study, path: Path, figures: Any) -> None:
             if best is not None:
                 axis.scatter([best[0]], [row], s=90, facecolors="none", edgecolors="black", linewidths=1.2, zorder=4)
         axis.set_xscale("log")
+        axis.xaxis.set_minor_formatter("")
         axis.set_yticks(range(len(arms)), [arm.label for arm in arms], fontsize=7)
         axis.set_title(task.label, fontsize=8)
         axis.set_xlabel("learning rate", fontsize=8)
@@ -405,6 +406,10 @@ def forest(found: Mapping[tuple[str, str], Finding], tasks: Sequence[Task], path
             axis.plot([scale * apart.mean], [row], "o", color=colour, ms=4)
         axis.axvline(0, color="black", lw=0.8)
         axis.set_xscale("symlog", linthresh=20)
+        low, high = axis.get_xlim()
+        ticks = [tick for tick in (-50, -20, -10, 0, 10, 20, 50, 100) if low <= tick <= high]
+        axis.set_xticks(ticks, [f"{tick:+d}" if tick else "0" for tick in ticks])
+        axis.minorticks_off()
         axis.set_yticks(range(len(arms)), [arm.label for arm in arms], fontsize=7)
         axis.set_title(task.label, fontsize=8)
         axis.set_xlabel("% of LoRA's loss", fontsize=8)
