@@ -39,12 +39,12 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from support.command_line import OneLine, config_from, options_of, preset_of
-from support.grid import RATE_STEP, on_grid, same_rate, usable
-from support.many import HERE, Sweep, load_recipe
+from support.command_line import OneLine, config_from, ended, options_of, preset_of
+from support.grid import beside, same_rate
+from support.many import HERE, Sweep, load_recipe, recipe_of
 from support.methods import METHODS
 from support.pictures import score_against
-from support.provenance import config_hash, environment, read_json, write_json, write_text
+from support.provenance import commit_of, config_hash, environment, read_json, write_json, write_text
 from support.tables import Table, percent, percent_over_seeds, rate
 from support.tuned import best_of_lane, lanes, loss_of
 from tqdm import tqdm
@@ -410,11 +410,8 @@ def untried_beside(outcomes: Sequence[Outcome]) -> list[float]:
     """The rates one step above and below the best one that were not tried yet; below the lowest one if all runs failed."""
     tried = [outcome.cell.value for outcome in outcomes]
     best = best_of(outcomes)
-    if best.results:
-        beside = [best.cell.value * RATE_STEP, best.cell.value / RATE_STEP]
-    else:
-        beside = [min(tried) / RATE_STEP]
-    return [lr for lr in map(on_grid, beside) if usable(lr) and not any(same_rate(lr, other) for other in tried)]
+    near = beside(best.cell.value) if best.results else [lr for lr in beside(min(tried)) if lr < min(tried)]
+    return [lr for lr in near if not any(same_rate(lr, other) for other in tried)]
 
 
 def warnings_about(best: Outcome, lrs: Sequence[float]) -> Iterator[str]:
@@ -453,8 +450,7 @@ def add_to_tuned(outcomes: Sequence[Outcome], options: argparse.Namespace) -> No
 
 def commits_of(outcome: Outcome) -> list[str | None]:
     """The commits that an outcome's runs were made at, with a ``+`` where files differed from it."""
-    states = [result["environment"]["git"] for result in outcome.results]
-    return [state and f"{state['commit']}{'+' * state['dirty']}" for state in states]
+    return [commit_of(result["environment"]["git"]) for result in outcome.results]
 
 
 def tuned_page(name: str, settings: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
@@ -550,15 +546,9 @@ def identity(cells: Sequence[Cell]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    first = argparse.ArgumentParser(add_help=False)
-    first.add_argument("--recipe", type=Path, default=HERE / "llama31_gsm8k.py", help="the file of the recipe")
-    known, _ = first.parse_known_args(arguments)
+    first, recipe = recipe_of(arguments, HERE / "llama31_gsm8k.py")
     parser = OneLine(description=(__doc__ or "").split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    try:
-        recipe = load_recipe(known.recipe)
-    except ValueError as error:
-        parser.exit(2, f"error: {error}\n")
     fields = options_of(recipe, preset_of(recipe, arguments), ("method", "seed"), add_help=False)
     for name, command in (("vary", vary), ("tune", tune), ("seeds", seeds)):
         sub = commands.add_parser(
@@ -596,12 +586,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if name == "seeds":
             sub.add_argument("--results", type=Path, default=HERE / "results", help="where the committed table goes")
     options = parser.parse_args(arguments)
-    try:
-        options.action(options)
-    except ValueError as error:
-        parser.exit(2, f"error: {error}\n")
-    except KeyboardInterrupt:
-        parser.exit(130, "\ncancelled; the same command goes on where it stopped\n")
+    ended(parser, lambda: options.action(options))
 
 
 if __name__ == "__main__":

@@ -25,12 +25,11 @@ from pathlib import Path
 from typing import Any
 
 from support import compare_page
-from support.command_line import OneLine, config_from, options_of, preset_of
-from support.many import HERE, Job, Sweep, load_recipe
+from support.command_line import OneLine, config_from, ended, options_of, preset_of
+from support.many import HERE, Job, Sweep, load_recipe, recipe_of
 from support.methods import METHODS
-from support.paired import difference
 from support.provenance import config_hash
-from support.search import Arm, Lane, Point, Study, Task
+from support.search import Arm, Lane, Point, Request, Study, Task
 
 #: Seeds that every method gets before it can be left behind.
 SEEDS_FOR_ALL = 2
@@ -42,10 +41,9 @@ class Comparison:
     def __init__(self, study: Study, tuning_seed: int, seeds: Sequence[int]) -> None:
         self.study, self.tuning, self.seeds = study, tuning_seed, list(seeds)
 
-    def wanted(self) -> list[tuple[Lane, Point, int]]:
+    def wanted(self) -> list[Request]:
         """The runs to make next: rates first, then seeds for all, then seeds where it is close; none when all is said."""
-        rates = [(lane, point, seed) for lane in self.study.lanes for point, seed in lane.wanted([self.tuning])]
-        if rates:
+        if rates := self.study.wanted([self.tuning]):
             return rates
         tuned = [(lane, best) for lane in self.study.lanes if (best := lane.best([self.tuning])) is not None]
         for count in range(1, len(self.seeds) + 1):
@@ -60,16 +58,8 @@ class Comparison:
 
     def contenders(self, tuned: Sequence[tuple[Lane, Point]]) -> list[tuple[Lane, Point]]:
         """Those that are not worse than the leader by two standard errors, the leader with them."""
-        ordered = compare_page.ranked(tuned, self.seeds)
-        if not ordered:
-            return []
-        leader = compare_page.compared_runs(*ordered[0], self.seeds)
-        close = []
-        for lane, point in ordered:
-            apart = difference(compare_page.compared_runs(lane, point, self.seeds), leader)
-            if lane is ordered[0][0] or apart is None or not apart.worse:
-                close.append((lane, point))
-        return close
+        compared = compare_page.against_leader(tuned, self.seeds)
+        return [(lane, point) for lane, point, apart in compared if apart is None or not apart.worse]
 
 
 def start_of(recipe: Any, method: str, given: float | None) -> float:
@@ -92,6 +82,9 @@ def compare(options: argparse.Namespace) -> Path:
         raise ValueError(
             f"--methods is {' '.join(options.methods)}: give two methods or more, one of them lora perhaps"
         )
+    for name in ("start", "hours", "budget"):
+        if (value := getattr(options, name)) is not None and not value > 0:
+            raise ValueError(f"--{name} is {value:g}: give a number above 0")
     recipe = load_recipe(options.recipe)
     if not recipe.benchmark.answered:
         raise ValueError(
@@ -124,14 +117,7 @@ def compare(options: argparse.Namespace) -> Path:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    first = argparse.ArgumentParser(add_help=False)
-    first.add_argument("--recipe", type=Path, default=HERE / "text_pairs.py", help="the file of the recipe")
-    known, _ = first.parse_known_args(arguments)
-    parser = OneLine(description=(__doc__ or "").split("\n")[0])
-    try:
-        recipe = load_recipe(known.recipe)
-    except ValueError as error:
-        parser.exit(2, f"error: {error}\n")
+    first, recipe = recipe_of(arguments, HERE / "text_pairs.py")
     without = ("method", "seed", "lr", "core_lr", "eval_split")
     fields = options_of(recipe, preset_of(recipe, arguments), without, add_help=False)
     parser = OneLine(
@@ -146,12 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--budget", type=int, default=None, help="runs to make, at most")
     Sweep.add_options(parser)
     options = parser.parse_args(arguments)
-    try:
-        print(f"the page: {compare(options)}")
-    except ValueError as error:
-        parser.exit(2, f"error: {error}\n")
-    except KeyboardInterrupt:
-        parser.exit(130, "\ncancelled; the same command goes on where it stopped\n")
+    ended(parser, lambda: print(f"the page: {compare(options)}"))
 
 
 if __name__ == "__main__":

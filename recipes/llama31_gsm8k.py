@@ -43,8 +43,7 @@ from support.llama import LLAMA_2, LLAMA_31
 from support.llama import LlamaConfig as Config
 from support.recipe import Recipe, Record
 from support.records import hold_out, load_hub, local_file
-from support.tried import tried_rates
-from support.tuned import tuned_rates
+from support.tuned import tried_rates, tuned_rates
 
 PAPER = {
     "data": "meta-math/MetaMathQA",

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from support import study_page
+from support.command_line import ended
 from support.many import HERE, Job, Sweep, load_recipe
 from support.provenance import environment, write_json
 from support.search import Arm, Lane, Point, Study, Task
@@ -136,8 +137,8 @@ def configure(lane: Lane, point: Point, seed: int, places: dict[str, str | None]
         if (place := changes.get(name)) in places:
             if places[place] is None:
                 raise ValueError(
-                    f"the task {lane.task.name} needs --{place.lower()}: a local folder of an encoder, such as "
-                    "sentence-transformers/all-MiniLM-L6-v2, is --encoder; one with SST-2's train.tsv is --sst2"
+                    f"the task {lane.task.name} needs --{place.lower()}; --encoder is a local folder with an encoder, such as "
+                    "sentence-transformers/all-MiniLM-L6-v2, and --sst2 one with SST-2's train.tsv"
                 )
             changes[name] = places[place]
     lr, steps = point
@@ -147,6 +148,9 @@ def configure(lane: Lane, point: Point, seed: int, places: dict[str, str | None]
 
 def run(options: argparse.Namespace) -> None:
     """Make the runs that are missing."""
+    for name in ("seeds", "hours"):
+        if not (value := getattr(options, name)) > 0:
+            raise ValueError(f"--{name} is {value:g}: give a number above 0")
     places = {"ENCODER": options.encoder, "SST2": options.sst2}
     tasks = _named(TASKS, options.tasks)
     if options.tasks is None and None in places.values():
@@ -220,12 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for each in (running, reporting, watching):
         each.add_argument("--results", type=Path, default=RESULTS, help="the folder of the kept results")
     options = parser.parse_args(arguments)
-    try:
-        options.action(options)
-    except ValueError as error:
-        parser.exit(2, f"error: {error}\n")
-    except KeyboardInterrupt:
-        parser.exit(130, "\ncancelled; the same command goes on where it stopped\n")
+    ended(parser, lambda: options.action(options))
 
 
 if __name__ == "__main__":

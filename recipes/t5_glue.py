@@ -40,8 +40,7 @@ from support.evaluation.records import read_records
 from support.glue import TASKS
 from support.recipe import Recipe, Record
 from support.records import hold_out, load_hub, local_file
-from support.tried import tried_rates
-from support.tuned import tuned_rates
+from support.tuned import tried_rates, tuned_rates
 
 
 @dataclass(frozen=True)

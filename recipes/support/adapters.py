@@ -174,11 +174,14 @@ def init_from_gradient(module: LoraLinear, adapter: str = "default") -> None:
 # -- optimizers and callbacks -----------------------------------------------------------------------------------------
 
 
+#: Of AdamW, in all that LoRA-Over trains.
+BETAS = (0.9, 0.999)
+
+
 def make_optimizer(model: Any, method: Method, config: Config) -> torch.optim.Optimizer:
     """AdamW with the betas of LoRA-Over, or the method's own optimizer."""
     assert config.lr is not None
-    betas = (0.9, 0.999)
-    settings: dict[str, Any] = {"lr": config.lr, "betas": betas, "weight_decay": config.weight_decay}
+    settings: dict[str, Any] = {"lr": config.lr, "betas": BETAS, "weight_decay": config.weight_decay}
     if method.optimizer == "riemannian":
         return cast("torch.optim.Optimizer", create_riemannian_optimizer(model, torch.optim.AdamW, **settings))
     if method.optimizer == "rite":
@@ -204,7 +207,7 @@ def make_optimizer(model: Any, method: Method, config: Config) -> torch.optim.Op
             lr=config.lr,
             loraplus_lr_ratio=method.b_ratio,
             loraplus_weight_decay=config.weight_decay,
-            betas=betas,
+            betas=BETAS,
         )
         return optimizer
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]

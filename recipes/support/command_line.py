@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import itertools
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
@@ -65,6 +65,16 @@ def config_from(recipe: Recipe, options: argparse.Namespace, **changes: Any) -> 
     """The configuration that parsed options make."""
     names = {field.name for field in dataclasses.fields(recipe.config)} - changes.keys()
     return recipe.config(**{name: getattr(options, name) for name in names}, **changes)
+
+
+def ended(parser: argparse.ArgumentParser, action: Callable[[], None]) -> None:
+    """Do ``action``; what is wrong ends the script in one line, and an interruption with what the same command does."""
+    try:
+        action()
+    except ValueError as error:
+        parser.exit(2, f"error: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "\ncancelled; the same command goes on where it stopped\n")
 
 
 def main(recipe: Recipe, arguments: Sequence[str] | None = None) -> None:

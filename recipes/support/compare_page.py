@@ -8,10 +8,10 @@ from pathlib import Path
 from statistics import mean, median, stdev
 from typing import TYPE_CHECKING, Any
 
+from support.findings import good_rates, shown
 from support.paired import Difference, difference
 from support.provenance import write_text
 from support.search import Lane, Point, Run
-from support.study_page import shown
 from support.tables import Table, percent
 
 if TYPE_CHECKING:
@@ -26,35 +26,43 @@ def compared_runs(lane: Lane, point: Point, seeds: Sequence[int]) -> list[Run]:
 
 
 def ranked(tuned: Sequence[Tuned], seeds: Sequence[int]) -> list[Tuned]:
-    """By the mean loss over the seeds that all have; those without a seed are left out."""
-    usable = [(lane, point) for lane, point in tuned if compared_runs(lane, point, seeds)]
-    common = set(seeds)
-    for lane, point in usable:
-        common &= {run.seed for run in compared_runs(lane, point, seeds)}
-    chosen = sorted(common)
-    return (
-        sorted(usable, key=lambda each: mean(run.loss for run in compared_runs(each[0], each[1], chosen)))
-        if chosen
-        else []
-    )
+    """By the mean loss over common seeds; those without a seed are left out.
+
+    Those that were left behind with fewer seeds come last. In a round that is not over, seeds differ by one.
+    """
+    counts = [len(compared_runs(lane, point, seeds)) for lane, point in tuned]
+    most = max(counts, default=0)
+    front = [each for each, count in zip(tuned, counts, strict=True) if count and count >= most - 1]
+    rest = [each for each, count in zip(tuned, counts, strict=True) if 0 < count < most - 1]
+    return _by_loss(front, seeds) + _by_loss(rest, seeds)
+
+
+def _by_loss(tuned: Sequence[Tuned], seeds: Sequence[int]) -> list[Tuned]:
+    common = [seed for seed in seeds if all(seed in lane.table[point] for lane, point in tuned)]
+    return sorted(tuned, key=lambda each: each[0].loss(each[1], common)) if common else []
+
+
+def against_leader(tuned: Sequence[Tuned], seeds: Sequence[int]) -> list[tuple[Lane, Point, Difference | None]]:
+    """Those that have a seed, the leader first, each with its difference from the leader.
+
+    The difference is None with fewer than two seeds in common.
+    """
+    ordered = ranked(tuned, seeds)
+    leading = compared_runs(*ordered[0], seeds) if ordered else []
+    return [(lane, point, difference(compared_runs(lane, point, seeds), leading)) for lane, point in ordered]
 
 
 def verdict(tuned: Sequence[Tuned], seeds: Sequence[int]) -> list[str]:
     """What the comparison says, in sentences; the recommendation comes first."""
-    ordered = ranked(tuned, seeds)
-    if not ordered:
+    compared = against_leader(tuned, seeds)
+    if not compared:
         return ["Nothing can be recommended yet: no method has been trained with a seed of the comparison."]
-    leader, at = ordered[0]
+    leader, at, _ = compared[0]
     leading = compared_runs(leader, at, seeds)
-    close: list[tuple[Lane, Point, Difference]] = []
-    behind: list[tuple[Lane, Point, Difference]] = []
-    unknown: list[Lane] = []
-    for lane, point in ordered[1:]:
-        apart = difference(compared_runs(lane, point, seeds), leading)
-        if apart is None:
-            unknown.append(lane)
-        else:
-            (behind if apart.worse else close).append((lane, point, apart))
+    others = [(lane, point, apart) for lane, point, apart in compared[1:] if apart is not None]
+    behind = [each for each in others if each[2].worse]
+    close = [each for each in others if not each[2].worse]
+    unknown = [lane for lane, _ in tuned if lane is not leader and all(lane is not each[0] for each in others)]
     lines = []
     if unknown:
         lines.append(
@@ -65,9 +73,8 @@ def verdict(tuned: Sequence[Tuned], seeds: Sequence[int]) -> list[str]:
         cheapest = min(
             [(leader, at), *[(lane, point) for lane, point, _ in close]], key=lambda each: _cost(each, seeds)
         )
-        others = _labels([lane for lane, _, _ in close])
         lines.append(
-            f"**Too close to tell**: {leader.arm.label} and {others}. Take {cheapest[0].arm.label} at a rate of {cheapest[1][0]:g}, "
+            f"**Too close to tell**: {leader.arm.label} and {_labels([lane for lane, _, _ in close])}. Take {cheapest[0].arm.label} at a rate of {cheapest[1][0]:g}, "
             "which is the cheapest of them."
         )
     else:
@@ -100,7 +107,12 @@ def write(comparison: Comparison, config: Any, over: bool, folder: Path) -> Path
     order = ranked(tuned, seeds) or tuned
     rows = [_row(lane, point, comparison) for lane, point in [*order, *(each for each in tuned if each not in order)]]
     rows += [
-        (lane.arm.label, "–", "failed at every rate" if lane.table else "not run", *"––––––")
+        (
+            lane.arm.label,
+            "–",
+            "failed" if lane.error else "failed at every rate" if lane.table else "not run",
+            *"––––––",
+        )
         for lane in lanes
         if lane.best([comparison.tuning]) is None
     ]
@@ -135,6 +147,9 @@ def doubts(comparison: Comparison, over: bool) -> list[str]:
     said = []
     if not over:
         said.append("The budget ended before all was run; the same command goes on, with the budget anew.")
+    said += [
+        f"{lane.arm.label} failed, and the same command tries it again: {lane.error}" for lane in lanes if lane.error
+    ]
     edges = [lane for lane in lanes if lane.best(tuning) is not None and lane.settled(tuning) is None]
     if edges:
         said.append(f"Without a worse rate on both sides, so that another rate may be better: {_labels(edges)}.")
@@ -147,8 +162,6 @@ def doubts(comparison: Comparison, over: bool) -> list[str]:
 
 
 def _row(lane: Lane, point: Point, comparison: Comparison) -> Sequence[str]:
-    from support.study_page import good_rates
-
     runs = compared_runs(lane, point, comparison.seeds)
     taken = runs or [lane.table[point][comparison.tuning]]
     losses = [run.loss for run in taken]

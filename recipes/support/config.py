@@ -110,6 +110,10 @@ class Config:
             raise ValueError(
                 f"--matched is given, and {self.method} has no cores; leave it out, or take a lora-over method"
             )
+        if self.matched and self.core_lr is not None:
+            raise ValueError(
+                f"--matched is given, so --core-lr {self.core_lr:g} would mean nothing; leave one of them out"
+            )
         check_place("model", self.model, files=False)
         for name in self.PLACES:
             check_place(name.replace("_", "-"), getattr(self, name) or EMBEDDED, files=True)
@@ -140,7 +144,7 @@ class Config:
                 f"{self.tuning_command(presets[self.preset], script)}"
             )
         lr, core_lr = tuned
-        return dataclasses.replace(self, lr=lr, core_lr=self.core_lr or core_lr)
+        return dataclasses.replace(self, lr=lr, core_lr=None if self.matched else self.core_lr or core_lr)
 
     def tuning_command(self, preset: Self, script: str) -> str:
         """The command line that finds this method's rate, with every option that differs from the preset."""

@@ -42,7 +42,15 @@ def encode(
 def with_wrong_answers(
     records: Sequence[Record], answer: Callable[[Record], str], share: float
 ) -> Callable[[Record], str]:
-    """``answer``, save that a ``share`` of these records, always the same ones, have the answers of one another."""
+    """``answer``, save that a ``share`` of these records, always the same ones, have the answers of one another.
+
+    Raises:
+        ValueError: fewer than two records would, so that nothing would change.
+    """
     drawn = random.Random(0).sample(range(len(records)), round(share * len(records)))
     wrong = {id(records[one]): answer(records[other]) for one, other in zip(drawn, drawn[1:] + drawn[:1], strict=True)}
-    return lambda record: wrong.get(id(record)) or answer(record)
+    if share and len(drawn) < 2:
+        raise ValueError(
+            f"--wrong-answers is {share:g}, which is {len(drawn)} of {len(records)} examples; give a larger share, or 0"
+        )
+    return lambda record: wrong[id(record)] if id(record) in wrong else answer(record)

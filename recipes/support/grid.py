@@ -13,6 +13,11 @@ def on_grid(rate: float) -> float:
     return float(f"{10 ** (round(4 * math.log10(rate)) / 4):.2e}")
 
 
+def beside(rate: float) -> list[float]:
+    """The rates of the grid one step above and below that are within its ends."""
+    return [lr for lr in (on_grid(rate * RATE_STEP), on_grid(rate / RATE_STEP)) if usable(lr)]
+
+
 def same_rate(one: float, other: float) -> bool:
     """Whether no rate of the grid lies between the two."""
     return abs(math.log(one / other)) <= math.log(RATE_STEP) / 2

@@ -48,6 +48,16 @@ def load_recipe(path: Path) -> Recipe:
     return recipe
 
 
+def recipe_of(arguments: Sequence[str] | None, default: Path) -> tuple[argparse.ArgumentParser, Recipe]:
+    """The parser of ``--recipe`` alone, and the recipe that the command line names; what is none ends the script in one line."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--recipe", type=Path, default=default, help="the file of the recipe")
+    try:
+        return parser, load_recipe(parser.parse_known_args(arguments)[0].recipe)
+    except ValueError as error:
+        parser.exit(2, f"error: {error}\n")
+
+
 def run_one(recipe: Path, settings: dict[str, Any], root: Path, quiet: bool) -> dict[str, Any]:
     """One run of the recipe; what failed is a result with an ``error``, so that the other runs go on."""
     from support.running import hush, run

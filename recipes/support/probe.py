@@ -11,6 +11,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor
 from transformers import TrainerCallback
 
+from support.adapters import BETAS
 from support.many import Job, load_recipe
 from support.methods import METHODS
 from support.running import adapted, hush
@@ -23,10 +24,10 @@ class StepsBeside(TrainerCallback):
     That AdamW has seen every gradient of the run, and starts each step at the matrices as they are.
     """
 
-    def __init__(self, model: Any, betas: tuple[float, float], weight_decay: float) -> None:
+    def __init__(self, model: Any, weight_decay: float) -> None:
         self.matrices = {name: p for name, p in model.named_parameters() if "lora_" in name}
         self.plain = {name: p.detach().clone().requires_grad_() for name, p in self.matrices.items()}
-        self.adamw = torch.optim.AdamW(self.plain.values(), lr=0.0, betas=betas, weight_decay=weight_decay)
+        self.adamw = torch.optim.AdamW(self.plain.values(), lr=0.0, betas=BETAS, weight_decay=weight_decay)
         self.before: dict[str, Tensor] = {}
         self.cosines: list[float] = []
         """For each step: between all matrices' steps, taken as one vector each."""
@@ -68,7 +69,7 @@ def measure(job: Job) -> dict[str, list[float]]:
     recipe = load_recipe(path)
     with tempfile.TemporaryDirectory() as work:
         model, _, training = adapted(recipe, config, recipe.load(config)[0], Path(work), quiet=True)
-        watch = StepsBeside(model, (0.9, 0.999), config.weight_decay)
+        watch = StepsBeside(model, config.weight_decay)
         train(model, METHODS[config.method], training, [watch])
     rounded = {"cosines": watch.cosines, "lengths": watch.lengths, "singular_values": singular_values(model)}
     return {name: [float(f"{value:.4g}") for value in values] for name, values in rounded.items()}

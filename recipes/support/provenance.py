@@ -53,6 +53,11 @@ def git_state(folder: Path) -> dict[str, Any] | None:
     return {"commit": git(folder, "rev-parse", "HEAD"), "dirty": bool(status)}
 
 
+def commit_of(state: Mapping[str, Any] | None) -> str | None:
+    """The commit of a ``git_state``, with a ``+`` where files differed from it; None outside of git."""
+    return f"{state['commit']}{'+' * state['dirty']}" if state else None
+
+
 def git(folder: Path, *arguments: str) -> str | None:
     """What a git command says in ``folder``; None where there is no git, or it fails."""
     try:

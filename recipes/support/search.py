@@ -22,9 +22,9 @@ from typing import Any, Self
 
 from tqdm import tqdm
 
-from support.grid import RATE_STEP, on_grid, usable
+from support.grid import beside, on_grid
 from support.many import Job, Sweep
-from support.provenance import write_text
+from support.provenance import commit_of, write_text
 
 #: A learning rate and a number of optimizer steps; 0: as many as the recipe takes by itself.
 Point = tuple[float, int]
@@ -87,7 +87,7 @@ class Run:
         common = {"arm": arm, "lr": config.lr, "steps": config.max_steps, "seed": config.seed}
         if "error" in result:
             return cls(**common, loss=math.inf, error=result["error"].splitlines()[-1][:200])
-        metrics, state = result["metrics"], result["environment"]["git"]
+        metrics = result["metrics"]
         loss = metrics["eval_loss"]
         pairs = result.get("losses") or []
         return cls(
@@ -99,8 +99,12 @@ class Run:
             trained=metrics["trained_parameters"],
             seconds=round(metrics["training_seconds"], 2),
             peak=metrics.get("peak_bytes") or 0,
-            commit=f"{state['commit']}{'+' * state['dirty']}" if state else "",
+            commit=commit_of(result["environment"]["git"]) or "",
         )
+
+
+#: What LoraOver raises where gradients are no finite numbers any more.
+DIVERGED = "FloatingPointError"
 
 
 class Lane:
@@ -135,8 +139,16 @@ class Lane:
         inside = best is not None and all(point in self.complete(seeds) for point in neighbours(best))
         return best if inside else None
 
+    @property
+    def error(self) -> str:
+        """Why a run failed for another reason than its rate; empty where none did. At other rates it would fail alike."""
+        runs = [run for seeds in self.table.values() for run in seeds.values()]
+        return next((run.error for run in runs if run.error and not run.error.startswith(DIVERGED)), "")
+
     def wanted(self, seeds: Sequence[int]) -> list[tuple[Point, int]]:
-        """The points and seeds to run next; none when the search is over."""
+        """The points and seeds to run next; none when the search is over, or cannot go on."""
+        if self.error:
+            return []
         first = seeds[:1]
         missing = [point for steps in self.task.steps for point in self._missing(steps, first)]
         if missing:
@@ -154,17 +166,15 @@ class Lane:
             centre = (on_grid(self.task.start * self.arm.start), steps)
             return [centre, *neighbours(centre)]
         if not finite:
-            lower = on_grid(min(lr for lr, _ in tried) / RATE_STEP)
-            return [(lower, steps)] if usable(lower) else []
+            return [point for point in neighbours(min(tried)) if point < min(tried)]
         best = min(finite, key=lambda point: (self.loss(point, first), point))
         return [point for point in neighbours(best) if point not in tried]
 
 
 def neighbours(point: Point) -> list[Point]:
-    """The points one rate below and one above."""
+    """The points one rate above and one below."""
     lr, steps = point
-    beside = (on_grid(lr / RATE_STEP), on_grid(lr * RATE_STEP))
-    return [(rate, steps) for rate in beside if usable(rate)]
+    return [(rate, steps) for rate in beside(lr)]
 
 
 # -- files ------------------------------------------------------------------------------------------------------------
@@ -199,8 +209,6 @@ def write_runs(path: Path, runs: Iterable[Run]) -> None:
 # -- running ----------------------------------------------------------------------------------------------------------
 
 
-#: What LoraOver raises where gradients are no finite numbers any more.
-DIVERGED = "FloatingPointError"
 #: A lane, a point and a seed that are to be run.
 Request = tuple[Lane, Point, int]
 
@@ -210,11 +218,9 @@ class Study:
 
     def __init__(self, folder: Path, pairs: Iterable[tuple[Task, Arm]]) -> None:
         self.folder = folder
-        known: dict[str, list[Run]] = {}
-        self.lanes: list[Lane] = []
-        for task, arm in pairs:
-            runs = known.setdefault(task.name, read_runs(self.path(task)))
-            self.lanes.append(Lane(task, arm, [run for run in runs if run.arm == arm.name]))
+        pairs = list(pairs)
+        known = {name: read_runs(self.path(task)) for name, task in {task.name: task for task, _ in pairs}.items()}
+        self.lanes = [Lane(task, arm, [run for run in known[task.name] if run.arm == arm.name]) for task, arm in pairs]
 
     def path(self, task: Task) -> Path:
         """The file of a task's runs."""
@@ -226,6 +232,7 @@ class Study:
         if run.error and not run.error.startswith(DIVERGED):
             return
         path = self.path(lane.task)
+        # read again: other commands may add to it, of other arms
         others = [
             known
             for known in read_runs(path)

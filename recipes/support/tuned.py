@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from .config import Rates
+from .config import Grids, Rates
 from .provenance import read_json
 
 Row = Mapping[str, Any]
@@ -47,3 +47,12 @@ def tuned_rates(name: str) -> Rates:
         if inside and loss_of(row) < losses.get(method, math.inf):
             rates[method], losses[method] = (row["lr"], row.get("core_lr")), loss_of(row)
     return rates
+
+
+def tried_rates(name: str) -> Grids:
+    """The rates of the table ``name`` by method, from the lowest to the highest; none without such a table."""
+    path = TABLES / f"{name}.json"
+    tried: dict[str, set[float]] = {}
+    for (method, _), lane in lanes(read_json(path)["rows"] if path.exists() else []).items():
+        tried.setdefault(method, set()).update(float(row["lr"]) for row in lane)
+    return {method: sorted(rates) for method, rates in tried.items()}

@@ -18,7 +18,7 @@ pytest.importorskip("rich")
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
-from support import command_line, compare_page, many, marked, probe, study_page
+from support import command_line, compare_page, findings, many, marked, probe, study_page
 from support.grid import on_grid
 from support.paired import difference
 from support.search import Arm, Lane, Run, Study, Task, neighbours, read_runs, write_runs
@@ -99,6 +99,19 @@ def test_runs_that_fail_lead_to_lower_rates_and_never_to_an_end_without_one() ->
     lane, _ = searched(TASK, lambda *_: math.inf, range(2))
     assert lane.best(range(1)) is None
     assert min(lr for lr, _ in lane.table) < 2e-7
+
+
+def test_a_run_that_fails_for_another_reason_than_its_rate_ends_the_search_of_its_arm(tmp_path: Path) -> None:
+    """And is made again by the same command another time, as it is not kept; a run that diverged is."""
+    made = Study(tmp_path, [(TASK, ARM)])
+    (lane,) = made.lanes
+    made.keep(lane, Run("arm", 1e-2, 10, 0, math.inf, error="FloatingPointError: NaN"))
+    assert lane.wanted(range(1)) == [((5.62e-3, 10), 0)], "a lower rate"
+    made.keep(lane, Run("arm", 5.62e-3, 10, 0, math.inf, error="ValueError: no such file"))
+    assert lane.error == "ValueError: no such file"
+    assert lane.wanted(range(1)) == []
+    assert [run.lr for run in read_runs(made.path(TASK))] == [1e-2]
+    assert Study(tmp_path, [(TASK, ARM)]).lanes[0].error == ""
 
 
 def test_runs_are_kept_in_a_file_and_come_back(tmp_path: Path) -> None:
@@ -198,7 +211,7 @@ def test_the_answer_follows_the_rule_of_the_protocol(tmp_path: Path) -> None:
         "mpo-r": {"one": -0.2, "two": -0.2, "held": 0.2},
     }
     made = made_study(tmp_path, advantage)
-    found = study_page.findings(made)
+    found = findings.findings(made)
     said = study_page.answer(found, "held")
     assert "LoRA-Over, MPO of order 10 beats LoRA" in said
     assert "Better on one task only: LoRA-Over, SVD (Task one)" in said
@@ -213,7 +226,7 @@ def test_the_answer_follows_the_rule_of_the_protocol(tmp_path: Path) -> None:
     table = study_page.readme_table(found, tasks)
     assert table.count("**") == 2 * 5, "mpo-10 on two tasks, svd on two, and mpo-r on the one that was held back"
     advantage["mpo-10"]["two"] = 0.0
-    said = study_page.answer(study_page.findings(made_study(tmp_path, advantage)), "held")
+    said = study_page.answer(findings.findings(made_study(tmp_path, advantage)), "held")
     assert "none of the 3 arms of LoRA-Over that were compared beats LoRA" in said
 
 
@@ -221,19 +234,19 @@ def test_good_rates_end_where_a_worse_one_was_tried(tmp_path: Path) -> None:
     lane = Lane(TASK, ARM)
     for lr, loss in ((1e-3, 2.0), (1.78e-3, 1.09), (3.16e-3, 1.0), (5.62e-3, 1.05)):
         lane.add(Run("arm", lr, 10, 0, loss))
-    low, high, below, above = study_page.good_rates(lane, (3.16e-3, 10))
+    low, high, below, above = findings.good_rates(lane, (3.16e-3, 10))
     assert (low, high, below, above) == (1.78e-3, 5.62e-3, True, False)
 
 
 def test_the_page_of_the_repository_is_that_of_its_results() -> None:
     """Every generated number of docs/study.md comes from the runs that are kept."""
     kept = Study(study.RESULTS, [(task, arm) for task in study.TASKS for arm in study.ARMS])
-    pages = {study.PAGE: study_page.sections, study.README: study_page.readme_sections}
-    for path, sections in pages.items():
+    made = study_page.pages(kept, study.TASKS, study.HELD_OUT, study.PAGE, study.README)
+    assert made.keys() == {study.PAGE, study.README}
+    for path, parts in made.items():
         page = path.read_text(encoding="utf-8")
-        made = study_page.filled(page, sections(kept, study.TASKS, study.HELD_OUT), path)
-        assert made == page, "run: python recipes/study.py report"
-    said = study_page.sentence(study_page.findings(kept), study.HELD_OUT)
+        assert study_page.filled(page, parts, path) == page, "run: python recipes/study.py report"
+    said = study_page.sentence(findings.findings(kept), study.HELD_OUT)
     assert (study.RESULTS / study_page.ANSWER).read_text() == said + "\n"
 
 
@@ -338,6 +351,9 @@ def test_a_budget_ends_it_and_the_same_command_goes_on(monkeypatch: pytest.Monke
         (["--matched", "True"], "lora has no cores"),
         (["--recipe", "nowhere.py"], "which does not exist"),
         (["--workers", "0"], "--workers is 0"),
+        (["--budget", "-3"], "--budget is -3: give a number above 0"),
+        (["--hours", "0"], "--hours is 0: give a number above 0"),
+        (["--start", "0"], "--start is 0: give a number above 0"),
     ],
 )
 def test_what_cannot_be_compared_is_refused_before_any_run(
@@ -347,6 +363,39 @@ def test_what_cannot_be_compared_is_refused_before_any_run(
         compare.main(["--runs", str(tmp_path / "runs"), *options])
     assert message in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(("option", "value"), [("--seeds", "0"), ("--hours", "-1")])
+def test_a_study_of_nothing_is_refused(
+    option: str, value: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        study.main(["run", "--results", str(tmp_path), option, value])
+    assert f"{option} is {value}: give a number above 0" in capsys.readouterr().err
+
+
+def lanes_with(losses: dict[str, list[float]]) -> list[tuple[Lane, tuple[float, int]]]:
+    """Lanes that were tuned with seed 0, and have runs of these losses for the seeds from 1 on."""
+    lanes = [Lane(TASK, Arm(name, name, "lora"), [Run(name, 1e-2, 10, 0, 0.5)]) for name in losses]
+    for lane in lanes:
+        for seed, loss in enumerate(losses[lane.arm.name], start=1):
+            lane.add(Run(lane.arm.name, 1e-2, 10, seed, loss, losses=(loss, loss), tokens=(1, 1)))
+    return [(lane, (1e-2, 10)) for lane in lanes]
+
+
+def test_the_leader_is_chosen_by_all_seeds_that_the_contenders_have() -> None:
+    """And not by the few that those left behind have too."""
+    tuned = lanes_with({"a": [0.49, 0.49, 0.8, 0.8, 0.8], "b": [0.5, 0.5, 0.5, 0.5, 0.5], "c": [2.0, 2.0]})
+    assert [lane.arm.name for lane, _ in compare_page.ranked(tuned, range(1, 6))] == ["b", "a", "c"]
+    tuned = lanes_with({"a": [0.4, 0.4, 0.9], "b": [0.5, 0.5]})
+    assert [lane.arm.name for lane, _ in compare_page.ranked(tuned, range(1, 6))] == ["a", "b"], "the third is not over"
+
+
+def test_a_method_that_no_seed_was_spent_on_yet_is_not_beaten() -> None:
+    lines = compare_page.verdict([*lanes_with({"a": [0.5, 0.5]}), *lanes_with({"b": []})], range(1, 3))
+    assert lines == [
+        "a has the lowest loss so far, and too few seeds to recommend it: b has fewer than two in common with it."
+    ]
 
 
 def test_the_verdict_needs_two_common_seeds() -> None:

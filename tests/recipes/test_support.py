@@ -12,8 +12,7 @@ import pytest
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
-from support import advice, config, elsewhere, folders, pictures, provenance, results, tables, tried
-from support.tuned import tuned_rates
+from support import advice, config, elsewhere, folders, pictures, provenance, results, tables, tuned
 
 from tnadapt.backends import BACKENDS
 
@@ -186,12 +185,12 @@ def test_what_others_report_of_lora_is_shown_where_it_was_not_run() -> None:
 
 
 def test_the_rates_that_were_tried_are_those_of_the_committed_tables() -> None:
-    grid = tried.tried_rates("t5_glue-laptop-sst2")
-    rates = tuned_rates("t5_glue-laptop-sst2")
+    grid = tuned.tried_rates("t5_glue-laptop-sst2")
+    rates = tuned.tuned_rates("t5_glue-laptop-sst2")
     assert rates
     for method, (lr, _) in rates.items():
         assert min(grid[method]) < lr < max(grid[method])
-    assert tried.tried_rates("no such table") == {}
+    assert tuned.tried_rates("no such table") == {}
 
 
 @pytest.mark.parametrize(

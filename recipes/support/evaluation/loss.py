@@ -35,9 +35,8 @@ def answer_losses(
             chosen = order[start : start + batch]
             inputs = {name: each.to(model.device) for name, each in collate([examples[i] for i in chosen]).items()}
             logits, labels = model(**inputs).logits.float(), inputs["labels"]
-            if (
-                labels.dim() == 2 and not model.config.is_encoder_decoder
-            ):  # a decoder's token is foretold by the one before
+            if labels.dim() == 2 and not model.config.is_encoder_decoder:
+                # a decoder's token is foretold at the one before
                 logits, labels = logits[:, :-1], labels[:, 1:]
             rows, labels = logits.reshape(len(chosen), -1, logits.shape[-1]), labels.reshape(len(chosen), -1)
             each = cross_entropy(rows.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none").sum(1)

@@ -82,3 +82,9 @@ def test_a_share_of_the_answers_is_that_of_other_records(share: float) -> None:
     assert given == [with_wrong_answers(records, right, share)(record) for record in records], "always the same ones"
     other = {"prompt": "x", "answer": "of another split"}
     assert with_wrong_answers(records, right, share)(other) == "of another split"
+
+
+@pytest.mark.parametrize(("count", "share"), [(32, 0.01), (3, 0.3), (1, 1.0)])
+def test_a_share_that_would_change_no_answer_is_refused(count: int, share: float) -> None:
+    with pytest.raises(ValueError, match=f"--wrong-answers is {share:g}.*give a larger share, or 0"):
+        with_wrong_answers([{"answer": str(number)} for number in range(count)], lambda record: str(record), share)
