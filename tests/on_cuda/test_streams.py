@@ -231,15 +231,27 @@ def on_the_cpu(state: Any) -> Any:
     return tree_map_only(Tensor, lambda t: t.held.clone() if isinstance(t, Pretended) else t.clone(), state)
 
 
-def test_a_gradient_that_is_not_finite_is_told_one_step_later_on_a_gpu_that_is_pretended() -> None:
+def with_gradients() -> Net:
+    """A model whose gradients are all one."""
     model = Net()
     for parameter in trainable(model):
         parameter.grad = torch.ones_like(parameter)
+    return model
+
+
+def stepped_once(model: Net) -> tuple[LoraOver, torch.optim.Optimizer]:
+    """The model is moved to the GPU that is pretended, and takes a step with every matrix expanded."""
+    moved(model)
+    optimizer = adamw(trainable(model))
+    over = LoraOver(model, optimizer, MPO(order=4), Static())
+    optimizer.step()
+    return over, optimizer
+
+
+def test_a_gradient_that_is_not_finite_is_told_one_step_later_on_a_gpu_that_is_pretended() -> None:
+    model = with_gradients()
     with a_gpu() as gpu:
-        moved(model)
-        optimizer = adamw(trainable(model))
-        over = LoraOver(model, optimizer, MPO(order=4), Static())
-        optimizer.step()
+        over, optimizer = stepped_once(model)
         gradients = [matrix.parameter.grad for matrix in over.matrices.values()]
         for gradient in gradients:
             assert gradient is not None
@@ -253,14 +265,9 @@ def test_a_gradient_that_is_not_finite_is_told_one_step_later_on_a_gpu_that_is_p
 
 
 def test_a_look_at_the_matrices_waits_and_is_seen_on_a_gpu_that_is_pretended() -> None:
-    model = Net()
-    for parameter in trainable(model):
-        parameter.grad = torch.ones_like(parameter)
+    model = with_gradients()
     with a_gpu() as gpu:
-        moved(model)
-        optimizer = adamw(trainable(model))
-        over = LoraOver(model, optimizer, MPO(order=4), Static())
-        optimizer.step()
+        over, _ = stepped_once(model)
         gpu.forget()
         assert over.changed_outside() == ()
         assert gpu.waits

@@ -577,6 +577,23 @@ def test_equal_rank_is_the_one_that_the_paper_compares_with(
     assert adapters.equal_rank(config, model) == rank
 
 
+class Killed(adapters.TrainerCallback):
+    """Ends the run behind the checkpoint of step 2."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 2:
+            raise KeyboardInterrupt
+
+
+def interrupted_run(monkeypatch: pytest.MonkeyPatch, recipe: Recipe, config: Any, root: Path, name: str) -> None:
+    """Begin a run, and leave it unfinished."""
+    real = training.callbacks_of
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "callbacks_of", lambda *a: [*real(*a), Killed()])
+        with pytest.raises(KeyboardInterrupt):
+            running.run(recipe, config, root, name, quiet=True)
+
+
 @pytest.mark.parametrize(
     "method",
     ["adalora", "lora-over-mpo-p", "lora-ga", "lora+", "tt-lora", "alpha-lora", "deep-lora", "op-lora", "lora-rite"],
@@ -586,19 +603,7 @@ def test_an_interrupted_run_ends_where_a_whole_one_does(
 ) -> None:
     recipe, config = KINDS["llama"], configuration("llama", models["llama"], method)
     whole = running.run(recipe, config, tmp_path / "whole", quiet=True)
-
-    class Killed(adapters.TrainerCallback):
-        """Ends the run behind the checkpoint of step 2."""
-
-        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step == 2:
-                raise KeyboardInterrupt
-
-    real = training.callbacks_of
-    with monkeypatch.context() as patch:
-        patch.setattr(training, "callbacks_of", lambda *a: [*real(*a), Killed()])
-        with pytest.raises(KeyboardInterrupt):
-            running.run(recipe, config, tmp_path, "run", quiet=True)
+    interrupted_run(monkeypatch, recipe, config, tmp_path, "run")
     resumed = running.run(recipe, config, tmp_path, "run", resume=True, quiet=True)
     adapters_of = [sorted((Path(run["folder"]) / "adapter").glob("*.safetensors")) for run in (whole, resumed)]
     assert adapters_of[0]
@@ -616,17 +621,7 @@ def test_a_run_that_is_stopped_early_reports_the_beginning_of_the_whole_one(
     whole = running.run(recipe, config, tmp_path / "whole", quiet=True)
     shorter = dataclasses.replace(config, stop_after=3)
     stopped = running.run(recipe, shorter, tmp_path, quiet=True)
-
-    class Killed(adapters.TrainerCallback):
-        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step == 2:
-                raise KeyboardInterrupt
-
-    real = training.callbacks_of
-    with monkeypatch.context() as patch:
-        patch.setattr(training, "callbacks_of", lambda *a: [*real(*a), Killed()])
-        with pytest.raises(KeyboardInterrupt):
-            running.run(recipe, config, tmp_path, "run", quiet=True)
+    interrupted_run(monkeypatch, recipe, config, tmp_path, "run")
     resumed = running.run(recipe, shorter, tmp_path, "run", resume=True, quiet=True)
     for result in (stopped, resumed):
         assert (result["status"], result["metrics"]["steps"]) == ("finished", 3)
