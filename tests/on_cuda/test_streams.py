@@ -231,14 +231,6 @@ def on_the_cpu(state: Any) -> Any:
     return tree_map_only(Tensor, lambda t: t.held.clone() if isinstance(t, Pretended) else t.clone(), state)
 
 
-def with_gradients() -> Net:
-    """A model whose gradients are all one."""
-    model = Net()
-    for parameter in trainable(model):
-        parameter.grad = torch.ones_like(parameter)
-    return model
-
-
 def stepped_once(model: Net) -> tuple[LoraOver, torch.optim.Optimizer]:
     """The model is moved to the GPU that is pretended, and takes a step with every matrix expanded."""
     moved(model)
