@@ -89,17 +89,8 @@ class Board(Config):
 
 #: Fields of the other recipes that this protocol leaves no choice in.
 FIXED = (
-    *(
-        "preset",
-        "eval_split",
-        "train_size",
-        "micro_batch",
-        "epochs",
-        "save_every",
-        "quantize",
-        "activation_checkpointing",
-    ),
-    *("wrong_answers", "stop_after", "shard"),
+    *("preset", "eval_split", "train_size", "micro_batch", "epochs", "save_every", "quantize"),
+    *("activation_checkpointing", "wrong_answers", "stop_after", "shard"),
 )
 PRESETS = {
     "board": Board(),
