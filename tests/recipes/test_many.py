@@ -33,9 +33,15 @@ def test_workers_end_with_a_driver_that_is_killed(tmp_path: Path) -> None:
     """Also in the middle of a run; else they would train on beside the command that goes on."""
     (tmp_path / "driver.py").write_text(DRIVER)
     command = [sys.executable, str(tmp_path / "driver.py"), str(RECIPES)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as driver:
+    said = tmp_path / "said"  # Python tells of what a killed process leaves
+    with (
+        said.open("w") as errors,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as driver,
+    ):
         assert driver.stdout is not None
-        worker = int(driver.stdout.readline())
+        line = driver.stdout.readline()
+        assert line, said.read_text()
+        worker = int(line)
         driver.send_signal(signal.SIGKILL)
         driver.stdout.close()
     until = time.monotonic() + 30
