@@ -59,7 +59,7 @@ gpu:
 # To be carried to a machine without a network. GPU_TORCH=torch (or torch==2.8.0, for an older driver) brings torch along.
 GPU_TORCH ?=
 GPU_PYTHON_VERSION ?= 3.12
-GPU_PACKAGES ?= accelerate bitsandbytes hypothesis jaxtyping matplotlib numpy peft pytest rich safetensors scipy tqdm transformers
+GPU_PACKAGES ?= accelerate bitsandbytes hypothesis jaxtyping matplotlib numpy peft pytest pytest-xdist rich safetensors scipy tqdm transformers
 
 gpu-wheels:
 	$(PYTHON) benchmarks/wheels.py download $(GPU_WHEELS) --python $(GPU_PYTHON_VERSION) --constraints constraints.txt \

@@ -58,6 +58,7 @@ NEEDED = (
     "rich",
     "tqdm",
     "pytest",
+    "xdist",
     "hypothesis",
 )
 
@@ -84,23 +85,23 @@ class Step:
 
 
 STEPS = {
-    "tests": Step(["-m", "pytest", "-rs", "tests/on_cuda"], 200),
-    "pairs": Step(["-m", "pytest", "-rs", "tests/trust/test_pairwise.py"], 200),
+    "tests": Step(["-m", "pytest", "-rs", "-n", "8", "tests/on_cuda"], 120),
+    "pairs": Step(["-m", "pytest", "-rs", "-n", "8", "tests/trust/test_pairwise.py"], 120),
     "t5": Step(
-        ["benchmarks/step_overhead.py", "--case", "t5-gpu", "--case", "t5-gpu-short", "--repeats", "31", "--within", "180"], 420
+        ["benchmarks/step_overhead.py", "--case", "t5-gpu", "--case", "t5-gpu-short", "--repeats", "21", "--within", "90"], 240
     ),
-    "expansion": Step(["benchmarks/expansion.py"], 120),
+    "expansion": Step(["benchmarks/expansion.py"], 60),
     "profile": Step(
-        ["benchmarks/profile_step.py", "--case", "t5-gpu-short", "--case", "t5-gpu", "--case", "llama31-gpu", "--repeats", "10"], 300
+        ["benchmarks/profile_step.py", "--case", "t5-gpu-short", "--case", "t5-gpu", "--case", "llama31-gpu", "--repeats", "10"], 120
     ),
     "llama31": Step(
-        ["benchmarks/step_overhead.py", "--case", "llama31-gpu", "--variants", *WAYS, "--warmup", "2", "--within", "400"], 560
+        ["benchmarks/step_overhead.py", "--case", "llama31-gpu", "--variants", *WAYS, "--warmup", "2", "--within", "200"], 280
     ),
     "llama2": Step(
-        ["benchmarks/step_overhead.py", "--case", "llama2-gpu", "--variants", *WAYS, "--warmup", "2", "--within", "400"], 560
+        ["benchmarks/step_overhead.py", "--case", "llama2-gpu", "--variants", *WAYS, "--warmup", "2", "--within", "200"], 280
     ),
-    "recipe-lora": Step(["benchmarks/recipe.py", "--method", "lora"], 500),
-    "recipe-mpo-r": Step(["benchmarks/recipe.py", "--method", "lora-over-mpo-r"], 540),
+    "recipe-lora": Step(["benchmarks/recipe.py", "--method", "lora"], 280),
+    "recipe-mpo-r": Step(["benchmarks/recipe.py", "--method", "lora-over-mpo-r"], 280),
     "scaling": Step(["benchmarks/scaling.py"], 200),
 }  # fmt: skip
 
