@@ -202,13 +202,15 @@ def code_hash(root: Path = ROOT) -> str:
 
 
 def commit() -> str | None:
-    """What git says, or the variable COMMIT where the folder came without its git."""
+    """What the variable COMMIT says, for a folder that came without its git or with another's; otherwise what git says."""
+    if given := os.environ.get("COMMIT"):
+        return given
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         done = subprocess.run(git, capture_output=True, text=True, check=False)
     except OSError:
-        return os.environ.get("COMMIT")
-    return done.stdout.strip() if done.returncode == 0 else os.environ.get("COMMIT")
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def folder_of(device: str) -> str:

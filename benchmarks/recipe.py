@@ -4,12 +4,12 @@
     python benchmarks/recipe.py --method lora-over-mpo-r        # the same with rounds, beside it
     python benchmarks/recipe.py --device cpu --quick            # a Llama of a few layers, seconds
 
-The model is made from its configuration, with the embedded tokenizer, which has fewer words than the model; the problems are made of
-the generated ones, joined until they are as long as those of MetaMathQA in Llama's tokens (about 250). So the figures say nothing of what
-is learned. `recipes/llama31_gsm8k.py --preset paper` is started as anybody would start it, for 50 steps of 64 problems, with all eight
-rounds in these; once it has saved step 25 it is killed, and started again with `--resume`. Of the second process it is measured how many
-tokens it trains in a second, what it spends on starting included. Then the trained adapter answers one batch of the size that
-the preset evaluates with.
+The model is made from its configuration, with the embedded tokenizer, which has fewer words than the model; the problems are made
+of the generated ones, joined until they are as long as those of MetaMathQA in Llama's tokens (about 250). So the figures say
+nothing of what is learned. `recipes/llama31_gsm8k.py --preset paper` is started as anybody would start it (its own answers are
+cut to a few tokens), for 50 steps of 64 problems, with all eight rounds in these; once it has saved step 25 it is killed, and
+started again with `--resume`. Of the second process it is measured how many tokens it trains in a second, what it spends on
+starting included. Then the trained adapter answers one batch of the size that the preset evaluates with.
 
 Writes the numbers with their provenance to recipe-METHOD.json in --output.
 """
@@ -51,10 +51,11 @@ class Size:
     micro: int = 8
     answers: int = 64
     new_tokens: int = 512
+    own_tokens: int = 16  # of the answers that the recipe itself writes, of which only the time would be known
     words: tuple[int, int] = (100, 400)  # of the model's vocabulary, in a problem with its answer
 
 
-QUICK = Size(steps=6, save=3, every=2, batch=2, micro=1, answers=2, new_tokens=4, words=(20, 60))
+QUICK = Size(steps=6, save=3, every=2, batch=2, micro=1, answers=2, new_tokens=4, own_tokens=4, words=(20, 60))
 
 
 def make_model(folder: Path, device: str, quick: bool) -> None:
@@ -106,7 +107,7 @@ def command_of(method: str, model: Path, data: Path, runs: Path, size: Size, qui
     words += ["--test-data", str(data), "--runs", str(runs), "--name", "benchmark", "--greedy-beside", "False"]
     words += ["--lr", "2e-4", "--max-steps", size.steps, "--save-every", size.save, "--every", size.every]
     words += ["--train-size", size.steps * size.batch, "--eval-size", size.answers, "--eval-batch", size.answers]
-    words += ["--batch", size.batch, "--micro-batch", size.micro, "--max-new-tokens", size.new_tokens]
+    words += ["--batch", size.batch, "--micro-batch", size.micro, "--max-new-tokens", size.own_tokens]
     if quick:
         words += ["--dtype", "float32", "--order", 4, "--top-n", 1, "--split", 1]
     return [str(word) for word in words]

@@ -278,10 +278,10 @@ def test_the_recipe_is_started_with_its_paper_preset_and_all_rounds(load: Any, t
         "split",
         "dtype",
         "eval_batch",
-        "max_new_tokens",
         "temperature",
     ):
         assert getattr(config, field) == getattr(paper, field), field
+    assert recipe.Size().new_tokens == paper.max_new_tokens
     assert config.split * config.every <= config.max_steps == 2 * config.save_every == 50
 
 

@@ -20,6 +20,7 @@ from oracle import contract_mpo, square_view
 from torch import Tensor, nn
 
 from tnadapt import MPO, LoraOver, TaylorRuntime
+from tnadapt.engine.checks import REFUSED
 
 RATE, STEPS, ORDER, SCALE = 1e-2, 5, 4, 2.0**7
 DEVICE = os.environ.get("TNADAPT_TEST_DEVICE", "cpu")
@@ -246,13 +247,20 @@ def tolerance(case: Case, size: float) -> float:
     """Of an entry of a matrix whose largest entry is `size`, after all steps.
 
     Rounding of the matrix itself, and that of optimizers that round: Muon iterates in bfloat16, 8-bit moments have steps
-    of about a percent. Either changes a step by a share of the rate."""
+    of about a percent. Either changes a step by a share of the rate. On a GPU autograd's products round otherwise than ours: in
+    float32 by about 1e-6 of a gradient, which turns over a rounding of Muon's to bfloat16 here and there, and in float16 by a unit of
+    a gradient, which RMSprop divides by the root of its own square. On the CPU such noise, put on the oracle's gradients, makes the
+    same differences."""
     relative = {torch.float32: 2e-5, torch.bfloat16: 2 * 2.0**-8, torch.float16: 2 * 2.0**-10}[
         PRECISIONS[case.precision]
     ]
     if case.precision == "bf16 autocast":
         relative = 2e-4  # a rounding of float32 can become one of bfloat16 in the forward pass
     share = {"Muon": 2e-3, "8-bit AdamW": 2e-2}.get(case.optimizer, 0.0)
+    if DEVICE == "cuda" and case.optimizer == "Muon":
+        share = 4e-2
+    if DEVICE == "cuda" and case.optimizer == "RMSprop" and PRECISIONS[case.precision] == torch.float16:
+        share = 0.2
     return relative * size + share * RATE * STEPS
 
 
@@ -364,6 +372,8 @@ def test_every_value_occurs_in_the_quick_cases() -> None:
 def test_trains_is_continuous_and_follows_the_oracle(case: Case) -> None:
     if case.optimizer == "AdamW capturable" and not torch.cuda.is_available():
         pytest.skip("capturable optimizers need CUDA")
+    if case.optimizer in REFUSED:
+        pytest.skip(f"{case.optimizer} needs a later torch than {torch.__version__}")
     found = run(case)
     assert found["jump"] <= 1
     assert found["error"] <= 1
