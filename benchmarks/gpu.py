@@ -100,8 +100,9 @@ STEPS = {
     "llama2": Step(
         ["benchmarks/step_overhead.py", "--case", "llama2-gpu", "--variants", *WAYS, "--warmup", "2", "--within", "200"], 280
     ),
-    "recipe-lora": Step(["benchmarks/recipe.py", "--method", "lora"], 280),
-    "recipe-mpo-r": Step(["benchmarks/recipe.py", "--method", "lora-over-mpo-r"], 280),
+    "recipe-mpo-r": Step(["benchmarks/recipe.py", "training", "--method", "lora-over-mpo-r"], 400),
+    "recipe-lora": Step(["benchmarks/recipe.py", "training", "--method", "lora"], 400),
+    "answers": Step(["benchmarks/recipe.py", "answering", "--method", "lora-over-mpo-r"], 500),
     "scaling": Step(["benchmarks/scaling.py"], 200),
 }  # fmt: skip
 
@@ -282,8 +283,16 @@ def run_step(
             reason = f"stopped after {limit:.0f} s" if status is None else f"ended with {status}"
             print(f"{name}: {reason}; the same command tries it again", flush=True)
             return None
-        results = {file.name: read_json(file) for file in sorted(Path(folder).rglob("*.json"))}
-    return {"seconds": seconds, "results": results, "output": text}
+        results = {file.name: file.read_text(encoding="utf-8") for file in sorted(Path(folder).rglob("*.json"))}
+    told = {name: json.loads(without_places(content, folder)) for name, content in results.items()}
+    return {"seconds": seconds, "results": told, "output": without_places(text, folder)}
+
+
+def without_places(text: str, folder: str) -> str:
+    """A text without where this machine keeps its files: those of the repository and of packages keep their names, and the folder of
+    results is FOLDER."""
+    text = text.replace(folder, "FOLDER").replace(f"{ROOT}{os.sep}", "")
+    return re.sub(r"[^\s\"':,]*[/\\]site-packages[/\\]", "", text)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

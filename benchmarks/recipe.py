@@ -1,17 +1,18 @@
 """The main recipe's paper preset at full size, on a Llama 3.1-8B with random weights: speed of training and of answering.
 
-    python benchmarks/recipe.py --method lora                   # plain LoRA; needs CUDA
-    python benchmarks/recipe.py --method lora-over-mpo-r        # the same with rounds, beside it
-    python benchmarks/recipe.py --device cpu --quick            # a Llama of a few layers, seconds
+    python benchmarks/recipe.py training --method lora                   # plain LoRA; needs CUDA
+    python benchmarks/recipe.py training --method lora-over-mpo-r        # the same with rounds, beside it
+    python benchmarks/recipe.py answering --method lora-over-mpo-r       # by the adapter that this has trained
+    python benchmarks/recipe.py training --device cpu --quick            # a Llama of a few layers, seconds
 
 The model is made from its configuration, with the embedded tokenizer, which has fewer words than the model; the problems are made
 of the generated ones, joined until they are as long as those of MetaMathQA in Llama's tokens (about 250). So the figures say
 nothing of what is learned. `recipes/llama31_gsm8k.py --preset paper` is started as anybody would start it (its own answers are
 cut to a few tokens), for 50 steps of 64 problems, with all eight rounds in these; once it has saved step 25 it is killed, and
 started again with `--resume`. Of the second process it is measured how many tokens it trains in a second, what it spends on
-starting included. Then the trained adapter answers one batch of the size that the preset evaluates with.
+starting included. `answering` loads the adapter and answers one batch of the size that the preset evaluates with.
 
-Writes the numbers with their provenance to recipe-METHOD.json in --output.
+Writes the numbers with their provenance to recipe-PART-METHOD.json in --output.
 """
 
 from __future__ import annotations
@@ -130,45 +131,19 @@ def killed_after(command: list[str], checkpoint: Path) -> None:
         process.wait()
 
 
-def answering(model: Any, tokenizer: Any, prompts: list[str], size: Size, device: str) -> dict[str, Any]:
-    """Seconds and tokens of one batch of answers, sampled as the preset does."""
-    from support.evaluation.generate import Generator, Sampling
-
-    Generator(model, tokenizer, 4, Sampling())(prompts)  # warms up
-    lengths: list[int] = []
-    whole = model.generate
-
-    def counted(**settings: Any) -> Any:
-        answers = whole(**settings)
-        lengths.append(answers.shape[1] - settings["input_ids"].shape[1])
-        return answers
-
-    model.generate = counted
-    synchronize(device)
-    started = time.perf_counter()
-    Generator(model, tokenizer, size.new_tokens, Sampling())(prompts)
-    synchronize(device)
-    seconds = time.perf_counter() - started
-    return {
-        "batch": len(prompts),
-        "new_tokens": lengths[0],
-        "seconds": seconds,
-        "tokens_per_second": len(prompts) * lengths[0] / seconds,
-    }
+def places(place: Path, method: str) -> tuple[Path, Path, Path]:
+    """The folders of the model, the data and the runs."""
+    return place / "model", place / "data", place / f"runs-{method}"
 
 
-def measured(method: str, device: str, quick: bool, work: Path) -> dict[str, Any]:
-    """Train as the recipe does, killed and resumed once, and answer."""
-    from llama31_gsm8k import prompt
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def training(method: str, device: str, quick: bool, place: Path) -> dict[str, Any]:
+    """Train as the recipe does, killed and resumed once."""
+    from transformers import AutoTokenizer
 
     size = QUICK if quick else Size()
-    place = work / ("quick" if quick else "full")
-    model, data, runs = place / "model", place / "data", place / f"runs-{method}"
+    model, data, runs = places(place, method)
     make_model(model, device, quick)
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    make_data(data, size, tokenizer)
+    make_data(data, size, AutoTokenizer.from_pretrained(model))
     shutil.rmtree(runs, ignore_errors=True)
     command = command_of(method, model, data, runs, size, quick)
     checkpoint = runs / "unfinished" / "benchmark" / "checkpoints" / f"checkpoint-{size.save}"
@@ -180,55 +155,82 @@ def measured(method: str, device: str, quick: bool, work: Path) -> dict[str, Any
     metrics = result["metrics"]
     assert metrics["steps"] == size.steps
     tokens = metrics["tokens"] - int(saved["num_input_tokens_seen"])
-    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32 if quick else torch.bfloat16).to(device)
-    trained = PeftModel.from_pretrained(base, runs / "benchmark" / "adapter")
-    records = [json.loads(line) for line in (data / "test.jsonl").read_text(encoding="utf-8").splitlines()]
-    with watched_memory(device) as memory:
-        answered = answering(trained, tokenizer, [prompt(record) for record in records], size, device)
     return {
-        "method": method,
-        "device": device,
-        "size": vars(size),
-        "parameters": sum(p.numel() for p in base.parameters() if not p.requires_grad),
         "trained_parameters": metrics["trained_parameters"],
         "rounds": sorted({row["expanded_at"] for row in result["matrices"] if row["expanded_at"] is not None}),
         "resumed_at": size.save,
-        "training": {
-            "steps": size.steps - size.save,
-            "tokens": tokens,
-            "seconds": metrics["training_seconds"],
-            "tokens_per_second": tokens / metrics["training_seconds"],
-        },
-        "answering": {**answered, "peak_bytes": memory.peak},
+        "steps": size.steps - size.save,
+        "tokens": tokens,
+        "seconds": metrics["training_seconds"],
+        "tokens_per_second": tokens / metrics["training_seconds"],
         "command": command,
     }
 
 
-def markdown(row: dict[str, Any]) -> str:
-    training, answered = row["training"], row["answering"]
-    return "\n".join(
-        [
-            "| method | trained numbers | tokens / s, training | tokens / s, answering | batch |",
-            "|---|---:|---:|---:|---:|",
-            f"| {row['method']} | {row['trained_parameters']:,} | {training['tokens_per_second']:,.0f} | "
-            f"{answered['tokens_per_second']:,.0f} | {answered['batch']} |",
-        ]
-    )
+def answering(method: str, device: str, quick: bool, place: Path) -> dict[str, Any]:
+    """One batch of answers by the adapter that `training` has left, sampled as the preset does."""
+    from llama31_gsm8k import prompt
+    from peft import PeftModel
+    from support.evaluation.generate import Generator, Sampling
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    size = QUICK if quick else Size()
+    model, data, runs = places(place, method)
+    adapter = runs / "benchmark" / "adapter"
+    if not adapter.is_dir():
+        raise SystemExit(f"{adapter} is not there: `python benchmarks/recipe.py training --method {method}` makes it")
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32 if quick else torch.bfloat16).to(device)
+    trained = PeftModel.from_pretrained(base, adapter)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    records = [json.loads(line) for line in (data / "test.jsonl").read_text(encoding="utf-8").splitlines()]
+    prompts = [prompt(record) for record in records]
+    Generator(trained, tokenizer, 4, Sampling())(prompts)  # warms up
+    lengths: list[int] = []
+    whole = trained.generate
+
+    def counted(**settings: Any) -> Any:
+        answers = whole(**settings)
+        lengths.append(answers.shape[1] - settings["input_ids"].shape[1])
+        return answers
+
+    trained.generate = counted
+    with watched_memory(device) as memory:
+        synchronize(device)
+        started = time.perf_counter()
+        Generator(trained, tokenizer, size.new_tokens, Sampling())(prompts)
+        synchronize(device)
+        seconds = time.perf_counter() - started
+    return {
+        "parameters": sum(p.numel() for p in base.parameters()),
+        "batch": len(prompts),
+        "new_tokens": lengths[0],
+        "seconds": seconds,
+        "tokens_per_second": len(prompts) * lengths[0] / seconds,
+        "peak_bytes": memory.peak,
+    }
+
+
+PARTS = {"training": training, "answering": answering}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=list(PARTS))
     parser.add_argument("--method", default="lora-over-mpo-r", help="a method of the recipe")
     parser.add_argument("--device", choices=DEVICES, default="cuda")
     parser.add_argument("--quick", action="store_true", help="a small model, a few steps")
-    parser.add_argument("--work", type=Path, default=WORK, help="for model, data and runs; the model stays")
+    parser.add_argument("--work", type=Path, default=WORK, help="for model, data and runs; they stay")
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     require(arguments.device, "--device cuda")
-    row = measured(arguments.method, arguments.device, arguments.quick, arguments.work)
-    print(f"\n{markdown(row)}\n")
-    file = arguments.output / f"recipe-{arguments.method}.json"
-    write_json(file, {**row, "provenance": environment(HERE)})
+    quick = arguments.quick
+    row = PARTS[arguments.part](
+        arguments.method, arguments.device, quick, arguments.work / ("quick" if quick else "full")
+    )
+    print(f"\n{arguments.method}, {arguments.part}: {row['tokens_per_second']:,.0f} tokens / s\n")
+    file = arguments.output / f"recipe-{arguments.part}-{arguments.method}.json"
+    about = {"method": arguments.method, "device": arguments.device, "size": vars(QUICK if quick else Size())}
+    write_json(file, {**about, **row, "provenance": environment(HERE)})
     print(f"written: {file}")
 
 

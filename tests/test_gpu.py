@@ -287,15 +287,41 @@ def test_the_recipe_is_started_with_its_paper_preset_and_all_rounds(load: Any, t
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "step", ["recipe-mpo-r", "t5", "llama31", "llama2", "profile", "expansion", "scaling", "recipe-lora"]
+    "steps",
+    [
+        ["recipe-mpo-r", "answers"],
+        ["t5"],
+        ["llama31"],
+        ["llama2"],
+        ["profile"],
+        ["expansion"],
+        ["scaling"],
+        ["recipe-lora"],
+    ],
 )
-def test_steps_run_on_the_cpu(load: Any, tmp_path: Path, step: str) -> None:
+def test_steps_run_on_the_cpu(load: Any, tmp_path: Path, steps: list[str]) -> None:
     gpu = load("gpu")
-    assert gpu.main(["--device", "cpu", "--quick", "--results", str(tmp_path), "--steps", step]) == 0
-    results = read_json(tmp_path / "cpu" / f"{step}.json")["results"]
-    assert results
-    if step == "recipe-mpo-r":
-        (found,) = results.values()
-        assert found["rounds"] == [2]
-        assert found["training"]["tokens"] > 0
-        assert found["answering"]["new_tokens"] == 4
+    assert gpu.main(["--device", "cpu", "--quick", "--results", str(tmp_path), "--steps", *steps]) == 0
+    found = {}
+    for step in steps:
+        results = read_json(tmp_path / "cpu" / f"{step}.json")["results"]
+        assert results
+        (found[step],) = list(results.values())[:1]
+    if steps == ["recipe-mpo-r", "answers"]:
+        assert found["recipe-mpo-r"]["rounds"] == [2]
+        assert found["recipe-mpo-r"]["tokens"] > 0
+        assert found["answers"]["new_tokens"] == 4
+
+
+def test_results_do_not_tell_where_a_machine_keeps_its_files(load: Any) -> None:
+    gpu = load("gpu")
+    text = f'{ROOT}/build/x.py:3: Warn\nwritten: /tmp/abc/found.json\n"/opt/torch/.venv/lib/python3.12/site-packages/torch/cuda/graphs.py:7"'
+    found = gpu.without_places(text, "/tmp/abc")
+    assert found == 'build/x.py:3: Warn\nwritten: FOLDER/found.json\n"torch/cuda/graphs.py:7"'
+
+
+def test_pages_say_what_was_measured_on_a_gpu(load: Any) -> None:
+    pages = load("gpu_page").pages()
+    assert {page.name for page in pages} == {"gpu.md", "performance.md"}
+    for page, made in pages.items():
+        assert page.read_text(encoding="utf-8") == made, f"{page}: python benchmarks/gpu_page.py"

@@ -1,0 +1,145 @@
+"""The tables of docs/gpu.md and docs/performance.md that come from runs on a GPU, made anew from the results of `make gpu`.
+
+    python benchmarks/gpu_page.py            # writes the parts between the pages' marks
+
+The tables are those of one device: that of RESULTS below.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "recipes"))
+
+from support.marked import replaced  # noqa: E402
+from support.provenance import read_json  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results" / "gpu" / "nvidia-h200"
+#: (title, step of `make gpu`, case of step_overhead.py)
+CASES = (
+    ("Llama 3.1-8B, attention, order 10, 64x512", "llama31", "llama31-gpu"),
+    ("Llama 2-7B, all linear layers, order 9, 32x1024", "llama2", "llama2-gpu"),
+    ("T5-Base, order 16, 32x128", "t5", "t5-gpu"),
+    ("T5-Base, order 16, one sequence of 32", "t5", "t5-gpu-short"),
+)
+WAYS = ("svd", "mpo", "mpo-r", "paper's way")
+OTHERS = ("dora", "adalora", "α-lora, T = 20", "tt-lora, 2 + 2 modes", "tt-lora, 3 + 3 modes", "full", "opf")
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; all columns but the first are numbers."""
+    lines = [f"| {' | '.join(head)} |", f"|---|{'---:|' * (len(head) - 1)}"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def case_of(results: Path, step: str, case: str) -> dict[str, Any]:
+    """What step_overhead.py found in a case, with its rows by variant."""
+    found = read_json(results / f"{step}.json")["results"][f"step_overhead-{case}.json"]
+    return {**found, "rows": {row["variant"]: row for row in found["rows"]}}
+
+
+def costs(results: Path) -> str:
+    """Times of a step beside plain LoRA's."""
+    rows = []
+    for title, step, name in CASES:
+        found = case_of(results, step, name)
+        ratios = [found["rows"][way] for way in WAYS]
+        seconds = found["rows"]["plain"]["seconds"]
+        shown = [
+            f"{row['ratio']:.3f} ({row['ratio_quartiles'][0]:.2f} to {row['ratio_quartiles'][1]:.2f})" for row in ratios
+        ]
+        rows.append([title, f"{found['goal']:.2f}", *shown, f"{seconds:.2f} s"])
+    head = ["case", "goal", "svd", "mpo", "mpo-r, after its last round", "the paper's way", "a step of plain LoRA"]
+    return table(head, rows)
+
+
+def others(results: Path) -> str:
+    """The same of other methods, for T5."""
+    names = [(title, case_of(results, step, name)["rows"]) for title, step, name in CASES if step == "t5"]
+    rows = [
+        [name + (" (beside full)" if name == "opf" else ""), *(f"{each[name]['ratio']:.2f}" for _, each in names)]
+        for name in OTHERS
+    ]
+    return table(["method", *(title for title, _ in names)], rows)
+
+
+def memory(results: Path) -> str:
+    """Peaks and what is kept, for the large models."""
+    rows = []
+    for title, step, name in CASES[:2]:
+        for variant in ("plain", *WAYS):
+            row = case_of(results, step, name)["rows"][variant]
+            kept, peak = (f"{row[key] / 2**20:,.0f}" for key in ("kept_bytes", "peak_bytes"))
+            rows.append([f"{title.partition(',')[0]}, {variant}", f"{row['trained_parameters']:,}", kept, peak])
+    return table(["", "trained numbers", "kept between steps, MiB", "peak of a step above that, MiB"], rows)
+
+
+def expansion(results: Path) -> str:
+    """Pauses of an expansion."""
+    found = read_json(results / "expansion.json")["results"]["expansion.json"]["rows"]
+    rows = [
+        [
+            row["way"],
+            str(row["matrices"]),
+            f"{row['seconds']:.2f} ({row['quartiles'][0]:.2f} to {row['quartiles'][1]:.2f})",
+        ]
+        for row in found
+    ]
+    return table(["expansion of 4 matrices of each group of an 8B model", "matrices", "s"], rows)
+
+
+def profile(results: Path) -> str:
+    """Phases of a step, and what the device was given."""
+    cases = read_json(results / "profile.json")["results"]["profile_step.json"]["cases"]
+    titles = [f"{case['model']}, {'x'.join(map(str, case['batch']))}" for case in cases]
+    phases = [row["phase"] for row in cases[0]["rows"]]
+    by_phase = [{row["phase"]: row["seconds"] for row in case["rows"]} for case in cases]
+    rows = [[phase, *(f"{1000 * each[phase]:.2f}" for each in by_phase)] for phase in phases]
+    for label, key in (
+        ("**`optimizer.step()`, not watched**", "step_seconds"),
+        ("`optimizer.step()` of plain LoRA", "plain_step_seconds"),
+        ("forward and backward of plain LoRA", "forward_and_backward_seconds"),
+    ):
+        rows.append([label, *(f"{1000 * case[key]:,.1f}" for case in cases)])
+    for k, row in enumerate(cases[0]["traffic"][:2]):
+        rows.append([f"kernels of {row['of']}", *(str(case["traffic"][k]["launches"]) for case in cases)])
+        rows.append([f"waits of {row['of']}", *(str(len(case["traffic"][k]["waits"])) for case in cases)])
+    return table(["one step, ms", *titles], rows)
+
+
+def software(results: Path) -> str:
+    """Where the numbers come from."""
+    found = read_json(results / "llama31.json")["provenance"]
+    return f"{found['device']}, {found['driver']}, torch {found['torch']}, Python {found['python']}, {found['cpus']} CPU cores."
+
+
+def pages(results: Path = RESULTS) -> dict[Path, str]:
+    """Each page with its generated parts."""
+    made = {}
+    for name, parts in {
+        "performance.md": {"gpu-costs": costs(results)},
+        "gpu.md": {
+            "gpu-software": software(results),
+            "gpu-costs": costs(results),
+            "gpu-others": others(results),
+            "gpu-memory": memory(results),
+            "gpu-expansion": expansion(results),
+            "gpu-profile": profile(results),
+        },
+    }.items():
+        path = ROOT / "docs" / name
+        page = path.read_text(encoding="utf-8")
+        for mark, text in parts.items():
+            page = replaced(page, f"<!-- {mark} -->", f"<!-- /{mark} -->", text, path)
+        made[path] = page
+    return made
+
+
+if __name__ == "__main__":
+    for file, content in pages().items():
+        file.write_text(content, encoding="utf-8")
+        print(f"written: {file}")
