@@ -45,8 +45,8 @@ class Memory:
 def watched_memory(device: str) -> Iterator[Memory]:
     """Fills in what it yields at the end of the block."""
     memory = Memory()
+    gc.collect()  # what nobody holds any longer would be taken off in the block
     if device == "cuda":
-        gc.collect()  # what nobody holds any longer would be taken off in the block
         torch.ones(1, 1, device=device).mm(torch.ones(1, 1, device=device))  # cuBLAS takes its work space once
         requested = "requested_bytes.all."  # blocks are rounded up; what is asked for is not
         before = torch.cuda.memory_stats()[f"{requested}current"]

@@ -163,7 +163,7 @@ def optimizer_of(model: Any, config: Board) -> tuple[Any, Any, Any]:
     if method.over is not None:
         shapes = {tuple(p.shape) for p in model.parameters() if p.requires_grad}
         factorization = method.over.make_factorization(config, shapes)
-        scheduler = method.over.make_scheduler(config)
+        scheduler = method.over.make_scheduler(config, config.max_steps)
         choices: dict[str, Any] = {"core_lr": config.core_lr, "matched": config.matched}
         over = LoraOver(model, optimizer, factorization, scheduler, **choices)
     warm_up = int(WARM_UP * config.max_steps)

@@ -70,6 +70,11 @@ ARMS = (
     Arm("mpo-r", "LoRA-Over, MPO_R", "lora-over-mpo-r", start=0.562),
     Arm("mpo-p", "LoRA-Over, MPO_P", "lora-over-mpo-p", start=0.562),
     Arm("mpo-random", "MPO on matrices drawn at random", "lora-over-mpo-random", start=0.562),
+    # looked for, when no arm of the paper had won: depth for a while, and depth on one side
+    Arm("svd-half", "SVD, folded half way", "lora-over-svd", {"fold_after": 0.5}),
+    Arm("mpo-10-half", "MPO of order 10, folded half way", "lora-over-mpo", {"fold_after": 0.5}, start=0.562),
+    Arm("mpo-10-a", "MPO of order 10 on A alone", "lora-over-mpo", {"which": r"\.A$"}, start=0.562),
+    Arm("mpo-10-b", "MPO of order 10 on B alone", "lora-over-mpo", {"which": r"\.B$"}, start=0.562),
     # depth of other kinds
     Arm("deep-lora", "Deep LoRA", "deep-lora"),
     Arm("op-lora", "OP-LoRA", "op-lora", start=0.0562),

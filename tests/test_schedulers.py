@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tnadapt import (
+    MPO,
     SVD,
     Budget,
     LoraOver,
@@ -421,7 +422,8 @@ SETTINGS: dict[type[Scheduler], dict[str, st.SearchStrategy[Any]]] = {
         "expand_after_update": st.booleans(),
     },
     Static: {
-        "which": st.one_of(st.none(), st.sampled_from([r"\.A$", "q_proj"]), st.lists(st.text(max_size=9), max_size=4))
+        "which": st.one_of(st.none(), st.sampled_from([r"\.A$", "q_proj"]), st.lists(st.text(max_size=9), max_size=4)),
+        "fold_after": st.one_of(st.none(), SMALL),
     },
     LossAblation: {"scores": st.dictionaries(st.text(max_size=9), st.floats(-9, 9), max_size=4), "top_n": SMALL},
     Budget: {
@@ -484,7 +486,7 @@ def test_repr(scheduler, shown):
         ({"type": "MPO", "order": 9}, ValueError, "scheduler 'MPO' is unknown"),
         ({"top_n": 9}, ValueError, "has no 'type'"),
         (Static(), TypeError, "to_dict"),
-        ({"type": "Static", "top_n": 9}, ValueError, "Static has no setting top_n; its settings are which"),
+        ({"type": "Static", "top_n": 9}, ValueError, "Static has no setting top_n; its settings are which, fold_after"),
         ({"type": "TaylorRuntime", "top_n": 9}, TypeError, "split"),
         ({"type": "TaylorRuntime", "top_n": 0, "split": 1, "every": 1}, ValueError, "top_n=0"),
     ],
@@ -581,6 +583,30 @@ def test_static(which, names, label):
 def test_static_that_matches_nothing(which, said):
     with pytest.raises(ValueError, match=said):
         Static(which).attach(matrices_of(2))
+
+
+@given(fold_after=st.integers(1, 6), steps=st.integers(0, 9))
+def test_static_trains_through_cores_up_to_a_step_and_as_plain_lora_from_there(fold_after, steps):
+    """At every step the cores are there, or the matrix moves as SGD itself moves it."""
+    torch.manual_seed(steps)
+    layer = OverParamAdapter.from_linear(nn.Linear(12, 12), rank=4).double()
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    over = LoraOver(layer, optimizer, MPO(order=4), Static(r"A$", fold_after=fold_after))
+    for step in range(1, steps + 1):
+        x = torch.randn(3, 12, dtype=torch.float64)
+        optimizer.zero_grad()
+        (layer(x) - x).square().mean().backward()
+        plain = layer.lora_A.weight.detach() - 0.1 * layer.lora_A.weight.grad
+        optimizer.step()
+        assert (layer.lora_A.weight - plain).abs().max() < 1e-15 or step <= fold_after
+        assert bool(over.expanded) == (step <= fold_after)
+    assert [event.step for event in over.history] == [0] + [fold_after + 1] * (steps > fold_after)
+
+
+@pytest.mark.parametrize("fold_after", [0, -1, 2.5, True])
+def test_static_refuses_a_step_that_is_none(fold_after):
+    with pytest.raises(ValueError, match=f"fold_after={fold_after} must be a step"):
+        Static(fold_after=fold_after)
 
 
 def test_a_scheduler_of_ones_own_needs_select_only():

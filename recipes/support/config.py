@@ -70,6 +70,8 @@ class Config:
     expansion: float | None = option(None, "parameters of a matrix's cores over its own, in place of --order")
     backend: str = option("torch", "library that contracts and decomposes", BACKENDS)
     matched: bool = option(False, "move each matrix as far as the optimizer would move it without cores")
+    which: str | None = option(None, "pattern of the names of the matrices that are expanded, in place of all")
+    fold_after: float = option(0.0, "share of the steps after which all cores are folded for good; 0: none")
     wrong_answers: float = option(0.0, "share of the training examples that have the answers of one another")
     quantize: str = option(
         quantized.NONE, "base model in four bits, under an adapter of full precision", quantized.CHOICES
@@ -85,11 +87,12 @@ class Config:
     )
     #: Fields that are no part of a run's identity while they have their default: runs from before they came stay valid.
     LATER: ClassVar[tuple[str, ...]] = (
-        *("factorization", "expansion", "backend", "matched", "wrong_answers", "quantize", "stop_after", "shard"),
+        *("factorization", "expansion", "backend", "matched", "which", "fold_after", "wrong_answers", "quantize"),
+        *("stop_after", "shard"),
     )
     #: The smallest value of whole numbers where that is not 1, and the numbers with decimals that may be 0.
     LEAST: ClassVar[Mapping[str, int]] = {"order": 2, "max_steps": 0, "stop_after": 0, "seed": 0}
-    MAY_BE_ZERO: ClassVar[tuple[str, ...]] = ("weight_decay", "clip", "temperature", "wrong_answers")
+    MAY_BE_ZERO: ClassVar[tuple[str, ...]] = ("weight_decay", "clip", "temperature", "fold_after", "wrong_answers")
     #: Fields that say how answers are scored. They are no part of a run's identity: its answers can be scored later.
     SCORING: ClassVar[tuple[str, ...]] = ()
     #: Fields that name data.
@@ -110,6 +113,20 @@ class Config:
             raise ValueError(
                 f"--matched is given, and {self.method} has no cores; leave it out, or take a lora-over method"
             )
+        over = METHODS[self.method].over
+        if (self.which is not None or self.fold_after) and (over is None or over.choice != "all" or over.which):
+            given = "--which" if self.which is not None else "--fold-after"
+            raise ValueError(
+                f"{given} is given, and {self.method} does not expand every matrix from the first step; leave it out, or take "
+                "another lora-over method"
+            )
+        if self.which is not None:
+            try:
+                re.compile(self.which)
+            except re.error as error:
+                raise ValueError(f"--which is {self.which!r}, which is no regular expression: {error}") from error
+        if self.fold_after >= 1:
+            raise ValueError(f"--fold-after is {self.fold_after:g}: give a share of the steps below 1")
         if self.matched and self.core_lr is not None:
             raise ValueError(
                 f"--matched is given, so --core-lr {self.core_lr:g} would mean nothing; leave one of them out"

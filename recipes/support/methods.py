@@ -67,8 +67,9 @@ class Over:
         makers: dict[str, Callable[..., Factorization]] = {"mpo": MPO, "tucker": Tucker, "cp": CP}
         return makers[kind](**settings)
 
-    def make_scheduler(self, config: Config, scores: Mapping[str, float] | None = None) -> Scheduler:
-        """What chooses the matrices to expand; ``predefined`` takes the ``scores`` of the ablation, ``random`` takes random ones."""
+    def make_scheduler(self, config: Config, steps: int, scores: Mapping[str, float] | None = None) -> Scheduler:
+        """What chooses the matrices to expand in a run of so many ``steps``; ``predefined`` takes the ``scores`` of the ablation,
+        ``random`` takes random ones."""
         from tnadapt import LossAblation, Static, TaylorRuntime
 
         if self.choice == "runtime":
@@ -76,7 +77,8 @@ class Over:
         if self.choice in ("predefined", "random"):
             assert scores is not None
             return LossAblation(scores, top_n=config.top_n)
-        return Static(self.which)
+        fold_after = max(1, round(config.fold_after * steps)) if config.fold_after else None
+        return Static(config.which or self.which, fold_after)
 
 
 @dataclass(frozen=True)

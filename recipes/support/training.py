@@ -177,8 +177,8 @@ def train(model: Any, method: Method, training: Training, watching: Sequence[Any
         beside -= sum(matrix.parameter.numel() for matrix in matrices)
         shapes = {(matrix.parameter.shape[0], matrix.parameter.shape[1]) for matrix in matrices}
         factorization = method.over.make_factorization(config, shapes)
-        scheduler = method.over.make_scheduler(config, scores)
-        if not method.over.which:  # the table is of whole groups
+        scheduler = method.over.make_scheduler(config, training.steps, scores)
+        if not (config.which or method.over.which):  # the table is of whole groups
             table = str(plan(model, factorization, top_n=getattr(scheduler, "top_n", None), matrices=finder))
         if not training.quiet:
             print(table)

@@ -237,7 +237,7 @@ def test_rounds_are_the_papers_and_end_before_training_does(setting: Setting) ->
     config = resolved(setting, "lora-over-mpo-r")
     over = METHODS["lora-over-mpo-r"].over
     assert over is not None
-    scheduler = over.make_scheduler(config)
+    scheduler = over.make_scheduler(config, -(-setting.train // setting.batch))
     assert isinstance(scheduler, TaylorRuntime)
     assert (scheduler.top_n, scheduler.split, scheduler.every) == (setting.top_n, setting.split, setting.every)
     assert setting.split * setting.every < -(-setting.train // setting.batch)

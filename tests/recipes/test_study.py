@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from support import command_line, compare_page, findings, many, marked, probe, study_page
 from support.grid import on_grid
+from support.methods import METHODS
 from support.paired import difference
 from support.search import Arm, Lane, Run, Study, Task, neighbours, read_runs, write_runs
 
@@ -428,3 +430,32 @@ def test_plain_steps_agree_with_plain_adamw_and_matched_ones_in_length(arm: str)
         assert seen["lengths"] == pytest.approx([1.0] * 5, abs=1e-3)
     assert seen["singular_values"][0] == 1.0
     assert seen["singular_values"] == sorted(seen["singular_values"], reverse=True)
+
+
+# -- depth for a while, and on some matrices --------------------------------------------------------------------------
+
+
+def test_cores_are_there_for_a_share_of_the_steps_and_on_some_matrices() -> None:
+    over = METHODS["lora-over-mpo"].over
+    assert over is not None
+    config = llama31_gsm8k.RECIPE.config(method="lora-over-mpo", lr=1e-2, fold_after=0.3, which=r"\.A$")
+    config.check()
+    scheduler = over.make_scheduler(config, 20)
+    assert scheduler.to_dict() == {"type": "Static", "which": r"\.A$", "fold_after": 6}
+    assert over.make_scheduler(dataclasses.replace(config, fold_after=0.0), 20).to_dict()["fold_after"] is None
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("lora", {"fold_after": 0.5}, "--fold-after is given, and lora does not expand every matrix"),
+        ("lora-over-mpo-r", {"which": "A$"}, "--which is given, and lora-over-mpo-r does not expand every matrix"),
+        ("deep-lora", {"which": "A$"}, "--which is given, and deep-lora does not expand every matrix"),
+        ("lora-over-mpo", {"fold_after": 1.0}, "--fold-after is 1: give a share of the steps below 1"),
+        ("lora-over-mpo", {"which": "("}, "is no regular expression"),
+    ],
+)
+def test_shares_and_patterns_that_mean_nothing_are_refused(method: str, options: dict[str, Any], message: str) -> None:
+    config = llama31_gsm8k.RECIPE.config(method=method, lr=1e-2, **options)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        config.check()

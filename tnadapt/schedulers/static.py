@@ -12,13 +12,20 @@ __all__ = ["Static"]
 
 
 class Static(Scheduler):
-    """Expands every matrix, or those that are named, from step 0.
+    """Expands every matrix, or those that are named, from step 0; folds them back after a step where one is given.
 
     Args:
         which: None for every matrix; a regular expression that is searched for in names (`r"q_proj\\.A$"`); or names.
+        fold_after: the last step that trains through cores, at least 1; from the next one on the matrices are trained on as
+            plain LoRA. None for cores to the end. Not in the paper.
     """
 
-    def __init__(self, which: str | Iterable[str] | None = None) -> None:
+    def __init__(self, which: str | Iterable[str] | None = None, fold_after: int | None = None) -> None:
+        if fold_after is not None and (
+            isinstance(fold_after, bool) or not isinstance(fold_after, int) or fold_after < 1
+        ):
+            raise ValueError(f"Static: fold_after={fold_after!r} must be a step, an integer of at least 1, or None")
+        self.fold_after = fold_after
         self.which = which if which is None or isinstance(which, str) else tuple(which)
         self._pattern = re.compile(which) if isinstance(which, str) else None
         self._names = None if isinstance(self.which, str) else self.which
@@ -35,8 +42,11 @@ class Static(Scheduler):
     def select(self, step: int, matrices: Mapping[str, TrainedMatrix]) -> Iterable[str]:
         return self._choose(matrices) if step == 0 else ()
 
+    def release(self, step: int, matrices: Mapping[str, TrainedMatrix]) -> Iterable[str]:
+        return [name for name, matrix in matrices.items() if matrix.expanded] if step - 1 == self.fold_after else ()
+
     def due(self, step: int) -> bool:
-        return step == 0
+        return step == 0 or step - 1 == self.fold_after
 
     def first_step(self) -> int:
         return 0
