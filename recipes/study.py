@@ -115,7 +115,7 @@ TASKS = (
         1.78e-2,
     ),
     Task("llama-128", "Llama, 128 examples", "llama31_gsm8k.py", {**_LLAMA, "train_size": 128}, (50, 100), 1.78e-2),
-    Task("llama-32", "Llama, 32 examples", "llama31_gsm8k.py", {**_LLAMA, "train_size": 32}, (25, 50), 1e-2),
+    Task("llama-32", "Llama, 32 examples", "llama31_gsm8k.py", {**_LLAMA, "train_size": 32}, (25, 50, 100), 1e-2),
     Task("t5-3200", "T5, 3,200 examples", "t5_glue.py", {**_GLUE, "eval_size": 250}, (0,), 3.16e-3),
     Task(
         "t5-256", "T5, 256 examples", "t5_glue.py", {**_GLUE, "eval_size": 250, "train_size": 256}, (50, 100), 3.16e-3
