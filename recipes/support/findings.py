@@ -23,6 +23,8 @@ class Finding:
     arm: Arm
     point: Point
     """The best rate and number of steps."""
+    tried: tuple[int, ...]
+    """The numbers of steps that were tried."""
     inside: bool
     """Whether the neighbours of that rate were tried with the same seeds."""
     runs: tuple[Run, ...]
@@ -43,10 +45,19 @@ class Finding:
 
 
 def findings(study: Study) -> dict[tuple[str, str], Finding]:
-    """By task and arm; arms without a run that trained are left out."""
+    """By task and arm; arms without a run that trained are left out.
+
+    An arm that has not tried all numbers of steps that the reference has is compared with what the reference reached in those that
+    both have.
+    """
     found: dict[tuple[str, str], Finding] = {}
-    for lane in sorted(study.lanes, key=lambda lane: lane.arm.name != REFERENCE):
-        if (finding := finding_of(lane, found.get((lane.task.name, REFERENCE)))) is not None:
+    plain = {lane.task.name: lane for lane in study.lanes if lane.arm.name == REFERENCE}
+    for lane in study.lanes:
+        reference = plain.get(lane.task.name)
+        beside = None
+        if reference is not None and reference is not lane:
+            beside = finding_of(reference.of_steps(lane.tried), None)
+        if (finding := finding_of(lane, beside)) is not None:
             found[lane.task.name, lane.arm.name] = finding
     return found
 
@@ -61,7 +72,7 @@ def finding_of(lane: Lane, reference: Finding | None) -> Finding | None:
         return None
     runs = tuple(lane.table[point][seed] for seed in seeds)
     apart = difference(runs, reference.runs) if reference is not None else None
-    return Finding(lane.task, lane.arm, point, bool(counts), runs, good_rates(lane, point), apart)
+    return Finding(lane.task, lane.arm, point, lane.tried, bool(counts), runs, good_rates(lane, point), apart)
 
 
 def good_rates(lane: Lane, best: Point, seed: int = 0) -> tuple[float, float, bool, bool]:

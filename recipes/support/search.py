@@ -120,6 +120,16 @@ class Lane:
         """Take in one more run of this lane."""
         self.table.setdefault((run.lr, run.steps), {})[run.seed] = run
 
+    @property
+    def tried(self) -> tuple[int, ...]:
+        """The numbers of steps that there are runs of."""
+        return tuple(sorted({steps for _, steps in self.table}))
+
+    def of_steps(self, numbers: Sequence[int]) -> Lane:
+        """The same lane with the runs of these numbers of steps alone."""
+        runs = (run for (_, steps), seeds in self.table.items() if steps in numbers for run in seeds.values())
+        return Lane(self.task, self.arm, runs)
+
     def loss(self, point: Point, seeds: Sequence[int]) -> float:
         """The mean loss of the seeds at a point."""
         return mean(self.table[point][seed].loss for seed in seeds)

@@ -38,7 +38,9 @@ def task_table(task: Task, mine: Sequence[Finding]) -> str:
             verdict(each),
             rate,
         ]
-        row += [str(each.point[1])] if len(task.steps) > 1 else []
+        if len(task.steps) > 1:
+            left = ", ".join(str(steps) for steps in task.steps if steps not in each.tried)
+            row.append(f"{each.point[1]} ({left} not tried)" if left else str(each.point[1]))
         rows.append([*row, good(each), str(len(losses))])
     columns = ["arm", "loss", "accuracy", "less LoRA's", "", "rate", "good rates", "seeds"]
     if len(task.steps) > 1:

@@ -232,6 +232,25 @@ def test_the_answer_follows_the_rule_of_the_protocol(tmp_path: Path) -> None:
     assert "none of the 3 arms of LoRA-Over that were compared beats LoRA" in said
 
 
+def test_an_arm_is_compared_with_what_plain_lora_reached_in_as_many_steps(tmp_path: Path) -> None:
+    """LoRA gains by more steps, which one arm has tried and the other has not."""
+    task = dataclasses.replace(TASK, name="one", steps=(10, 20))
+    made = Study(tmp_path, [(task, arm) for arm in study.ARMS if arm.name in ("lora", "svd", "mpo-10")])
+    for lane in made.lanes:
+        steps_tried = (10,) if lane.arm.name == "svd" else (10, 20)
+        for steps in steps_tried:
+            for lr in (5.62e-3, 1e-2, 1.78e-2):
+                for seed in range(3):
+                    loss = 1.0 + (lr != 1e-2) - 0.5 * (steps == 20) + 1e-3 * seed
+                    lane.add(Run(lane.arm.name, lr, steps, seed, loss, 0.5, (loss, loss), (1, 1)))
+    found = findings.findings(made)
+    apart = {name: found["one", name].apart for name in ("svd", "mpo-10")}
+    assert {name: each.mean for name, each in apart.items() if each} == pytest.approx({"svd": 0.0, "mpo-10": 0.0})
+    table = study_page.task_table(task, [found["one", name] for name in ("lora", "svd", "mpo-10")])
+    assert "10 (20 not tried)" in table
+    assert table.count("| 20 |") == 2
+
+
 def test_good_rates_end_where_a_worse_one_was_tried(tmp_path: Path) -> None:
     lane = Lane(TASK, ARM)
     for lr, loss in ((1e-3, 2.0), (1.78e-3, 1.09), (3.16e-3, 1.0), (5.62e-3, 1.05)):
