@@ -163,10 +163,9 @@ class Lane:
         missing = [point for steps in self.task.steps for point in self._missing(steps, first)]
         if missing:
             return [(point, first[0]) for point in missing]
-        centre = self.best(seeds) or self.best(first)
-        if centre is None:  # nothing trained at any usable rate
-            return []
-        around = [centre, *neighbours(centre)]
+        # the best of one seed too: a number of steps that was added later has no other seeds yet
+        centres = {self.best(seeds), self.best(first)} - {None}  # none where nothing trained at any usable rate
+        around = sorted({point for centre in centres if centre is not None for point in (centre, *neighbours(centre))})
         return [(point, seed) for seed in seeds for point in around if seed not in self.table.get(point, {})]
 
     def _missing(self, steps: int, first: Sequence[int]) -> list[Point]:

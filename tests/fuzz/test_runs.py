@@ -100,6 +100,13 @@ def test_nothing_goes_wrong_in_silence_though_the_loop(hostile: str, plan: Plan)
         Run(plan, reference=Reference).go()
 
 
+def test_a_round_after_a_reload_joins_cores_that_rest() -> None:
+    """What rests in the first step after loading has not been looked at when matrices that are trained join it."""
+    rounds = Call("TaylorRuntime", {"top_n": 3, "split": 2, "every": 1, "reset": True})
+    setting = Setting(scheduler=rounds, optimizer=Call("SGD", {"lr": 0.02}))
+    ends_alike(Plan(setting, (Step(), Reload(), Step(used=(0,)), Step())))
+
+
 def test_an_edit_within_rounding_after_a_reload_is_no_edit() -> None:
     """A step that moves no `A` but by rounding, and is taken back after loading."""
     ends_alike(

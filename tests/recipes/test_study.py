@@ -232,6 +232,24 @@ def test_the_answer_follows_the_rule_of_the_protocol(tmp_path: Path) -> None:
     assert "none of the 3 arms of LoRA-Over that were compared beats LoRA" in said
 
 
+def test_a_number_of_steps_that_is_added_later_gets_its_seeds_too() -> None:
+    """Where it is better with the first seed, though all seeds have run with the other numbers."""
+    task = dataclasses.replace(TASK, steps=(10,))
+    lane = Lane(task, ARM)
+
+    def run_all() -> None:
+        while wanted := lane.wanted(range(3)):
+            for (lr, steps), seed in wanted:
+                lane.add(Run("arm", lr, steps, seed, 1.0 + (math.log10(lr) + 2) ** 2 - 0.1 * (steps == 20)))
+
+    run_all()
+    assert lane.best(range(3)) == (1e-2, 10)
+    lane = Lane(dataclasses.replace(task, steps=(10, 20)), ARM, [r for at in lane.table.values() for r in at.values()])
+    run_all()
+    assert lane.best(range(3)) == (1e-2, 20)
+    assert lane.settled(range(3))
+
+
 def test_an_arm_is_compared_with_what_plain_lora_reached_in_as_many_steps(tmp_path: Path) -> None:
     """LoRA gains by more steps, which one arm has tried and the other has not."""
     task = dataclasses.replace(TASK, name="one", steps=(10, 20))

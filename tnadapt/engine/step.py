@@ -391,8 +391,10 @@ class Step:
         if self._distributed:
             names = self._edited_on_any_rank(step)
         else:
-            # what rests in this step is looked at when it is trained again
-            looked = [cohort for cohort in self._active() if self._looks(cohort, step)]
+            # after loading everything is looked at, since what is trained may join what rests; later, what rests in this step is
+            # looked at when it is trained again
+            looked = [cohort for cohort in self.expanded.now.cohorts if cohort.written is None]
+            looked += [c for c in self._active() if c.written is not None and self._looks(c, step)]
             names = [name for cohort in looked for name in cohort.named(cohort.edited())]
         if names:
             warnings.warn(
@@ -408,12 +410,7 @@ class Step:
     @staticmethod
     def _looks(cohort: Cohort, step: int) -> bool:
         """Whether to look at the matrices of a cohort, for which the host must wait off the CPU."""
-        return (
-            cohort.key.device.type == "cpu"
-            or cohort.written is None
-            or step % _LOOK_EVERY == 1
-            or cohort.was_written_to()
-        )
+        return cohort.key.device.type == "cpu" or step % _LOOK_EVERY == 1 or cohort.was_written_to()
 
     def _edited_on_any_rank(self, step: int) -> list[str]:
         """Names of matrices that any rank has seen written by somebody else: one collective, in steps that all ranks agree on
