@@ -37,7 +37,7 @@ TESTS = {
     "tnadapt/assignment.py": ["tests/engine/test_mixed.py"],
     "tnadapt/finders.py": ["tests/test_finders.py", "tests/engine/test_mixed.py"],
     "tnadapt/matrices.py": ["tests/test_matrices.py", "tests/engine/test_edges.py"],
-    "tnadapt/state.py": ["tests/engine/test_state.py", "tests/engine/test_edges.py"],
+    "tnadapt/state.py": _files("engine", "state edges matched"),
     "tnadapt/lora_over.py": [
         *_files("engine", "edges state bad_input steps mixed"),
         *("tests/test_public_api.py", "tests/integrations/test_own_optimizer.py"),
@@ -56,7 +56,7 @@ TESTS = {
     "tnadapt/engine": [
         *_files(
             "engine",
-            "steps edges matched mixed cohorts coupling handover bad_input model_untouched state equivalence "
+            "steps edges matched mixed cohorts coupling handover scaling bad_input model_untouched state equivalence "
             "factorizations_train",
         ),
         *("tests/test_algorithm2.py", "tests/trust/test_faults.py", "tests/test_public_api.py"),
