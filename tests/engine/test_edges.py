@@ -727,6 +727,8 @@ def test_what_is_printed_can_be_read() -> None:
     over = LoraOver(model, optimizer, MPO(order=3), Static("0"))
     assert repr(over) == "LoraOver(MPO(order=3), Static('0'); step 0, 2 of 4 matrices expanded)"
     assert str(over.history[0]) == "step 0: expand 0.A, 0.B"
+    assert str(Event(7, "fold", ("a", "b", "c"))) == "step 7: fold a, b, c"
+    assert str(Event(7, "fold", ("a", "b", "c", "d"))) == "step 7: fold a, b, c and 1 more"
     over.detach()
     assert repr(over).endswith("; step 0, folded)")
 
