@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import threading
 import warnings
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tnadapt import MPO, SVD, LoraOver, OverParamAdapter, Static, TaylorRuntime, find_lora_matrices
+from tnadapt import MPO, SVD, Event, LoraOver, OverParamAdapter, Static, TaylorRuntime, find_lora_matrices
 
 from .models import Experts, adapters, backward_through, expert_loss, same, trainable, values
 
@@ -613,6 +614,23 @@ def test_attaching_again_where_the_handle_is_lost() -> None:
     assert LoraOver.of(model) is again
     step_through(model, new)
     assert (over.step, again.step) == (0, 1)
+
+
+def test_attaching_again_where_optimizer_and_handle_are_gone() -> None:
+    """They refer to each other, and may wait for Python's collector, which is not to be waited for."""
+    model = adapters(12)
+    gc.collect()
+    gc.disable()
+    try:
+        LoraOver(model, torch.optim.AdamW(trainable(model), lr=1e-2), MPO(order=3))
+        assert LoraOver.of(model) is not None, "the cycle is not collected yet"
+        new = torch.optim.AdamW(trainable(model), lr=1e-2)
+        again = LoraOver(model, new, MPO(order=3))
+    finally:
+        gc.enable()
+    assert LoraOver.of(model) is again
+    step_through(model, new)
+    assert again.step == 1
 
 
 def test_attaching_again_in_a_wrong_way_leaves_the_first_attached() -> None:
