@@ -43,7 +43,9 @@ TESTS = {
         *("tests/test_public_api.py", "tests/integrations/test_own_optimizer.py"),
     ],
     "tnadapt/adapter": ["tests/test_adapter.py", "tests/test_adapter_models.py"],
-    "tnadapt/backends": _files("factorizations", "kernels backends_agree precision gradients round_trip backend_table"),
+    "tnadapt/backends": _files(
+        "factorizations", "kernels backends_agree precision gradients round_trip backend_table plugins"
+    ),
     "tnadapt/schedulers": [
         *("tests/test_schedulers.py", "tests/test_loss_ablation.py"),
         *_files("distributed", "fsdp offload"),
