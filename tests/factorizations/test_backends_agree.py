@@ -54,6 +54,16 @@ def test_is_there(backend: str) -> None:
     assert set(REQUIRED) == set(BACKENDS)
 
 
+@pytest.mark.parametrize("rank", [2, 5])
+@pytest.mark.parametrize("backend", REQUIRED)
+def test_columns_of_a_cp_have_norm_one_but_for_those_of_the_largest_mode(backend: str, rank: int) -> None:
+    tensor = torch.randn(2, 3, 6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    factors = get_backend(backend).cp_decompose(tensor, rank)
+    for k in (0, 2):
+        norms = torch.linalg.vector_norm(factors[k], dim=1)
+        assert torch.allclose(norms, torch.ones_like(norms), rtol=1e-9), k
+
+
 @pytest.mark.parametrize("name", EACH)
 @pytest.mark.parametrize("backend", LIBRARIES)
 def test_fold_and_pull_back(backend: str, name: str) -> None:
