@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from dataclasses import dataclass
 
 import pytest
@@ -697,4 +698,14 @@ def test_what_peft_cannot_say_is_not_exported(tmp_path):
     add_adapters(model, "v_proj", rank=2, dropout=0.1)
     with pytest.raises(ValueError, match=r"dropouts \[0\.0, 0\.1\]"):
         export_peft(model, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("what", [export_peft, import_peft])
+def test_without_peft_its_format_names_what_to_install(what, tmp_path, monkeypatch):
+    model = net()
+    add_adapters(model, "q_proj", rank=2)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ImportError, match=r"needs PEFT: pip install 'tnadapt\[peft\]'"):
+        what(model, tmp_path)
     assert not list(tmp_path.iterdir())
