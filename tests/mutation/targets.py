@@ -42,7 +42,7 @@ TESTS = {
         *_files("engine", "edges state bad_input steps mixed"),
         *("tests/test_public_api.py", "tests/integrations/test_own_optimizer.py"),
     ],
-    "tnadapt/adapter": ["tests/test_adapter.py", "tests/test_adapter_models.py"],
+    "tnadapt/adapter": ["tests/test_adapter.py", "tests/test_adapter_models.py", "tests/test_row_rescale.py"],
     "tnadapt/backends": _files(
         "factorizations", "kernels backends_agree precision gradients round_trip backend_table plugins"
     ),
