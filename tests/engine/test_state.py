@@ -284,7 +284,7 @@ def test_looking_for_edits_after_a_load_keeps_no_graph():
     _, _, over = running()
     over.load_state_dict(copy.deepcopy(over.state_dict()))
     assert over.changed_outside() == ()
-    assert [cohort.written.requires_grad for cohort in over._expanded.now.cohorts] == [False]
+    assert {cohort.written.requires_grad for cohort in over._expanded.now.cohorts} == {False}
 
 
 # -- damaged states -----------------------------------------------------------------------------------------------------
