@@ -97,6 +97,13 @@ def test_dropout_in_training_only():
     assert torch.allclose(adapter(x), adapter.merge()(x), atol=1e-5)
 
 
+def test_the_smallest_rank():
+    """B A is an outer product then."""
+    adapter = trained(OverParamAdapter.from_linear(linear(), rank=1, alpha=3))
+    wanted = 3 * torch.outer(adapter.lora_B.weight[:, 0], adapter.lora_A.weight[0])
+    assert torch.allclose(adapter.delta_weight(), wanted)
+
+
 @pytest.mark.parametrize("rank", [0, -1, 2.0, True, "4"])
 def test_bad_rank(rank):
     with pytest.raises(ValueError, match=r"rank=.*at least 1"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from dataclasses import dataclass
 
 import pytest
@@ -698,3 +699,39 @@ def test_what_peft_cannot_say_is_not_exported(tmp_path):
     with pytest.raises(ValueError, match=r"dropouts \[0\.0, 0\.1\]"):
         export_peft(model, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("what", [export_peft, import_peft])
+def test_without_peft_its_format_names_what_to_install(what, tmp_path, monkeypatch):
+    model = net()
+    add_adapters(model, "q_proj", rank=2)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ImportError, match=r"needs PEFT: pip install 'tnadapt\[peft\]'"):
+        what(model, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("given", "written"), [(None, "somewhere/base"), ("elsewhere", "elsewhere")])
+def test_an_export_names_the_base_that_was_given_or_that_the_model_was_loaded_from(given, written, tmp_path):
+    model = net()
+    add_adapters(model, "q_proj", rank=2)
+    model.config = transformers.LlamaConfig(name_or_path="somewhere/base")
+    export_peft(model, tmp_path, base_model=given)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == written
+
+
+def test_folders_that_a_file_needs_are_made(tmp_path):
+    model = net()
+    add_adapters(model, "q_proj", rank=2)
+    save_adapters(model, file := tmp_path / "a" / "folder" / "of.safetensors")
+    again = net()
+    load_adapters(again, file)
+    assert find_adapters(again).keys() == find_adapters(model).keys()
+
+
+@pytest.mark.parametrize(("count", "said"), [(2, "q0, q1"), (3, "q0, q1, q2"), (5, "q0, q1, q2 and 2 more")])
+def test_of_many_names_an_error_says_some(count, said):
+    layers = nn.ModuleDict({f"q{k}": nn.Linear(4, 4) for k in range(count)})
+    with pytest.raises(ValueError, match=f"no linear layer called nobody; .* look like {said}$"):
+        add_adapters(layers, ["nobody"], rank=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -54,3 +55,18 @@ def test_bad_finders_are_refused_and_nothing_is_attached(case: str) -> None:
 def test_patterns_that_are_none_are_refused_when_the_finder_is_made(make: Any) -> None:
     with pytest.raises(ValueError, match=rf"{make.__name__}\('\('\): not a regular expression"):
         make("(")
+
+
+def stacked(model: nn.Module) -> Iterator[Found]:
+    """The second layer's weight is in a group that the finder gives; that of the others is left to their names."""
+    for k, layer in enumerate(model.children()):
+        yield Found(f"layers.{k}.W", layer, "weight", "middle" if k == 1 else None)
+
+
+def test_a_group_is_what_groups_gives_else_the_finders_else_the_name_without_numbers() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    groups = {name: matrix.group for name, matrix in finders.collect(model, stacked)[0].items()}
+    assert groups == {"layers.0.W": "layers.*.W", "layers.1.W": "middle", "layers.2.W": "layers.*.W"}
+    given, skipped = finders.collect(model, stacked, lambda matrix: f"layer {matrix.layer} of {matrix.module}")
+    assert [m.group for m in given.values()] == [f"layer {k} of layers.{k}" for k in range(3)]
+    assert skipped == []

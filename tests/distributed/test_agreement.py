@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from tnadapt import MPO, LoraOver, Static
-from tnadapt.engine.ranks import broadcast_from_first, local
+from tnadapt.engine.ranks import _carrier, broadcast_from_first, local
 
 from .models import batch, loss_of, net, optimizer_of, place, train, trainable
 from .ranks import Failed, Ranks
@@ -28,6 +28,24 @@ def _broadcast(start: Callable[[], None], in_a_group: bool) -> list[list[float]]
 @pytest.mark.parametrize("in_a_group", [False, True])
 def test_values_are_those_of_the_first_rank(two: Ranks, in_a_group: bool) -> None:
     assert two.run(_broadcast, in_a_group) == [[[1.0] * 2, [10.0] * 3]] * 2
+
+
+@pytest.mark.parametrize(
+    ("backends", "device", "carrier"),
+    [
+        ("cuda:nccl", "cpu", "cuda"),
+        ("cuda:nccl", "cuda:1", "cuda:1"),
+        ("cpu:gloo,cuda:nccl", "cpu", "cpu"),
+        ("cpu:gloo,cuda:nccl", "cuda:1", "cuda:1"),
+        ("cpu:gloo", "cuda:1", "cpu"),
+        ("xpu:xccl,cuda:nccl", "cpu", "xpu"),
+    ],
+)
+def test_what_a_backend_cannot_send_goes_by_a_device_that_it_can(
+    monkeypatch: pytest.MonkeyPatch, backends: str, device: str, carrier: str
+) -> None:
+    monkeypatch.setattr(dist, "get_backend_config", lambda group: backends)
+    assert _carrier(torch.device(device)) == torch.device(carrier)
 
 
 def _after_rounding(start: Callable[[], None], error: float) -> int:

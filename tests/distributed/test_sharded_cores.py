@@ -29,6 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tnadapt import MPO, LoraOver, Static
 from tnadapt.engine.owners import deal
+from tnadapt.engine.ranks import local
 from tnadapt.integrations.distributed import Checkpointed
 
 from .models import (
@@ -396,6 +397,45 @@ def test_an_edit_on_all_ranks_is_followed_by_all(two: Ranks, wrapper: str) -> No
     with pytest.warns(UserWarning, match="changed outside"):
         train(model, optimizer, range(4, 7))
     assert difference(results[0], outcome(model, over)) < 1e-9
+
+
+def _edited_where_others_own(start: Callable[[], None]) -> dict[str, Any]:
+    """Each rank writes into its shards of the matrices whose cores another rank holds, and into no others."""
+    start()
+    rank, world = place()
+    model = _wrapped(rank, "fsdp")
+    optimizer = optimizer_of(trainable(model))
+    initial = whole_values(model)
+    over = LoraOver(model, optimizer, MPO(order=4), shard=True)
+    train(model, optimizer, range(1, 4), rank, world)
+    before = whole_values(model)
+    with torch.no_grad():
+        for name, owner in over._expanded.now.owners.items():
+            if owner != rank:
+                local(over.matrices[name].parameter).mul_(1.5)
+    edited = whole_values(model)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(model, optimizer, range(4, 7), rank, world)
+    said = [str(w.message) for w in caught if "changed outside" in str(w.message)]
+    return {**outcome(model, over), "initial": initial, "before": before, "edited": edited, "said": said}
+
+
+def test_an_edit_where_the_owner_cannot_see_it_is_followed_by_all(two: Ranks) -> None:
+    results = two.run(_edited_where_others_own)
+    assert drift(results) == 0
+    assert all(len(result["said"]) == 1 for result in results)
+    first = results[0]
+    assert all(not torch.equal(first["edited"][name], value) for name, value in first["before"].items())
+    model = net(0)
+    load_values(model, first["initial"])
+    optimizer = optimizer_of(trainable(model))
+    over = LoraOver(model, optimizer, MPO(order=4))
+    train(model, optimizer, range(1, 4))
+    load_values(model, first["edited"])
+    with pytest.warns(UserWarning, match="changed outside"):
+        train(model, optimizer, range(4, 7))
+    assert difference(first, outcome(model, over)) < 1e-9
 
 
 class _Dies(torch.optim.AdamW):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import threading
 import warnings
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tnadapt import MPO, SVD, LoraOver, OverParamAdapter, Static, TaylorRuntime, find_lora_matrices
+from tnadapt import MPO, SVD, Event, LoraOver, OverParamAdapter, Static, TaylorRuntime, find_lora_matrices
 
 from .models import Experts, adapters, backward_through, expert_loss, same, trainable, values
 
@@ -615,6 +616,23 @@ def test_attaching_again_where_the_handle_is_lost() -> None:
     assert (over.step, again.step) == (0, 1)
 
 
+def test_attaching_again_where_optimizer_and_handle_are_gone() -> None:
+    """They refer to each other, and may wait for Python's collector, which is not to be waited for."""
+    model = adapters(12)
+    gc.collect()
+    gc.disable()
+    try:
+        LoraOver(model, torch.optim.AdamW(trainable(model), lr=1e-2), MPO(order=3))
+        assert LoraOver.of(model) is not None, "the cycle is not collected yet"
+        new = torch.optim.AdamW(trainable(model), lr=1e-2)
+        again = LoraOver(model, new, MPO(order=3))
+    finally:
+        gc.enable()
+    assert LoraOver.of(model) is again
+    step_through(model, new)
+    assert again.step == 1
+
+
 def test_attaching_again_in_a_wrong_way_leaves_the_first_attached() -> None:
     model = adapters(12)
     optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
@@ -727,6 +745,8 @@ def test_what_is_printed_can_be_read() -> None:
     over = LoraOver(model, optimizer, MPO(order=3), Static("0"))
     assert repr(over) == "LoraOver(MPO(order=3), Static('0'); step 0, 2 of 4 matrices expanded)"
     assert str(over.history[0]) == "step 0: expand 0.A, 0.B"
+    assert str(Event(7, "fold", ("a", "b", "c"))) == "step 7: fold a, b, c"
+    assert str(Event(7, "fold", ("a", "b", "c", "d"))) == "step 7: fold a, b, c and 1 more"
     over.detach()
     assert repr(over).endswith("; step 0, folded)")
 

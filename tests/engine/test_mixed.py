@@ -21,9 +21,11 @@ from tnadapt import (
     Static,
     TaylorRuntime,
     Tucker,
+    find_lora_matrices,
     finders,
     plan,
 )
+from tnadapt.assignment import describe_factorizations
 from tnadapt.finders import Found
 
 from .models import backward, llama, same, trainable, values, when_lent
@@ -157,6 +159,20 @@ def test_a_given_factorization_goes_before_that_of_an_adapter() -> None:
     labels = [m.factorization.label for m in over.matrices.values() if m.factorization is not None]
     assert labels[:4] == ["SVD()"] * 4
     assert labels[4] == Tucker().label
+
+
+def test_what_is_said_of_a_run_names_each_factorization_once() -> None:
+    over = LoraOver(model := Layers(), torch.optim.SGD(trainable(model), lr=1e-2))
+    named = f"MPO(order=5) and {CP().label} and SVD() and {Tucker().label} and MPO(order=3, gauge=identity)"
+    assert repr(over).startswith(f"LoraOver({named}, ")
+
+
+def test_matrices_without_a_factorization_are_described_by_those_of_the_others() -> None:
+    model = Layers()
+    for layer in (model.layers[0], model.layers[3]):
+        layer.factorization = None
+    assert describe_factorizations(find_lora_matrices(model)[0]) == f"SVD() and {Tucker().label}"
+    assert describe_factorizations(find_lora_matrices(Layers(own=False))[0]) == ""
 
 
 @pytest.mark.parametrize(

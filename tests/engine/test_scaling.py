@@ -23,6 +23,7 @@ class Lengths:
         self.asked: list[Tensor] = []
 
     def __call__(self, scale: Tensor) -> Tensor:
+        assert bool((scale >= 0).all()), "a step keeps its direction"
         self.asked.append(scale.clone())
         powers = scale[:, None] ** torch.arange(1, self.sizes.shape[1] + 1)
         found = (self.sizes * powers).square().sum(1).sqrt()
@@ -62,6 +63,17 @@ def test_a_length_that_rounding_hides_is_not_looked_for_for_ever() -> None:
     assert len(lengths.asked) <= 8
 
 
+def test_a_flat_stretch_far_from_the_wanted_length_is_no_end() -> None:
+    """Two scales with one length stop the search only near the wanted one, where rounding may be the reason."""
+
+    def length_at(scale: Tensor) -> Tensor:
+        return scale.clamp(max=1.0)
+
+    wanted = torch.tensor([1e-3], dtype=torch.float64)
+    scale = search_scale(length_at, wanted, torch.full_like(wanted, 1e6), wanted * 1e-3, only_shorten=True)
+    assert float(length_at(scale)) == pytest.approx(1e-3, rel=1e-3)
+
+
 def test_a_length_of_zero_and_a_step_without_direction() -> None:
     lengths = Lengths(torch.tensor([[1.0], [0.0]], dtype=torch.float64))
     wanted = torch.tensor([0.0, 1.0], dtype=torch.float64)
@@ -72,6 +84,7 @@ def test_a_length_of_zero_and_a_step_without_direction() -> None:
 
 def test_what_overflowed_on_the_way_is_too_long() -> None:
     def length_at(scale: Tensor) -> Tensor:
+        assert bool((scale > 0).all()), "a step keeps its direction"
         return torch.where(scale > 1e-4, math.inf, scale)
 
     wanted = torch.tensor([1e-6], dtype=torch.float64)

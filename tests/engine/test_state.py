@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from tnadapt import MPO, SVD, LoraOver, Static, TaylorRuntime
+from tnadapt.engine import Expanded
 
 from .models import Experts, everything, expert_loss, llama, same, train, trainable, values
 
@@ -278,6 +279,14 @@ def test_own_state_without_the_optimizer():
     assert same(state, over.state_dict())
 
 
+def test_looking_for_edits_after_a_load_keeps_no_graph():
+    """What the cores fold to is compared with matrices that require gradients, and is kept until the next step."""
+    _, _, over = running()
+    over.load_state_dict(copy.deepcopy(over.state_dict()))
+    assert over.changed_outside() == ()
+    assert {cohort.written.requires_grad for cohort in over._expanded.now.cohorts} == {False}
+
+
 # -- damaged states -----------------------------------------------------------------------------------------------------
 
 
@@ -341,6 +350,15 @@ DAMAGE: dict[str, tuple[Callable[[Any], Any], str]] = {
     "more rounds than split": (lambda s: s["scheduler"]["state"].update(rounds_done=7), "split=2"),
     "history of nothing": (lambda s: s.update(history=[{}]), "damaged"),
     "step as a word": (lambda s: s.update(step="three"), "damaged"),
+    "a rank that there was not": (lambda s: member(s).update(owner=1), "from rank 1 of 1"),
+    "a rank below zero": (lambda s: member(s).update(owner=-1), "from rank -1 of 1"),
+    **{
+        f"a scale of {scale}": (
+            lambda s, scale=scale: member(s).update(scale=torch.tensor(scale)),
+            r"scale of the steps of experts.* is damaged",
+        )
+        for scale in (0.0, -1.0, float("nan"), float("inf"), (1.0, 1.0))
+    },
 }
 
 
@@ -381,6 +399,29 @@ def test_a_damaged_residual_of_truncated_cores_is_refused(damage):
     before = everything(model, optimizer, over)
     with pytest.raises(ValueError, match=r"residual of experts\.0\.A is damaged"):
         over.load_state_dict(state)
+    after = everything(model, optimizer, over)
+    for key, value in before.items():
+        assert same(value, after[key]), f"{key} changed"
+
+
+def test_no_memory_for_the_cores_of_a_state_leaves_everything_as_it_was(monkeypatch):
+    """The scheduler has loaded its part by then, of a run that is further on."""
+    other, other_optimizer, further = running()
+    for _ in range(3):
+        expert_loss(other, 5).backward()
+        other_optimizer.step()
+    state = copy.deepcopy(further.state_dict())
+    model, optimizer, over = running()
+    before = everything(model, optimizer, over)
+    assert not same(state["scheduler"], before["over"]["scheduler"])
+
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Expanded, "load_state", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            over.load_state_dict(state)
     after = everything(model, optimizer, over)
     for key, value in before.items():
         assert same(value, after[key]), f"{key} changed"

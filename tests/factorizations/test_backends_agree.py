@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tnadapt.backends import BACKENDS, get_backend
+from tnadapt.backends.tensorly_backend import _weights_into
 from tnadapt.factorizations import CP, MPO, SVD, Factorization, TensorRing, Tucker
 
 from .variants import DTYPES, make_matrix, matrices, random_cores, relative_error, shapes, tolerance
@@ -52,6 +53,26 @@ def test_is_there(backend: str) -> None:
     assert get_backend(backend).name == backend
     assert get_backend(backend) is get_backend(backend)
     assert set(REQUIRED) == set(BACKENDS)
+
+
+@pytest.mark.parametrize("rank", [2, 5])
+@pytest.mark.parametrize("backend", REQUIRED)
+def test_columns_of_a_cp_have_norm_one_but_for_those_of_the_largest_mode(backend: str, rank: int) -> None:
+    tensor = torch.randn(2, 3, 6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    factors = get_backend(backend).cp_decompose(tensor, rank)
+    for k in (0, 2):
+        norms = torch.linalg.vector_norm(factors[k], dim=1)
+        assert torch.allclose(norms, torch.ones_like(norms), rtol=1e-9), k
+
+
+def test_a_component_of_tensorly_that_vanished_stays_zero() -> None:
+    """Norms go into one factor, and what has none is not divided by it."""
+    generator = torch.Generator().manual_seed(0)
+    factors = [torch.randn(p, 3, generator=generator, dtype=torch.float64) for p in (3, 5, 4)]
+    factors[0][:, 1] = 0
+    moved = _weights_into(factors, 1)
+    sums = [torch.einsum("ar,br,cr->abc", *each) for each in (factors, moved)]
+    assert torch.allclose(*sums, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("name", EACH)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from oracle import contract
 from torch import Tensor
 
-from tnadapt.backends.contractions import sweeps_from_left
+from tnadapt.backends.contractions import contract_cp, sweeps_from_left
 from tnadapt.factorizations import Factorization
 from tnadapt.factorizations.sites import from_sites, to_sites
 
@@ -115,6 +115,16 @@ def test_contraction_starts_at_the_smaller_end() -> None:
     middle = [(12, 1, 12)] * 3
     assert sweeps_from_left((small, *middle, large))
     assert not sweeps_from_left((large[::-1], *middle, small[::-1]))
+
+
+@given(st.lists(st.sampled_from([1, 1, 2, 3, 5]), min_size=2, max_size=5), st.integers(1, 3))
+@example([1, 1, 4], 2)
+def test_modes_of_size_one_leave_no_half_of_a_cp_empty(modes: list[int], rank: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    factors = [torch.randn(2, p, rank, generator=generator, dtype=torch.float64) for p in modes]
+    letters = "abcde"[: len(modes)]
+    wanted = torch.einsum(f"{','.join(f'n{p}r' for p in letters)}->n{letters}", *factors)
+    assert_close(contract_cp(factors)[0], wanted.reshape(2, -1))
 
 
 def test_arguments_by_name() -> None:

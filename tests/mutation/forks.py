@@ -37,7 +37,7 @@ class MutatedModule(importlib.machinery.SourceFileLoader):
     """Finds and loads one module, with other source than its file has."""
 
     def __init__(self, path: str, source: str) -> None:
-        super().__init__(path.removesuffix(".py").replace("/", "."), path)
+        super().__init__(path.removesuffix(".py").removesuffix("/__init__").replace("/", "."), path)
         self.source = source
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:

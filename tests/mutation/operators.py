@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import ast
 import difflib
+import pickle
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import parso
 from cosmic_ray.ast import ast_nodes, get_ast
-from cosmic_ray.mutating import mutate_code
+from cosmic_ray.mutating import MutationVisitor
 from cosmic_ray.operators.operator import Operator
 from cosmic_ray.plugins import get_operator
 
@@ -138,12 +139,15 @@ def mutants(source: str) -> list[Mutant]:
     """Every change of every operator that compiles to something else, without those that are the same."""
     tree, outside, seen = get_ast(source), excluded(source), {ast.dump(ast.parse(source))}
     found: list[Mutant] = []
+    kept = pickle.dumps(
+        tree
+    )  # a change is made in the tree itself, and to load one takes less time than to parse it again
     for name, operator in OPERATORS.items():
         positions = [start for node in ast_nodes(tree) for start, _ in operator.mutation_positions(node)]
         for occurrence, position in enumerate(positions):
             if any(start <= position < end for start, end in outside):
                 continue
-            changed = mutate_code(source, operator, occurrence)
+            changed = MutationVisitor(occurrence, operator).walk(pickle.loads(kept)).get_code()
             try:
                 meaning = ast.dump(ast.parse(changed))
             except SyntaxError:

@@ -37,13 +37,15 @@ TESTS = {
     "tnadapt/assignment.py": ["tests/engine/test_mixed.py"],
     "tnadapt/finders.py": ["tests/test_finders.py", "tests/engine/test_mixed.py"],
     "tnadapt/matrices.py": ["tests/test_matrices.py", "tests/engine/test_edges.py"],
-    "tnadapt/state.py": ["tests/engine/test_state.py", "tests/engine/test_edges.py"],
+    "tnadapt/state.py": _files("engine", "state edges matched"),
     "tnadapt/lora_over.py": [
         *_files("engine", "edges state bad_input steps mixed"),
         *("tests/test_public_api.py", "tests/integrations/test_own_optimizer.py"),
     ],
-    "tnadapt/adapter": ["tests/test_adapter.py", "tests/test_adapter_models.py"],
-    "tnadapt/backends": _files("factorizations", "kernels backends_agree precision gradients round_trip backend_table"),
+    "tnadapt/adapter": ["tests/test_adapter.py", "tests/test_adapter_models.py", "tests/test_row_rescale.py"],
+    "tnadapt/backends": _files(
+        "factorizations", "kernels backends_agree precision gradients round_trip backend_table plugins"
+    ),
     "tnadapt/schedulers": [
         *("tests/test_schedulers.py", "tests/test_loss_ablation.py"),
         *_files("distributed", "fsdp offload"),
@@ -56,7 +58,7 @@ TESTS = {
     "tnadapt/engine": [
         *_files(
             "engine",
-            "steps edges matched mixed cohorts coupling handover bad_input model_untouched state equivalence "
+            "steps edges matched mixed cohorts coupling handover scaling bad_input model_untouched state equivalence "
             "factorizations_train",
         ),
         *("tests/test_algorithm2.py", "tests/trust/test_faults.py", "tests/test_public_api.py"),
