@@ -380,12 +380,6 @@ def test_precisions_side_by_side() -> None:
     assert over.changed_outside() == ("0.A",)
 
 
-_WIDENED = pytest.mark.xfail(
-    strict=True,
-    reason="the rounding of the narrower precision, which is still in the matrix, is taken for an edit: cores start anew",
-)
-
-
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize(
     ("old", "new", "of_cores"),
@@ -393,8 +387,8 @@ _WIDENED = pytest.mark.xfail(
         (torch.float64, torch.float32, torch.float32),
         (torch.float64, torch.bfloat16, torch.float32),
         (torch.float32, torch.bfloat16, torch.float32),
-        pytest.param(torch.float32, torch.float64, torch.float64, marks=_WIDENED),
-        pytest.param(torch.bfloat16, torch.float32, torch.float32, marks=_WIDENED),
+        (torch.float32, torch.float64, torch.float64),
+        (torch.bfloat16, torch.float32, torch.float32),
     ],
     ids=str,
 )

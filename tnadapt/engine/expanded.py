@@ -208,7 +208,7 @@ class Expanded:
             for member in cohort.members():
                 key = self._key(member.matrix)
                 if key.matrix_dtype != cohort.key.matrix_dtype:
-                    member = _converted(member, cohort.key.dtype, key.dtype)
+                    member = _converted(member, cohort.key.dtype, key)
                 moved.setdefault(key, []).append(member)
             for key, members in moved.items():
                 _join_in(cohorts, key, self.elementwise, members)
@@ -444,12 +444,13 @@ def _join_in(cohorts: list[Cohort], key: Key, elementwise: bool, members: Sequen
     cohorts += [Cohort(key, elementwise, stack) for stack in _batched(rest, key.capacity)]
 
 
-def _converted(member: Member, old: torch.dtype, new: torch.dtype) -> Member:
-    """A member whose matrix was converted: its cores follow, and the matrix is looked at anew."""
+def _converted(member: Member, old: torch.dtype, key: Key) -> Member:
+    """A member whose matrix was converted: its cores follow, and so does what was last written, rounding and all."""
 
     def convert(value: Any) -> Any:
-        return value.to(new) if isinstance(value, Tensor) and value.dim() > 0 and value.dtype == old else value
+        return value.to(key.dtype) if isinstance(value, Tensor) and value.dim() > 0 and value.dtype == old else value
 
     states = member.state and [{key: convert(value) for key, value in state.items()} for state in member.state]
     residual = None if member.residual is None else convert(member.residual)
-    return replace(member, cores=[convert(c) for c in member.cores], value=None, state=states, residual=residual)
+    value = None if member.value is None else member.value.to(key.matrix_dtype)
+    return replace(member, cores=[convert(c) for c in member.cores], value=value, state=states, residual=residual)
