@@ -44,6 +44,7 @@ def result(file: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_scaling(load, monkeypatch, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     pytest.importorskip("peft")
@@ -160,6 +161,7 @@ def test_step_overhead(load, monkeypatch, tmp_path, capsys):
     assert "goal: α-lora, T = 20, by mini-batch, at most 1.05" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_step_overhead_of_a_llama_that_computes_activations_again(load, monkeypatch, tmp_path):
     pytest.importorskip("peft")
     options = ["--case", "llama31-gpu", "--device", "cpu", "--threads", "1", "--within", "0", "--output", str(tmp_path)]

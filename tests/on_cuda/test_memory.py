@@ -56,7 +56,7 @@ def taken(watched: Any, device: str, factorization: MPO | None) -> tuple[int, in
 
 
 @pytest.mark.parametrize("device", ["cpu", "pretended", pytest.param("cuda", marks=needs_cuda)])
-@pytest.mark.parametrize("order", [9, 16])
+@pytest.mark.parametrize("order", [pytest.param(9, marks=pytest.mark.slow), 16])
 def test_a_step_takes_the_memory_that_is_planned(device: str, watched: Any, order: int) -> None:
     factorization = MPO(order=order)
     taken(watched, device, factorization)  # libraries take work space once

@@ -596,7 +596,10 @@ def interrupted_run(monkeypatch: pytest.MonkeyPatch, recipe: Recipe, config: Any
 
 @pytest.mark.parametrize(
     "method",
-    ["adalora", "lora-over-mpo-p", "lora-ga", "lora+", "tt-lora", "alpha-lora", "deep-lora", "op-lora", "lora-rite"],
+    [
+        *("adalora", "lora-over-mpo-p", "lora+", "tt-lora", "lora-rite"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("lora-ga", "alpha-lora", "deep-lora", "op-lora")),
+    ],
 )
 def test_an_interrupted_run_ends_where_a_whole_one_does(
     tmp_path: Path, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch, method: str
