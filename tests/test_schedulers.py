@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -534,6 +535,15 @@ FIRST: list[tuple[Callable[[], Scheduler], int]] = [
 def test_first_step(make, first):
     assert make().first_step() == first
     assert next(step for step in range(20) if make().due(step)) == first
+
+
+@given(added=st.lists(st.integers(-50, 50), min_size=1, max_size=6).filter(lambda counts: max(counts) > 0))
+def test_a_budget_is_shared_by_groups_in_proportion_to_what_they_add(added):
+    """Also where truncated structures have fewer numbers than their matrices, and as many fewer as others have more."""
+    matrices = {str(k): SimpleNamespace(group=str(k), added_parameters=count) for k, count in enumerate(added)}
+    shares = [share for share, _ in Budget(1000, 5, per_group=True)._shares(matrices)]
+    whole = sum(count for count in added if count > 0)
+    assert shares == [1000 * count // whole if count > 0 else 0 for count in added]
 
 
 def test_a_budget_that_ends_before_it_begins():

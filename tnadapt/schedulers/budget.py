@@ -117,11 +117,12 @@ class Budget(Scheduler):
     def _shares(self, matrices: Mapping[str, TrainedMatrix]) -> list[tuple[int, list[TrainedMatrix]]]:
         if not self.per_group:
             return [(self.added_parameters, list(matrices.values()))]
-        total = sum(m.added_parameters for m in matrices.values())
-        return [
-            (self.added_parameters * sum(m.added_parameters for m in members) // total, members)
-            for members in by_group(matrices).values()
+        # a truncated structure may have fewer numbers than its matrix, which adds nothing to anyone's share
+        adding = [
+            (sum(max(m.added_parameters, 0) for m in members), members) for members in by_group(matrices).values()
         ]
+        total = sum(added for added, _ in adding)
+        return [(self.added_parameters * added // total, members) for added, members in adding]
 
     def scores(self) -> dict[str, float]:
         """Averaged score of every matrix (one host synchronisation)."""
