@@ -613,6 +613,23 @@ def test_static_trains_through_cores_up_to_a_step_and_as_plain_lora_from_there(f
     assert [event.step for event in over.history] == [0] + [fold_after + 1] * (steps > fold_after)
 
 
+def test_a_run_that_is_resumed_with_another_end_of_the_cores_says_so():
+    def attached(scheduler):
+        layer = OverParamAdapter.from_linear(nn.Linear(12, 12), rank=4)
+        return LoraOver(layer, torch.optim.SGD(layer.parameters(), lr=0.1), MPO(order=4), scheduler)
+
+    saved = attached(Static(r"A$", fold_after=5)).state_dict()
+    with pytest.warns(UserWarning, match=r"Static\('A\$', fold_after=5\), this run has Static\('A\$'\)"):
+        attached(Static(r"A$")).load_state_dict(saved)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attached(Static(r"A$", fold_after=5)).load_state_dict(saved)
+    assert [Static(fold_after=5).label, Static(["x"], 5).label] == [
+        "Static(fold_after=5)",
+        "Static(1 names, fold_after=5)",
+    ]
+
+
 @pytest.mark.parametrize("fold_after", [0, -1, 2.5, True])
 def test_static_refuses_a_step_that_is_none(fold_after):
     with pytest.raises(ValueError, match=f"fold_after={fold_after} must be a step"):

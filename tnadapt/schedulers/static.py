@@ -64,6 +64,10 @@ class Static(Scheduler):
 
     @property
     def label(self) -> str:
+        # what a resumed run is compared by, so it has every setting
+        shown = [] if self.fold_after is None else [f"fold_after={self.fold_after}"]
         if self._pattern is not None:
-            return f"Static({self._pattern.pattern!r})"
-        return "Static()" if self._names is None else f"Static({len(self._names)} names)"
+            shown.insert(0, repr(self._pattern.pattern))
+        elif self._names is not None:
+            shown.insert(0, f"{len(self._names)} names")
+        return f"Static({', '.join(shown)})"
