@@ -7,17 +7,15 @@ The tables are those of one device: that of RESULTS below.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from provenance import read_json  # first, since it makes the recipes' modules importable
+from support.marked import replaced
+from support.tables import Table
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "recipes"))
-
-from support.marked import replaced  # noqa: E402
-from support.provenance import read_json  # noqa: E402
-
 RESULTS = ROOT / "benchmarks" / "results" / "gpu" / "nvidia-h200"
 #: (title, step of `make gpu`, case of step_overhead.py)
 CASES = (
@@ -31,9 +29,14 @@ OTHERS = ("dora", "adalora", "α-lora, T = 20", "tt-lora, 2 + 2 modes", "tt-lora
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; all columns but the first are numbers."""
-    lines = [f"| {' | '.join(head)} |", f"|---|{'---:|' * (len(head) - 1)}"]
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+    """The Markdown of a table that needs no title: it stands under a sentence."""
+    return Table("", head, rows).markdown()
+
+
+def median(value: float, quartiles: Sequence[float], digits: int) -> str:
+    """A median to so many digits, and its quartiles."""
+    low, high = quartiles
+    return f"{value:.{digits}f} ({low:.2f} to {high:.2f})"
 
 
 def case_of(results: Path, step: str, case: str) -> dict[str, Any]:
@@ -47,12 +50,8 @@ def costs(results: Path) -> str:
     rows = []
     for title, step, name in CASES:
         found = case_of(results, step, name)
-        ratios = [found["rows"][way] for way in WAYS]
-        seconds = found["rows"]["plain"]["seconds"]
-        shown = [
-            f"{row['ratio']:.3f} ({row['ratio_quartiles'][0]:.2f} to {row['ratio_quartiles'][1]:.2f})" for row in ratios
-        ]
-        rows.append([title, f"{found['goal']:.2f}", *shown, f"{seconds:.2f} s"])
+        ratios = [median(row["ratio"], row["ratio_quartiles"], 3) for row in map(found["rows"].get, WAYS)]
+        rows.append([title, f"{found['goal']:.2f}", *ratios, f"{found['rows']['plain']['seconds']:.2f} s"])
     head = ["case", "goal", "svd", "mpo", "mpo-r, after its last round", "the paper's way", "a step of plain LoRA"]
     return table(head, rows)
 
@@ -81,14 +80,7 @@ def memory(results: Path) -> str:
 def expansion(results: Path) -> str:
     """Pauses of an expansion."""
     found = read_json(results / "expansion.json")["results"]["expansion.json"]["rows"]
-    rows = [
-        [
-            row["way"],
-            str(row["matrices"]),
-            f"{row['seconds']:.2f} ({row['quartiles'][0]:.2f} to {row['quartiles'][1]:.2f})",
-        ]
-        for row in found
-    ]
+    rows = [[row["way"], str(row["matrices"]), median(row["seconds"], row["quartiles"], 2)] for row in found]
     return table(["expansion of 4 matrices of each group of an 8B model", "matrices", "s"], rows)
 
 

@@ -109,11 +109,11 @@ class Config:
             raise ValueError(f"--micro-batch is {self.micro_batch}: it must divide --batch, which is {self.batch}")
         if self.wrong_answers > 1:
             raise ValueError(f"--wrong-answers is {self.wrong_answers:g}: give a share of at most 1")
-        if self.matched and METHODS[self.method].over is None:
+        over = METHODS[self.method].over
+        if self.matched and over is None:
             raise ValueError(
                 f"--matched is given, and {self.method} has no cores; leave it out, or take a lora-over method"
             )
-        over = METHODS[self.method].over
         if (self.which is not None or self.fold_after) and (over is None or over.choice != "all" or over.which):
             given = "--which" if self.which is not None else "--fold-after"
             raise ValueError(

@@ -164,8 +164,8 @@ class Lane:
         if missing:
             return [(point, first[0]) for point in missing]
         # the best of one seed too: a number of steps that was added later has no other seeds yet
-        centres = {self.best(seeds), self.best(first)} - {None}  # none where nothing trained at any usable rate
-        around = sorted({point for centre in centres if centre is not None for point in (centre, *neighbours(centre))})
+        centres = [point for point in (self.best(seeds), self.best(first)) if point is not None]
+        around = sorted({point for centre in centres for point in (centre, *neighbours(centre))})
         return [(point, seed) for seed in seeds for point in around if seed not in self.table.get(point, {})]
 
     def _missing(self, steps: int, first: Sequence[int]) -> list[Point]:
