@@ -75,6 +75,19 @@ ARMS = (
     Arm("mpo-10-half", "MPO of order 10, folded half way", "lora-over-mpo", {"fold_after": 0.5}, start=0.562),
     Arm("mpo-10-a", "MPO of order 10 on A alone", "lora-over-mpo", {"which": r"\.A$"}, start=0.562),
     Arm("mpo-10-b", "MPO of order 10 on B alone", "lora-over-mpo", {"which": r"\.B$"}, start=0.562),
+    Arm("svd-anew", "SVD, matched steps, ten frames", "lora-over-svd", {"matched": True, "refreshes": 9}),
+    Arm(
+        "mpo-10-anew",
+        "MPO of order 10, matched steps, ten frames",
+        "lora-over-mpo",
+        {"order": 10, "matched": True, "refreshes": 9},
+    ),
+    Arm(
+        "mpo-10-anew-gradient",
+        "MPO of order 10, matched steps, ten frames of gradients",
+        "lora-over-mpo",
+        {"order": 10, "matched": True, "refreshes": 9, "gauge": "gradient"},
+    ),
     # depth of other kinds
     Arm("deep-lora", "Deep LoRA", "deep-lora"),
     Arm("op-lora", "OP-LoRA", "op-lora", start=0.0562),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from collections.abc import Callable
@@ -425,6 +426,7 @@ SETTINGS: dict[type[Scheduler], dict[str, st.SearchStrategy[Any]]] = {
     Static: {
         "which": st.one_of(st.none(), st.sampled_from([r"\.A$", "q_proj"]), st.lists(st.text(max_size=9), max_size=4)),
         "fold_after": st.one_of(st.none(), SMALL),
+        "refresh_every": st.one_of(st.none(), SMALL),
     },
     LossAblation: {"scores": st.dictionaries(st.text(max_size=9), st.floats(-9, 9), max_size=4), "top_n": SMALL},
     Budget: {
@@ -487,7 +489,11 @@ def test_repr(scheduler, shown):
         ({"type": "MPO", "order": 9}, ValueError, "scheduler 'MPO' is unknown"),
         ({"top_n": 9}, ValueError, "has no 'type'"),
         (Static(), TypeError, "to_dict"),
-        ({"type": "Static", "top_n": 9}, ValueError, "Static has no setting top_n; its settings are which, fold_after"),
+        (
+            {"type": "Static", "top_n": 9},
+            ValueError,
+            "Static has no setting top_n; its settings are which, fold_after, refresh_every",
+        ),
         ({"type": "TaylorRuntime", "top_n": 9}, TypeError, "split"),
         ({"type": "TaylorRuntime", "top_n": 0, "split": 1, "every": 1}, ValueError, "top_n=0"),
     ],
@@ -630,10 +636,105 @@ def test_a_run_that_is_resumed_with_another_end_of_the_cores_says_so():
     ]
 
 
-@pytest.mark.parametrize("fold_after", [0, -1, 2.5, True])
-def test_static_refuses_a_step_that_is_none(fold_after):
-    with pytest.raises(ValueError, match=f"fold_after={fold_after} must be a step"):
-        Static(fold_after=fold_after)
+@pytest.mark.parametrize("value", [0, -1, 2.5, True])
+def test_static_refuses_a_step_that_is_none(value):
+    with pytest.raises(ValueError, match=f"fold_after={value} must be a step"):
+        Static(fold_after=value)
+    with pytest.raises(ValueError, match=f"refresh_every={value} must be steps"):
+        Static(refresh_every=value)
+
+
+@pytest.mark.parametrize("handover", ["warm", "restart"])
+@pytest.mark.parametrize("matched", [False, True])
+@pytest.mark.parametrize("gauge", ["svd", "gradient"])
+def test_cores_that_are_made_anew_are_those_of_folding_and_attaching_again(gauge, matched, handover):
+    """Bit for bit, and with a reload in the middle; without `refresh_every` the run is another."""
+
+    def train(every, again_after=(), reload_after=None):
+        torch.manual_seed(0)
+        drawn = torch.Generator().manual_seed(1)
+        layer = OverParamAdapter.from_linear(nn.Linear(12, 12), rank=4)
+        made = torch.optim.AdamW(layer.parameters(), lr=0.01)
+        settings = {"matched": matched, "handover": handover}
+
+        def attached(refresh_every=None):
+            scheduler = Static(r"A$", fold_after=8, refresh_every=refresh_every)
+            return LoraOver(layer, made, MPO(order=4, gauge=gauge), scheduler, **settings)
+
+        over = attached(every)
+        for step in range(1, 11):
+            x = torch.randn(3, 12, generator=drawn)
+            made.zero_grad()
+            (layer(x) - x).square().mean().backward()
+            made.step()
+            if step in again_after:
+                over.fold()
+                over = attached()
+            if step == reload_after:
+                saved = copy.deepcopy((layer.state_dict(), made.state_dict()))
+                layer = OverParamAdapter.from_linear(nn.Linear(12, 12), rank=4)
+                made = torch.optim.AdamW(layer.parameters(), lr=0.01)
+                over = attached(every)
+                layer.load_state_dict(saved[0])
+                made.load_state_dict(saved[1])
+            if step == 8 and every is None:
+                over.fold()
+        return layer.lora_A.weight.detach(), [event.step for event in over.history]
+
+    refreshed, events = train(3)
+    assert events == [0, 4, 4, 7, 7, 9]
+    assert torch.equal(train(None, again_after=(3, 6))[0], refreshed)
+    assert torch.equal(train(3, reload_after=5)[0], refreshed)
+    assert torch.equal(train(3, reload_after=6)[0], refreshed)
+    assert not torch.equal(train(None)[0], refreshed)
+
+
+def test_only_what_has_cores_gets_them_anew():
+    layer = nn.ModuleList(OverParamAdapter.from_linear(nn.Linear(8, 8), rank=2) for _ in range(2))
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    over = LoraOver(layer, optimizer, MPO(order=4), Static(refresh_every=2))
+    for step in range(4):
+        optimizer.zero_grad()
+        sum(one(torch.ones(1, 8)).square().sum() for one in layer).backward()
+        optimizer.step()
+        if step == 0:
+            over.fold(["0.A", "1.B"])
+    assert over.expanded == ("0.B", "1.A") or set(over.expanded) == {"0.B", "1.A"}
+    assert {name for event in over.history[2:] for name in event.names} == {"0.B", "1.A"}
+
+
+class Again(Scheduler):
+    """Expands A at step 3, and makes its cores anew at step 6."""
+
+    def __init__(self, after_update=False):
+        self.after_update = after_update
+
+    def select(self, step, matrices):
+        return ["A"] if step in (3, 6) else ()
+
+    def release(self, step, matrices):
+        return ["A"] if step == 6 else ()
+
+
+@pytest.mark.parametrize("after_update", [False, True])
+def test_cores_that_are_made_anew_do_not_start_with_what_was_known_before_the_first_ones(after_update):
+    """What Adam knows of A is from steps 1 and 2: a run in which it is taken away before step 6 is the same."""
+
+    def train(take_away):
+        torch.manual_seed(0)
+        layer = OverParamAdapter.from_linear(nn.Linear(12, 12), rank=4).double()
+        optimizer = torch.optim.Adam(layer.parameters(), lr=0.01)
+        LoraOver(layer, optimizer, MPO(order=4), Again(after_update))
+        for step in range(1, 9):
+            if step == 6 and take_away:
+                assert optimizer.state.pop(layer.lora_A.weight)
+            x = torch.randn(3, 12, dtype=torch.float64)
+            optimizer.zero_grad()
+            (layer(x) - x).square().mean().backward()
+            optimizer.step()
+        return layer.lora_A.weight.detach()
+
+    assert torch.equal(train(False), train(True))
 
 
 def test_a_scheduler_of_ones_own_needs_select_only():

@@ -345,8 +345,8 @@ class LoraOver:
                 )
             if names is None and (idle := self._why_idle()):
                 warnings.warn(idle, stacklevel=2)
-            # what the optimizer knows of the matrices is from before their expansion: they start fresh
-            self._step.forget(chosen)
+            # what the optimizer knows of matrices with cores is from before their expansion: they start fresh
+            self._step.forget(name for name in chosen if name not in self._expanded.now.waiting)
         self._expanded.drop(chosen)
         if chosen:
             self._expanded.record(self.step, "fold", chosen)
@@ -375,8 +375,8 @@ class LoraOver:
         `state_dict()`; the matrices keep their values. Detaching twice does nothing."""
         if self._step is None:
             return
-        # what the optimizer knows of expanded matrices is from before their expansion
-        self._step.forget(self.expanded)
+        # what the optimizer knows of matrices with cores is from before their expansion
+        self._step.forget(matrix.name for matrix in self._expanded.now.trained)
         self._step.remove()
         self._step = None
         for handle in self._handles:

@@ -72,6 +72,7 @@ class Config:
     matched: bool = option(False, "move each matrix as far as the optimizer would move it without cores")
     which: str | None = option(None, "pattern of the names of the matrices that are expanded, in place of all")
     fold_after: float = option(0.0, "share of the steps after which all cores are folded for good; 0: none")
+    refreshes: int = option(0, "times in a run at which all cores are made anew of what they fold to")
     wrong_answers: float = option(0.0, "share of the training examples that have the answers of one another")
     quantize: str = option(
         quantized.NONE, "base model in four bits, under an adapter of full precision", quantized.CHOICES
@@ -87,11 +88,11 @@ class Config:
     )
     #: Fields that are no part of a run's identity while they have their default: runs from before they came stay valid.
     LATER: ClassVar[tuple[str, ...]] = (
-        *("factorization", "expansion", "backend", "matched", "which", "fold_after", "wrong_answers", "quantize"),
-        *("stop_after", "shard"),
+        *("factorization", "expansion", "backend", "matched", "which", "fold_after", "refreshes", "wrong_answers"),
+        *("quantize", "stop_after", "shard"),
     )
     #: The smallest value of whole numbers where that is not 1, and the numbers with decimals that may be 0.
-    LEAST: ClassVar[Mapping[str, int]] = {"order": 2, "max_steps": 0, "stop_after": 0, "seed": 0}
+    LEAST: ClassVar[Mapping[str, int]] = {"order": 2, "max_steps": 0, "stop_after": 0, "seed": 0, "refreshes": 0}
     MAY_BE_ZERO: ClassVar[tuple[str, ...]] = ("weight_decay", "clip", "temperature", "fold_after", "wrong_answers")
     #: Fields that say how answers are scored. They are no part of a run's identity: its answers can be scored later.
     SCORING: ClassVar[tuple[str, ...]] = ()
@@ -114,8 +115,9 @@ class Config:
             raise ValueError(
                 f"--matched is given, and {self.method} has no cores; leave it out, or take a lora-over method"
             )
-        if (self.which is not None or self.fold_after) and (over is None or over.choice != "all" or over.which):
-            given = "--which" if self.which is not None else "--fold-after"
+        chosen = [name for name in ("which", "fold_after", "refreshes") if getattr(self, name) not in (None, 0)]
+        if chosen and (over is None or over.choice != "all" or over.which):
+            given = "--" + chosen[0].replace("_", "-")
             raise ValueError(
                 f"{given} is given, and {self.method} does not expand every matrix from the first step; leave it out, or take "
                 "another lora-over method"

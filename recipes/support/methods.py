@@ -78,7 +78,8 @@ class Over:
             assert scores is not None
             return LossAblation(scores, top_n=config.top_n)
         fold_after = max(1, round(config.fold_after * steps)) if config.fold_after else None
-        return Static(config.which or self.which, fold_after)
+        refresh_every = max(1, round(steps / (config.refreshes + 1))) if config.refreshes else None
+        return Static(config.which or self.which, fold_after, refresh_every)
 
 
 @dataclass(frozen=True)

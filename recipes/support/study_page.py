@@ -223,7 +223,10 @@ def pairs(found: Found, tasks: Sequence[Task], compared: Sequence[tuple[str, str
 
 
 #: What is compared within LoRA-Over: its frame, the choice of matrices, weight decay.
-FRAMES = (("mpo-null", "mpo-10"), ("mpo-balanced", "mpo-10"), ("mpo-gradient", "mpo-10"), ("mpo-10-matched", "mpo-10"))
+FRAMES = (
+    *(("mpo-null", "mpo-10"), ("mpo-balanced", "mpo-10"), ("mpo-gradient", "mpo-10"), ("mpo-10-matched", "mpo-10")),
+    *(("svd-anew", "svd-matched"), ("mpo-10-anew", "mpo-10-matched"), ("mpo-10-anew-gradient", "mpo-10-anew")),
+)
 CHOICES = (("mpo-r", "mpo-random"), ("mpo-p", "mpo-random"), ("mpo-10", "mpo-random"))
 DECAY = (("lora-decay", "lora"), ("mpo-decay", "mpo-10"))
 #: Depth in the weights themselves, beside full fine-tuning.

@@ -32,6 +32,7 @@ def test_factorizations_keep_the_laws(name: str) -> None:
         Static(),
         Static(NAMES[:3]),
         Static(r"q\.A$"),
+        Static(fold_after=7, refresh_every=2),
         LossAblation({name: float(k) for k, name in enumerate(NAMES)}, 2),
         TaylorRuntime(3, 2, 4),
         TaylorRuntime(3, 3, 2, reduction="elementwise", average=True, reset=True, expand_after_update=True),

@@ -205,6 +205,8 @@ _FACTORIZATIONS: list[Any] = [
 _SCHEDULERS = [
     Call("Static"),
     Call("Static", {"which": r"A$"}),
+    Call("Static", {"refresh_every": 2}),
+    Call("Static", {"which": r"A$", "refresh_every": 1, "fold_after": 4}),
     Call("LossAblation", {"top_n": 1}),
     Call("TaylorRuntime", {"top_n": 1, "split": 1, "every": 1}),
     Call("TaylorRuntime", {"top_n": 2, "split": 2, "every": 2}),

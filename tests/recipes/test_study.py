@@ -478,8 +478,9 @@ def test_cores_are_there_for_a_share_of_the_steps_and_on_some_matrices() -> None
     config = llama31_gsm8k.RECIPE.config(method="lora-over-mpo", lr=1e-2, fold_after=0.3, which=r"\.A$")
     config.check()
     scheduler = over.make_scheduler(config, 20)
-    assert scheduler.to_dict() == {"type": "Static", "which": r"\.A$", "fold_after": 6}
+    assert scheduler.to_dict() == {"type": "Static", "which": r"\.A$", "fold_after": 6, "refresh_every": None}
     assert over.make_scheduler(dataclasses.replace(config, fold_after=0.0), 20).to_dict()["fold_after"] is None
+    assert over.make_scheduler(dataclasses.replace(config, refreshes=9), 50).to_dict()["refresh_every"] == 5
 
 
 @pytest.mark.parametrize(
@@ -487,6 +488,7 @@ def test_cores_are_there_for_a_share_of_the_steps_and_on_some_matrices() -> None
     [
         ("lora", {"fold_after": 0.5}, "--fold-after is given, and lora does not expand every matrix"),
         ("lora-over-mpo-r", {"which": "A$"}, "--which is given, and lora-over-mpo-r does not expand every matrix"),
+        ("lora-over-mpo-r", {"refreshes": 2}, "--refreshes is given, and lora-over-mpo-r does not expand every matrix"),
         ("deep-lora", {"which": "A$"}, "--which is given, and deep-lora does not expand every matrix"),
         ("lora-over-mpo", {"fold_after": 1.0}, "--fold-after is 1: give a share of the steps below 1"),
         ("lora-over-mpo", {"which": "("}, "is no regular expression"),

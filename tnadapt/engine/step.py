@@ -474,7 +474,10 @@ class Step:
         if chosen and scheduler.after_update:
             self.expanded.wait(chosen, step)
         elif chosen:
-            self.expanded.expand(chosen)
+            # what the optimizer knows of a matrix that has just been released is from before its expansion
+            stale = set[str]() if self.rates.matched else set(released)
+            self.expanded.expand([name for name in chosen if name not in stale])
+            self.expanded.expand([name for name in chosen if name in stale], fresh=True)
             self.expanded.record(step, "expand", chosen)
         return released
 
@@ -757,13 +760,10 @@ class Step:
     # -- the optimizer's own state of the matrices --------------------------------------------------------------------
 
     def forget(self, names: Iterable[str]) -> None:
-        """Drop the optimizer's own state entries of these matrices, which are from before their expansion: not of those that
-        still wait for their cores, and not where the optimizer has stepped the matrices all along."""
-        if self.rates.matched:
-            return
-        waiting = set(self.expanded.now.waiting)
-        for name in names:
-            if name not in waiting:
+        """Drop the optimizer's own state entries of these matrices, which have or had cores: they are from before the
+        expansion, except where the optimizer has stepped the matrices all along."""
+        if not self.rates.matched:
+            for name in names:
                 self.optimizer.state.pop(self.expanded.matrices[name].parameter, None)
 
     def fill_missing(self, optimizer_state: dict[str, Any]) -> None:

@@ -25,7 +25,8 @@ class Scheduler(ABC):
 
     Laws (`tnadapt.testing.check_scheduler` checks them):
 
-    1. `select` names matrices that are there and not expanded, each once; `release` names expanded ones.
+    1. `select` names matrices that are there and not expanded, each once; `release` names expanded ones. One that is released
+       may be selected in the same step: its cores are made anew of what it holds.
     2. Nothing is selected before `first_step`. After step 0, both are asked only at steps that are `due`.
     3. Matrices and gradients are only read.
     4. A scheduler that loads the state of another goes on as that one would have; a state is a copy.

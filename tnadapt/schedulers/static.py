@@ -12,20 +12,29 @@ __all__ = ["Static"]
 
 
 class Static(Scheduler):
-    """Expands every matrix, or those that are named, from step 0; folds them back after a step where one is given.
+    """Expands every matrix, or those that are named, from step 0; folds them back after a step, or makes their cores anew every so
+    many, where that is asked for.
 
     Args:
         which: None for every matrix; a regular expression that is searched for in names (`r"q_proj\\.A$"`); or names.
         fold_after: the last step that trains through cores, at least 1; from the next one on the matrices are trained on as
             plain LoRA. None for cores to the end. Not in the paper.
+        refresh_every: steps, at least 1, after which the cores are made anew of what the matrices hold then, so that their frame
+            is that of the trained matrix (and, with `gauge="gradient"`, of the gradient of that step). The cores start without
+            moments, except where steps are matched: they then get those of the matrices. None for cores that stay. Not in the
+            paper.
     """
 
-    def __init__(self, which: str | Iterable[str] | None = None, fold_after: int | None = None) -> None:
-        if fold_after is not None and (
-            isinstance(fold_after, bool) or not isinstance(fold_after, int) or fold_after < 1
-        ):
-            raise ValueError(f"Static: fold_after={fold_after!r} must be a step, an integer of at least 1, or None")
-        self.fold_after = fold_after
+    def __init__(
+        self,
+        which: str | Iterable[str] | None = None,
+        fold_after: int | None = None,
+        refresh_every: int | None = None,
+    ) -> None:
+        for name, what, value in (("fold_after", "a step", fold_after), ("refresh_every", "steps", refresh_every)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"Static: {name}={value!r} must be {what}, an integer of at least 1, or None")
+        self.fold_after, self.refresh_every = fold_after, refresh_every
         self.which = which if which is None or isinstance(which, str) else tuple(which)
         self._pattern = re.compile(which) if isinstance(which, str) else None
         self._names = None if isinstance(self.which, str) else self.which
@@ -40,16 +49,25 @@ class Static(Scheduler):
             )
 
     def select(self, step: int, matrices: Mapping[str, TrainedMatrix]) -> Iterable[str]:
-        return self._choose(matrices) if step == 0 else ()
+        if step == 0:
+            return self._choose(matrices)
+        return _expanded(matrices) if self._refreshes(step) else ()
 
     def release(self, step: int, matrices: Mapping[str, TrainedMatrix]) -> Iterable[str]:
-        return [name for name, matrix in matrices.items() if matrix.expanded] if step - 1 == self.fold_after else ()
+        return _expanded(matrices) if self._refreshes(step) or step - 1 == self.fold_after else ()
 
     def due(self, step: int) -> bool:
-        return step == 0 or step - 1 == self.fold_after
+        return step == 0 or step - 1 == self.fold_after or self._refreshes(step)
 
     def first_step(self) -> int:
         return 0
+
+    def _refreshes(self, step: int) -> bool:
+        """Whether the cores that have been trained up to the step before are made anew."""
+        trained = step - 1
+        if self.refresh_every is None or trained < 1 or (self.fold_after is not None and trained >= self.fold_after):
+            return False
+        return trained % self.refresh_every == 0
 
     def _choose(self, matrices: Mapping[str, TrainedMatrix]) -> list[str]:
         if self._names is not None:
@@ -65,9 +83,14 @@ class Static(Scheduler):
     @property
     def label(self) -> str:
         # what a resumed run is compared by, so it has every setting
-        shown = [] if self.fold_after is None else [f"fold_after={self.fold_after}"]
+        later = {"fold_after": self.fold_after, "refresh_every": self.refresh_every}
+        shown = [f"{name}={value}" for name, value in later.items() if value is not None]
         if self._pattern is not None:
             shown.insert(0, repr(self._pattern.pattern))
         elif self._names is not None:
             shown.insert(0, f"{len(self._names)} names")
         return f"Static({', '.join(shown)})"
+
+
+def _expanded(matrices: Mapping[str, TrainedMatrix]) -> list[str]:
+    return [name for name, matrix in matrices.items() if matrix.expanded]
