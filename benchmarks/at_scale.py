@@ -28,7 +28,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.nn
-from provenance import environment, read_json, write_json
+from provenance import environment, read_json, write_json  # first, since it makes the recipes' modules importable
+from support.marked import replaced
+from support.tables import Table
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -112,17 +114,13 @@ def gib(count: float) -> str:
     return f"{count / 2**30:,.2f}" if count < 100 * 2**30 else f"{count / 2**30:,.0f}"
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def plan_table(rows: Sequence[dict[str, Any]]) -> str:
     header = (
         *("model", "GPUs", "cores on", "frozen model, GiB", "plain LoRA, GiB", "above it, GiB"),
         *("plain LoRA sends, M", "above it, M", "arithmetic", "time"),
     )
-    return table(
+    return Table(
+        "Plans",
         header,
         [
             (
@@ -139,7 +137,7 @@ def plan_table(rows: Sequence[dict[str, Any]]) -> str:
             )
             for row in rows
         ],
-    )
+    ).markdown()
 
 
 def model_table(rows: Sequence[dict[str, Any]]) -> str:
@@ -159,7 +157,7 @@ def model_table(rows: Sequence[dict[str, Any]]) -> str:
             )
         )
     header = ("model", "frozen, 10^9", "LoRA, 10^6", "cores, 10^6", "cores, GiB", "expand, s", f"dealt to {GPUS[0]}, s")
-    return table(header, lines)
+    return Table("Models", header, lines).markdown()
 
 
 # -- measurements -----------------------------------------------------------------------------------------------------
@@ -303,7 +301,8 @@ def measured_table(rows: Sequence[dict[str, Any]]) -> str:
         "sent, bytes",
         "formula, bytes",
     )
-    return table(
+    return Table(
+        "Measured",
         header,
         [
             (
@@ -318,25 +317,17 @@ def measured_table(rows: Sequence[dict[str, Any]]) -> str:
             )
             for row in rows
         ],
-    )
+    ).markdown()
 
 
 # -- the page ---------------------------------------------------------------------------------------------------------
 
 
-def renewed(page: str, blocks: dict[str, str]) -> str:
-    """The page with these blocks between their marks.
-
-    Raises:
-        ValueError: it lacks the marks of one.
-    """
+def renewed(path: Path, blocks: dict[str, str]) -> str:
+    """The page with these blocks between their marks."""
+    page = path.read_text(encoding="utf-8")
     for name, text in blocks.items():
-        start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-        before, found, rest = page.partition(start)
-        _, closed, after = rest.partition(end)
-        if not found or not closed:
-            raise ValueError(f"the page lacks the marks {start} and {end}, between which the table belongs")
-        page = f"{before}{start}\n{text}\n{end}{after}"
+        page = replaced(page, f"<!-- {name} -->", f"<!-- /{name} -->", text, path)
     return page
 
 
@@ -363,7 +354,7 @@ def main() -> None:
     }
     result = {"settings": settings, "plans": found, "measurements": checked, "provenance": environment(HERE)}
     write_json(arguments.output / "at_scale.json", result)
-    arguments.page.write_text(renewed(arguments.page.read_text(encoding="utf-8"), blocks), encoding="utf-8")
+    arguments.page.write_text(renewed(arguments.page, blocks), encoding="utf-8")
     assert all(math.isfinite(row["ratio"]) for row in checked)
 
 
