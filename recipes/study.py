@@ -30,9 +30,10 @@ from typing import Any
 
 from support import study_page
 from support.command_line import ended
+from support.grid import on_grid
 from support.many import HERE, Job, Sweep, load_recipe
 from support.provenance import environment, write_json
-from support.search import Arm, Lane, Point, Study, Task
+from support.search import Arm, Lane, Point, Request, Study, Task
 
 RESULTS = HERE / "results" / "study"
 PAGE, README = HERE.parent / "docs" / "study.md", HERE.parent / "README.md"
@@ -138,6 +139,9 @@ TASKS = (
 )
 #: The task that was held back until everything else had been run and said.
 HELD_OUT = "sst2-400"
+#: Rates that are too low for LoRA, as multiples of the one that a task's search begins with. The arms in `study_page.AT_ONE_RATE` are
+#: run at them, to see what a comparison at one rate for all says.
+LOW = (0.316, 0.1, 0.0316)
 
 
 def configure(lane: Lane, point: Point, seed: int, places: dict[str, str | None]) -> Job:
@@ -162,6 +166,18 @@ def configure(lane: Lane, point: Point, seed: int, places: dict[str, str | None]
     return recipe, loaded.resolve(config)
 
 
+def at_low_rates(lanes: Sequence[Lane], seeds: Sequence[int]) -> list[Request]:
+    """What is missing of the runs at low rates, with the largest number of steps of each task."""
+    return [
+        (lane, point, seed)
+        for lane in lanes
+        if lane.arm.name in study_page.AT_ONE_RATE
+        for point in ((on_grid(lane.task.start * share), lane.task.steps[-1]) for share in LOW)
+        for seed in seeds
+        if seed not in lane.table.get(point, {})
+    ]
+
+
 def run(options: argparse.Namespace) -> None:
     """Make the runs that are missing."""
     for name in ("seeds", "hours"):
@@ -180,7 +196,10 @@ def run(options: argparse.Namespace) -> None:
     def configured(lane: Lane, point: Point, seed: int) -> Job:
         return configure(lane, point, seed, places)
 
-    over = study.run(lambda: study.wanted(seeds), Sweep.of(options), configured, until)
+    def wanted() -> list[Request]:
+        return study.wanted(seeds) or at_low_rates(study.lanes, seeds)
+
+    over = study.run(wanted, Sweep.of(options), configured, until)
     print(f"{'finished' if over else 'time is up; the same command goes on'}: {options.results}")
 
 

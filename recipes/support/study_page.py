@@ -222,6 +222,39 @@ def pairs(found: Found, tasks: Sequence[Task], compared: Sequence[tuple[str, str
     return Table("", ("difference of losses", "task", "nats a token", ""), rows).markdown() if rows else "Not run yet."
 
 
+#: The arms that are compared at one rate for all, LoRA first.
+AT_ONE_RATE = (REFERENCE, "svd", "mpo-10", "mpo-r")
+
+
+def at_one_rate(study: Study, found: Found, tasks: Sequence[Task]) -> str:
+    """At each rate that LoRA and another arm have been run at with two seeds: LoRA's loss, and the differences from it."""
+    lanes = {(lane.task.name, lane.arm.name): lane for lane in study.lanes}
+    arms = {lane.arm.name: lane.arm for lane in study.lanes}
+    others = [name for name in AT_ONE_RATE[1:] if name in arms]
+    rows = []
+    for task in tasks:
+        plain = lanes.get((task.name, REFERENCE))
+        if plain is None:
+            continue
+        best = found[task.name, REFERENCE].point if (task.name, REFERENCE) in found else None
+        for point in sorted(plain.table, reverse=True):
+            runs = list(plain.table[point].values())
+            mine = [
+                lanes[task.name, name].table.get(point, {}) if (task.name, name) in lanes else {} for name in others
+            ]
+            apart = [difference(list(seeds.values()), runs) for seeds in mine]
+            if point[1] != task.steps[-1] or not any(apart):
+                continue
+            cells = [
+                "–" if one is None else f"{shown(one)} {'lower' if one.better else 'higher' if one.worse else 'equal'}"
+                for one in apart
+            ]
+            mark = " (LoRA's best)" if point == best else ""
+            rows.append((task.label, f"{point[0]:g}{mark}", f"{mean(run.loss for run in runs):.4f}", *cells))
+    columns = ("task", "rate", "LoRA's loss", *(f"{arms[name].label}, less LoRA's" for name in others))
+    return Table("", columns, rows).markdown() if rows else "Not run yet."
+
+
 #: What is compared within LoRA-Over: its frame, the choice of matrices, weight decay.
 FRAMES = (
     *(("mpo-null", "mpo-10"), ("mpo-balanced", "mpo-10"), ("mpo-gradient", "mpo-10"), ("mpo-10-matched", "mpo-10")),
@@ -289,6 +322,7 @@ def pages(study: Study, tasks: Sequence[Task], held_out: str, page: Path, readme
             "answer": said,
             "overall": Table("", columns, rows).markdown() if rows else "Not run yet.",
             "tables": "\n".join(tables),
+            "one rate": at_one_rate(study, found, tasks),
             "transfer": transfer(found, tasks),
             "ranks": over_ranks(found, tasks),
             "frames": pairs(found, tasks, FRAMES),

@@ -232,6 +232,29 @@ def test_the_answer_follows_the_rule_of_the_protocol(tmp_path: Path) -> None:
     assert "none of the 3 arms of LoRA-Over that were compared beats LoRA" in said
 
 
+def test_an_arm_with_a_lower_best_rate_is_ahead_at_low_rates_and_behind_at_loras_best(tmp_path: Path) -> None:
+    """At their own best rates the two are equal."""
+    arms = [arm for arm in study.ARMS if arm.name in ("lora", "mpo-10", "muon")]
+    made = Study(tmp_path, [(TASK, arm) for arm in arms])
+    seeds = range(3)
+    while wanted := made.wanted(seeds) or study.at_low_rates(made.lanes, seeds):
+        for lane, (lr, steps), seed in wanted:
+            noise = np.random.default_rng([seed, arms.index(lane.arm)]).normal(0, 0.01, size=20)
+            behind = 4 * math.log10(lr) + 8 + (lane.arm.name == "mpo-10")
+            losses = 1.0 + 0.1 * behind**2 + noise
+            lane.add(Run(lane.arm.name, lr, steps, seed, float(losses.mean()), 0.5, tuple(losses), (1,) * 20, 10, 2.0))
+    low = {lane.arm.name: {lr for lr, _ in lane.table if lr < 1e-3 * TASK.start / 1e-2} for lane in made.lanes}
+    assert low["lora"] == low["mpo-10"] != set()
+    assert not low["muon"], "it is none of the arms that are compared at one rate"
+    table = study_page.at_one_rate(made, findings.findings(made), [TASK])
+    rows = [[cell.strip() for cell in line.split("|")[2:-1]] for line in table.splitlines()[2:]]
+    words = {float(row[0].split()[0]): row[2].split()[-1] for row in rows}
+    assert [row[0] for row in rows if "best" in row[0]] == ["0.01 (LoRA's best)"]
+    assert words[0.01] == "higher"
+    assert {words[rate] for rate in words if rate < 5e-3} == {"lower"}
+    assert list(words) == sorted(words, reverse=True)
+
+
 def test_a_number_of_steps_that_is_added_later_gets_its_seeds_too() -> None:
     """Where it is better with the first seed, though all seeds have run with the other numbers."""
     task = dataclasses.replace(TASK, steps=(10,))
