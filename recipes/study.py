@@ -95,8 +95,10 @@ ARMS = (
     # rates over ranks
     Arm("lora-rank-2", "LoRA of rank 2", "lora", {"rank": 2, "alpha": 4}),
     Arm("lora-rank-32", "LoRA of rank 32", "lora", {"rank": 32, "alpha": 64}),
-    Arm("mpo-10-rank-2", "MPO of order 10, rank 2", "lora-over-mpo", {"rank": 2, "alpha": 4}, start=0.562),
-    Arm("mpo-10-rank-32", "MPO of order 10, rank 32", "lora-over-mpo", {"rank": 32, "alpha": 64}, start=0.562),
+    Arm("mpo-10-rank-2", "MPO of order 10, rank 2", "lora-over-mpo", {"rank": 2, "alpha": 4}, 0.562, "lora-rank-2"),
+    Arm(
+        "mpo-10-rank-32", "MPO of order 10, rank 32", "lora-over-mpo", {"rank": 32, "alpha": 64}, 0.562, "lora-rank-32"
+    ),
     # the rest of the papers' tables
     Arm("full", "Full fine-tuning", "full", start=0.316),
     Arm("opf", "OPF", "opf", start=0.1),

@@ -9,7 +9,7 @@ from statistics import mean
 from support.paired import Difference, difference
 from support.search import Arm, Lane, Point, Run, Study, Task
 
-#: What every arm is compared with.
+#: What every arm is compared with, but for those that name another.
 REFERENCE = "lora"
 #: A rate is good where the loss is at most this much above the arm's best, as a share of it.
 GOOD = 0.1
@@ -51,9 +51,9 @@ def findings(study: Study) -> dict[tuple[str, str], Finding]:
     both have.
     """
     found: dict[tuple[str, str], Finding] = {}
-    plain = {lane.task.name: lane for lane in study.lanes if lane.arm.name == REFERENCE}
+    lanes = {(lane.task.name, lane.arm.name): lane for lane in study.lanes}
     for lane in study.lanes:
-        reference = plain.get(lane.task.name)
+        reference = lanes.get((lane.task.name, lane.arm.beside))
         beside = None
         if reference is not None and reference is not lane:
             beside = finding_of(reference.of_steps(lane.tried), None)

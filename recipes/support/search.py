@@ -40,6 +40,8 @@ class Arm:
     changes: Mapping[str, Any] = field(default_factory=dict)
     start: float = 1.0
     """The rate that the search begins with, as a multiple of the task's."""
+    beside: str = "lora"
+    """The arm that it is compared with."""
 
 
 @dataclass(frozen=True)

@@ -255,6 +255,16 @@ def test_an_arm_with_a_lower_best_rate_is_ahead_at_low_rates_and_behind_at_loras
     assert list(words) == sorted(words, reverse=True)
 
 
+def test_an_mpo_of_another_rank_is_compared_with_lora_of_that_rank(tmp_path: Path) -> None:
+    """More parameters alone are no gain of depth."""
+    made = made_study(tmp_path, {"lora-rank-32": {"one": 0.3}, "mpo-10-rank-32": {"one": 0.3}})
+    found = findings.findings(made)
+    assert findings.verdict(found["one", "lora-rank-32"]) == "better"
+    assert findings.verdict(found["one", "mpo-10-rank-32"]) == "equal"
+    known = {arm.name for arm in study.ARMS}
+    assert {arm.beside for arm in study.ARMS} <= known
+
+
 def test_a_number_of_steps_that_is_added_later_gets_its_seeds_too() -> None:
     """Where it is better with the first seed, though all seeds have run with the other numbers."""
     task = dataclasses.replace(TASK, steps=(10,))
