@@ -558,7 +558,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         methods = list(recipe.default_methods)
         sub.add_argument("--methods", nargs="+", choices=METHODS, default=methods, help="what is trained")
         sub.add_argument(
-            "--seeds", type=int, nargs="+", default=[0, 1, 2] if name == "seeds" else [0], help="one run each"
+            "--seeds",
+            type=int,
+            nargs="+",
+            default=[0, 1, 2] if name == "seeds" else [0],
+            help="seeds; one run with each",
         )
         Sweep.add_options(sub)
         if name == "vary":
@@ -568,20 +572,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 action="append",
                 required=True,
                 metavar=("NAME", "VALUE"),
-                help="an option, its values",
+                help="an option of the recipe and the values to try; may be given several times",
             )
             sub.add_argument("--lrs", type=float, nargs="+", help="run every value at each of these rates")
-            sub.add_argument("--report", type=Path, help="a folder with a report that these factors are added to")
+            sub.add_argument("--report", type=Path, help="folder of a report that these factors are added to as well")
         if name == "tune":
-            sub.add_argument("--lrs", type=float, nargs="+", required=True, help="the grid")
+            sub.add_argument("--lrs", type=float, nargs="+", required=True, help="learning rates to try")
             sub.add_argument(
                 "--extend",
                 action="store_true",
                 help="try further rates, in steps of 10^(1/4), until the best of each method has a worse one on both sides",
             )
-            sub.add_argument("--tuned", type=Path, help="a folder with a table that these rates are added to")
+            sub.add_argument("--tuned", type=Path, help="folder of a table that these rates are added to as well")
             sub.add_argument(
-                "--core-ratios", type=float, nargs="+", default=[1.0], help="core rates to try, as shares of lr"
+                "--core-ratios",
+                type=float,
+                nargs="+",
+                default=[1.0],
+                help="rates of the cores to try, as multiples of lr",
             )
         if name == "seeds":
             sub.add_argument("--results", type=Path, default=HERE / "results", help="where the committed table goes")

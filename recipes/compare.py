@@ -124,12 +124,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description=(__doc__ or "").split("\n")[0], parents=[first, fields], formatter_class=fields.formatter_class
     )
     parser.set_defaults(core_lr=None)
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["lora", "lora-over-svd", "lora-over-mpo-r"])
-    parser.add_argument("--seeds", type=int, default=5, help="seeds of the comparison, at most")
-    parser.add_argument("--first-seed", type=int, default=0, help="of the search for rates; the comparison's follow")
-    parser.add_argument("--start", type=float, help="rate of LoRA that the search begins with")
-    parser.add_argument("--hours", type=float, default=math.inf, help="begin no run after these")
-    parser.add_argument("--budget", type=int, default=None, help="runs to make, at most")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        choices=METHODS,
+        default=["lora", "lora-over-svd", "lora-over-mpo-r"],
+        help="methods to compare, two or more",
+    )
+    parser.add_argument("--seeds", type=int, default=5, help="largest number of seeds of the comparison")
+    parser.add_argument(
+        "--first-seed", type=int, default=0, help="seed of the search for rates; those of the comparison follow it"
+    )
+    parser.add_argument(
+        "--start",
+        type=float,
+        help="LoRA's rate to begin the search with, other methods' in proportion; None: as on the embedded model",
+    )
+    parser.add_argument("--hours", type=float, default=math.inf, help="hours after which no further run begins")
+    parser.add_argument("--budget", type=int, default=None, help="largest number of runs to make; None: no limit")
     Sweep.add_options(parser)
     options = parser.parse_args(arguments)
     ended(parser, lambda: print(f"the page: {compare(options)}"))

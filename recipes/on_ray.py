@@ -1,4 +1,4 @@
-"""A recipe on several ranks of a Ray cluster, by Ray Train: what stands before the recipe is about the ranks, the rest is the recipe's::
+"""A recipe on several ranks of a Ray cluster, by Ray Train. Options before the recipe are about the ranks, those after it are the recipe's::
 
     python recipes/on_ray.py --ranks 8 --gpus recipes/llama31_gsm8k.py --preset paper --method lora-over-mpo-r
 

@@ -245,10 +245,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
     running = commands.add_parser("run", help="make the runs that are missing", allow_abbrev=False)
-    running.add_argument("--tasks", nargs="+", choices=[task.name for task in TASKS], help="all where none is given")
-    running.add_argument("--arms", nargs="+", choices=[arm.name for arm in ARMS], help="all where none is given")
-    running.add_argument("--seeds", type=int, default=5, help="seeds at the best rate and its neighbours")
-    running.add_argument("--hours", type=float, default=float("inf"), help="begin no run after these")
+    running.add_argument(
+        "--tasks", nargs="+", choices=[task.name for task in TASKS], help="tasks to run; all if none is named"
+    )
+    running.add_argument(
+        "--arms", nargs="+", choices=[arm.name for arm in ARMS], help="arms to run; all if none is named"
+    )
+    running.add_argument("--seeds", type=int, default=5, help="number of seeds at the best rate and its neighbours")
+    running.add_argument("--hours", type=float, default=float("inf"), help="hours after which no further run begins")
     running.add_argument("--encoder", help="folder of the encoder that the tasks of SST-2 train")
     running.add_argument("--sst2", help="folder with SST-2's train.tsv")
     Sweep.add_options(running)

@@ -71,9 +71,9 @@ class Config(SharedConfig):
     train_size: int | None = option(3200, "training records; None: all of the task")  # type: ignore[assignment]
     eval_size: int | None = option(500, "records to evaluate on; None: all of the task")  # type: ignore[assignment]
     max_length: int = option(128, "longest prompt in tokens; longer ones are left out, not cut")
-    weight_decay: float = option(0.0, "of AdamW")
-    targets: str = option("all-linear", "linear layers with adapters, with commas, or all-linear")
-    order: int = option(16, "sites of an MPO")
+    weight_decay: float = option(0.0, "weight decay of AdamW")
+    targets: str = option("all-linear", "names of linear layers that get adapters, with commas, or all-linear")
+    order: int = option(16, "order of the factorization: cores of an MPO")
     top_n: int = option(1, "matrices to expand in each group")
     split: int | None = option(1, "rounds in which MPO_R expands them; None: the paper's for the task")  # type: ignore[assignment]
     every: int | None = option(10, "steps between two rounds of MPO_R; None: the paper's for the task")  # type: ignore[assignment]

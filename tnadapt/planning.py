@@ -45,7 +45,7 @@ class PlanRow:
 
     @property
     def label(self) -> str:
-        """Of the factorization."""
+        """The label of the factorization."""
         return self.factorization.label
 
     @property

@@ -45,7 +45,11 @@ def options_of(recipe: Recipe, preset: str, without: Collection[str] = (), **set
         settings: for ``argparse.ArgumentParser``.
     """
     parser = options_for(recipe.config, {*without, "preset"}, **settings)
-    parser.add_argument("--preset", choices=recipe.presets, help="laptop: small and offline; paper: that of LoRA-Over")
+    parser.add_argument(
+        "--preset",
+        choices=recipe.presets,
+        help="laptop: small and offline; paper and paper-llama2, where there are such: the settings of LoRA-Over's paper",
+    )
     parser.set_defaults(**dataclasses.asdict(recipe.presets[preset]))
     return parser
 
@@ -93,7 +97,9 @@ def main(recipe: Recipe, arguments: Sequence[str] | None = None) -> None:
             )
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders go")
     parser.add_argument(
-        "--name", default="", help="of the run folder, with the method if there are several; made up if empty"
+        "--name",
+        default="",
+        help="name of the run folder, to which the method is added if there are several; made up if empty",
     )
     parser.add_argument("--resume", action="store_true", help="go on with an unfinished run, keep a finished one")
     parser.add_argument("--threads", type=int, help="CPU threads; None: 1 for the embedded model, else torch's choice")

@@ -36,48 +36,62 @@ def option(default: Any, text: str, choices: tuple[str, ...] | None = None) -> A
 class Config:
     """Everything that decides the result of a run."""
 
-    preset: str = option("laptop", "laptop: what this repository ships; paper: the setting of LoRA-Over")
+    preset: str = option(
+        "laptop", "laptop: small and offline; paper and paper-llama2: the settings of LoRA-Over's paper"
+    )
     method: str = option("lora", "what is trained", tuple(METHODS))
     model: str = option(EMBEDDED, "base model: embedded, a local folder or a hub id")
     data: str = option(EMBEDDED, "what to train on: embedded, a local folder or file, or a hub id")
-    eval_split: str = option("test", "what to evaluate on; choose rates on validation", ("validation", "test"))
+    eval_split: str = option("test", "records to evaluate on; choose rates on validation", ("validation", "test"))
     train_size: int = option(3200, "training examples")
     eval_size: int = option(500, "examples to evaluate on")
-    seed: int = option(0, "of the adapter's initialization, of the order of the data and of sampling")
+    seed: int = option(0, "seed of the adapter's initialization, of the order of the data and of sampling")
     max_length: int = option(512, "longest training example in tokens; longer ones are left out, not cut")
     batch: int = option(32, "training examples per optimizer step")
     micro_batch: int = option(32, "training examples at once on the device; divides the batch")
     epochs: int = option(1, "passes over the training examples")
     max_steps: int = option(0, "optimizer steps; 0: as many as the epochs have")
-    lr: float | None = option(None, "rate of the LoRA matrices; None: the one tuned for the preset's model")
-    core_lr: float | None = option(None, "rate of the cores; None: tuned with the preset, or that of --lr")
-    weight_decay: float = option(5e-4, "of AdamW")
+    lr: float | None = option(None, "learning rate of the LoRA matrices; None: the one tuned for the preset's model")
+    core_lr: float | None = option(
+        None, "learning rate of the cores; None: the one tuned for the preset's model, or that of --lr"
+    )
+    weight_decay: float = option(5e-4, "weight decay of AdamW")
     clip: float = option(1.0, "largest norm of the gradient; 0: no clipping")
     rank: int = option(8, "LoRA's rank")
     alpha: int = option(16, "LoRA's alpha; the adapter is scaled by alpha / rank")
-    targets: str = option("q_proj,k_proj,v_proj,o_proj", "linear layers with adapters, with commas, or all-linear")
-    order: int = option(10, "sites of an MPO")
-    gauge: str = option("svd", "how an exact factorization is divided over its cores; see docs/factorizations")
+    targets: str = option(
+        "q_proj,k_proj,v_proj,o_proj", "names of linear layers that get adapters, with commas, or all-linear"
+    )
+    order: int = option(10, "order of the factorization: cores of an MPO")
+    gauge: str = option(
+        "svd", "gauge of the factorization, such as svd, balanced or random; see docs/factorizations/mpo.md"
+    )
     top_n: int = option(3, "matrices to expand in each group")
     split: int = option(3, "rounds in which MPO_R expands them")
     every: int = option(10, "steps between two rounds of MPO_R")
-    dtype: str = option("float32", "of the base model", ("float32", "bfloat16"))
+    dtype: str = option("float32", "dtype of the base model", ("float32", "bfloat16"))
     activation_checkpointing: bool = option(False, "compute activations again in the backward pass, to save memory")
     max_new_tokens: int = option(80, "longest answer in tokens")
     eval_batch: int = option(125, "answers that are generated at once")
     save_every: int = option(25, "steps between two checkpoints")
-    factorization: str | None = option(None, "in place of the method's own", FACTORIZATIONS)
-    expansion: float | None = option(None, "parameters of a matrix's cores over its own, in place of --order")
+    factorization: str | None = option(None, "factorization in place of the method's own", FACTORIZATIONS)
+    expansion: float | None = option(
+        None, "how many times the parameters of a matrix its cores have, in place of --order"
+    )
     backend: str = option("torch", "library that contracts and decomposes", BACKENDS)
-    matched: bool = option(False, "move each matrix as far as the optimizer would move it without cores")
-    which: str | None = option(None, "pattern of the names of the matrices that are expanded, in place of all")
-    fold_after: float = option(0.0, "share of the steps after which all cores are folded for good; 0: none")
-    refreshes: int = option(0, "times in a run at which all cores are made anew of what they fold to")
-    wrong_answers: float = option(0.0, "share of the training examples that have the answers of one another")
+    matched: bool = option(
+        False, "scale each step through cores to the length of the step that the optimizer would take without them"
+    )
+    which: str | None = option(None, "expand only the matrices whose names match this regular expression; None: all")
+    fold_after: float = option(
+        0.0, "share of the steps after which training goes on as plain LoRA; 0: cores to the end"
+    )
+    refreshes: int = option(0, "how many times in a run all matrices are unfolded anew")
+    wrong_answers: float = option(0.0, "share of the training examples whose answers are exchanged among them")
     quantize: str = option(
         quantized.NONE, "base model in four bits, under an adapter of full precision", quantized.CHOICES
     )
-    stop_after: int = option(0, "end after that many steps of the schedule, evaluate and report; 0: at its end")
+    stop_after: int = option(0, "end after that many steps of the schedule, evaluate and report; 0: all steps")
     shard: bool = option(
         False, "where several ranks train, deal the cores out over them instead of copying all to each"
     )
@@ -208,10 +222,10 @@ class GenerationConfig(Config):
     """A configuration of recipes whose model writes free text."""
 
     test_data: str | None = option(None, "where the examples to evaluate on come from; None: from --data")
-    temperature: float = option(0.0, "of sampling; 0: greedy")
-    top_p: float = option(1.0, "sample from the most probable tokens that have this share together")
+    temperature: float = option(0.0, "temperature of sampling; 0: greedy")
+    top_p: float = option(1.0, "sample among the most probable tokens whose probabilities add up to this")
 
-    greedy_beside: bool = option(False, "where answers are sampled, answer greedily too, into a figure of its own")
+    greedy_beside: bool = option(False, "if answers are sampled, answer greedily as well, with a score of its own")
 
     DECIDE_BASE: ClassVar[tuple[str, ...]] = (*Config.DECIDE_BASE, "test_data", "temperature", "top_p", "greedy_beside")
     LATER: ClassVar[tuple[str, ...]] = (*Config.LATER, "greedy_beside")

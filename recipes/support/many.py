@@ -106,7 +106,12 @@ class Sweep:
             metavar="ADDRESS",
             help=f"make the runs on this Ray cluster; {LOCAL}, or no address, starts one here with --workers CPUs",
         )
-        parser.add_argument("--gpus-per-run", type=float, default=0.0, help="of each run on the cluster; 0: on the CPU")
+        parser.add_argument(
+            "--gpus-per-run",
+            type=float,
+            default=0.0,
+            help="GPUs of each run on the cluster, also fractions; 0: the CPU alone",
+        )
 
     @classmethod
     def of(cls, options: argparse.Namespace) -> Self:

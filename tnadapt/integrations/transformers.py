@@ -77,7 +77,8 @@ def create_loraover_optimizer(
 class LoraOverOptimizer:
     """What HF Trainer makes its optimizer with: `Trainer(..., optimizer_cls_and_kwargs=(LoraOverOptimizer, kwargs))`.
 
-    `kwargs` are the arguments of `create_loraover_optimizer` but for the model; `optimizer_cls` is AdamW where it is left out. The
+    `kwargs` are the arguments of `create_loraover_optimizer` but for the model; `optimizer_cls` is AdamW where it is left out. Give
+    `lr` and `weight_decay` in them: those of `TrainingArguments` have no effect, and torch's defaults count in their place. The
     trainer loads the optimizer's state after this, cores included. Add `LoraOverCallback()` for logs, and under FSDP also for
     checkpoints, whose optimizer files drop the cores.
     """

@@ -139,5 +139,5 @@ class Budget(Scheduler):
 
     @property
     def label(self) -> str:
-        """As `repr`: a state is not resumed under other settings."""
+        """The same as `repr`, since a state is not resumed under other settings."""
         return repr(self)

@@ -12,17 +12,16 @@ __all__ = ["Static"]
 
 
 class Static(Scheduler):
-    """Expands every matrix, or those that are named, from step 0; folds them back after a step, or makes their cores anew every so
-    many, where that is asked for.
+    """Expands every matrix, or those that are named, from step 0. With `fold_after` it folds them back after that step. With
+    `refresh_every` it unfolds them anew at that interval.
 
     Args:
         which: None for every matrix; a regular expression that is searched for in names (`r"q_proj\\.A$"`); or names.
         fold_after: the last step that trains through cores, at least 1; from the next one on the matrices are trained on as
             plain LoRA. None for cores to the end. Not in the paper.
-        refresh_every: steps, at least 1, after which the cores are made anew of what the matrices hold then, so that their frame
-            is that of the trained matrix (and, with `gauge="gradient"`, of the gradient of that step). The cores start without
-            moments, except where steps are matched: they then get those of the matrices. None for cores that stay. Not in the
-            paper.
+        refresh_every: steps, at least 1, between two times at which every matrix is unfolded anew. The gauge is then that of the
+            trained matrix (and, with `gauge="gradient"`, of the gradient of that step). The new cores start without moments,
+            except with `matched=True`, where they get those of the matrices. None for cores that stay. Not in the paper.
     """
 
     def __init__(
