@@ -5,6 +5,7 @@ python recipes/table.py
 
 from __future__ import annotations
 
+import argparse
 import importlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,9 @@ from support.tables import Table
 HERE = Path(__file__).resolve().parent
 README = HERE.parent / "README.md"
 START, END = "<!-- made by: python recipes/table.py -->", "<!-- end of what recipes/table.py makes -->"
+
+#: methods that are named where rates are known for no more than so many
+MANY = 4
 
 
 def recipes() -> list[Recipe]:
@@ -36,7 +40,9 @@ def rows_of(recipe: Recipe) -> list[Sequence[str]]:
     for name, preset in recipe.presets.items():
         places = [place for place in (preset.data, getattr(preset, "test_data", None)) if place]
         shown = "generated" if places == [EMBEDDED] else ", ".join(places)
-        tuned = ", ".join(f"`{method}`" for method in recipe.rates.get(name, {})) or "none: give `--lr`"
+        known = [f"`{method}`" for method in recipe.rates.get(name, {})]
+        tuned = ", ".join(known) if len(known) <= MANY else f"{len(known)} of {len(METHODS)} methods"
+        tuned = tuned or "none: give `--lr`"
         model = "the embedded one" if preset.model == EMBEDDED else preset.model
         rows.append((f"`{recipe.path.name}`", f"`{name}`", model, shown, recipe.benchmark.measure, tuned))
     return rows
@@ -60,5 +66,6 @@ def renewed(readme: str) -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=(__doc__ or "").split("::")[0], allow_abbrev=False).parse_args()
     README.write_text(renewed(README.read_text(encoding="utf-8")), encoding="utf-8")
     print(f"{README}: renewed")

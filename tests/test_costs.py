@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tnadapt import CP, MPO, SVD, LoraOver, OverParamAdapter, TaylorRuntime, TensorRing, Tucker, plan
+from tnadapt.costs import _bytes
 from tnadapt.engine.owners import deal
 
 SIZE, RANK, LAYERS = 768, 8, 4
@@ -289,3 +290,11 @@ def test_what_is_printed_is_what_is_known():
 def test_numbers_that_mean_nothing(options, message):
     with pytest.raises(ValueError, match=message):
         costs(**options)
+
+
+@pytest.mark.parametrize(
+    ("count", "shown"),
+    [(-3, "0.0 MiB"), (0, "0.0 MiB"), (-(2**20), "-1.0 MiB"), (3 * 2**29, "1.50 GiB"), (-3 * 2**30, "-3.00 GiB")],
+)
+def test_bytes_are_shown_without_a_sign_where_nothing_is_left(count: int, shown: str) -> None:
+    assert _bytes(count) == shown

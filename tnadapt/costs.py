@@ -259,7 +259,9 @@ _NAMES = {"ddp": "DDP", "fsdp2": "FSDP2"}
 
 
 def _bytes(count: int) -> str:
-    return f"{count / 2**30:,.2f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"
+    if abs(count) >= 2**30:
+        return f"{count / 2**30:,.2f} GiB"
+    return f"{round(count / 2**20, 1) + 0.0:,.1f} MiB"  # adding zero takes the sign off what rounds to it
 
 
 def costs_of(

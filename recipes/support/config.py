@@ -173,7 +173,7 @@ class Config:
         tuned = rates.get(self.preset, {}).get(self.method) if self.model == presets[self.preset].model else None
         if tuned is None:
             raise ValueError(
-                f"--lr is not given, and no rate of {self.method} was tuned on {self.model}; give one, or tune it: "
+                f"--lr is not given, and no rate of {self.method} was tuned on {self.model} in this recipe; give one, or tune it: "
                 f"{self.tuning_command(presets[self.preset], script)}"
             )
         lr, core_lr = tuned

@@ -55,6 +55,20 @@ def trainer(folder: Path, *callbacks: TrainerCallback, **changes: Any) -> Traine
     )
 
 
+def test_a_rate_that_the_trainer_would_not_hand_over_is_asked_for(tmp_path: Path) -> None:
+    """`TrainingArguments.learning_rate` reaches no optimizer that is made this way; AdamW's own rate would count in silence."""
+    given = settings()
+    del given["lr"]
+    made = Trainer(
+        lora_model(),
+        arguments(tmp_path),
+        train_dataset=dataset(),
+        optimizer_cls_and_kwargs=(LoraOverOptimizer, given),
+    )
+    with pytest.raises(ValueError, match=r"has no lr, .*'lr': args\.learning_rate"):
+        made.train()
+
+
 def test_trains_what_an_optimizer_passed_in_trains(tmp_path: Path) -> None:
     mine = trainer(tmp_path)
     mine.train()

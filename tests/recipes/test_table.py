@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from recipes import table
@@ -29,3 +32,11 @@ def test_every_recipe_preset_and_method_is_in_it() -> None:
 def test_a_readme_without_marks_is_refused() -> None:
     with pytest.raises(ValueError, match="lacks the marks"):
         table.renewed("# Nothing")
+
+
+def test_an_argument_that_it_does_not_know_changes_nothing() -> None:
+    before = table.README.read_bytes()
+    for argument, code in (("--help", 0), ("--hlep", 2)):
+        done = subprocess.run([sys.executable, table.__file__, argument], capture_output=True, check=False)
+        assert done.returncode == code
+    assert table.README.read_bytes() == before

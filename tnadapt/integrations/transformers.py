@@ -77,15 +77,23 @@ def create_loraover_optimizer(
 class LoraOverOptimizer:
     """What HF Trainer makes its optimizer with: `Trainer(..., optimizer_cls_and_kwargs=(LoraOverOptimizer, kwargs))`.
 
-    `kwargs` are the arguments of `create_loraover_optimizer` but for the model; `optimizer_cls` is AdamW where it is left out. Give
-    `lr` and `weight_decay` in them: those of `TrainingArguments` have no effect, and torch's defaults count in their place. The
+    `kwargs` are the arguments of `create_loraover_optimizer` but for the model; `optimizer_cls` is AdamW where it is left out. `lr`
+    must be among them, and `weight_decay` where torch's default is not wanted: those of `TrainingArguments` have no effect. The
     trainer loads the optimizer's state after this, cores included. Add `LoraOverCallback()` for logs, and under FSDP also for
     checkpoints, whose optimizer files drop the cores.
+
+    Raises:
+        ValueError: `kwargs` lack `lr`.
     """
 
     def __call__(
         self, model: nn.Module, optimizer_cls: type[torch.optim.Optimizer] = torch.optim.AdamW, **kwargs: Any
     ) -> torch.optim.Optimizer:
+        if "lr" not in kwargs:
+            raise ValueError(
+                "optimizer_cls_and_kwargs has no lr, and Trainer hands its own learning_rate to no optimizer that is made so: add "
+                "the rate to the settings, as in {'lr': args.learning_rate, ...}"
+            )
         return create_loraover_optimizer(model, optimizer_cls, replace=True, **kwargs)
 
 
