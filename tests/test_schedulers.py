@@ -27,6 +27,7 @@ from tnadapt import (
     TaylorRuntime,
     find_lora_matrices,
 )
+from tnadapt.finders import named_parameters
 from tnadapt.matrices import TrainedMatrix
 from tnadapt.schedulers import by_group, register_scheduler, round_sizes
 from tnadapt.schedulers.base import _SCHEDULERS
@@ -135,6 +136,29 @@ def test_scores_by_hand(reduction, average):
     if average:
         expected = {name: score / (2 if name in idle_at_2 else 3) for name, score in expected.items()}
     assert scheduler.scores() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("reduction", ["inner", "elementwise"])
+@pytest.mark.parametrize("kind", [TaylorRuntime, Budget])
+def test_kernels_of_convolutions_are_scored_and_expanded(kind, reduction):
+    """A parameter of more than two dimensions has one score, whatever its shape."""
+    torch.manual_seed(0)
+    model = nn.ModuleList([nn.Conv2d(4, 8, 3), nn.Conv2d(4, 8, (2, 3)), nn.Conv1d(4, 8, 3)])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    amount = {"top_n": 3, "split": 1} if kind is TaylorRuntime else {"added_parameters": 10**6, "decay": 0.0}
+    scheduler = kind(every=2, reduction=reduction, **amount)
+    over = LoraOver(model, optimizer, MPO(order=2), scheduler, matrices=named_parameters("weight"))
+    for _ in range(2):
+        optimizer.zero_grad()
+        sum(layer(torch.ones(1, 4, *[4] * (layer.weight.dim() - 2))).square().sum() for layer in model).backward()
+        optimizer.step()
+    assert set(over.expanded) == {"0.weight", "1.weight", "2.weight"}
+    steps = 2 if kind is TaylorRuntime else 1
+    expected = {}
+    for k, layer in enumerate(model):
+        product = (layer.weight * layer.weight.grad).flatten()
+        expected[f"{k}.weight"] = steps * abs(float((product if reduction == "inner" else product.abs()).sum()))
+    assert scheduler.scores() == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_highest_scores_of_each_group_are_chosen():
