@@ -156,7 +156,7 @@ def test_kernels_of_convolutions_are_scored_and_expanded(kind, reduction):
     steps = 2 if kind is TaylorRuntime else 1
     expected = {}
     for k, layer in enumerate(model):
-        product = (layer.weight * layer.weight.grad).flatten()
+        product = (layer.weight.detach() * layer.weight.grad).flatten()
         expected[f"{k}.weight"] = steps * abs(float((product if reduction == "inner" else product.abs()).sum()))
     assert scheduler.scores() == pytest.approx(expected, rel=1e-5)
 
@@ -383,6 +383,36 @@ def test_a_scheduler_serves_one_run(steps):
     run(scheduler, matrices, steps)
     with pytest.raises(ValueError, match=f"has {steps // 2} of 2 rounds behind it"):
         scheduler.attach(matrices)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: TaylorRuntime(top_n=1, split=2, every=2), lambda: Budget(added_parameters=10**4, every=2)]
+)
+def test_a_scheduler_that_keeps_a_state_serves_one_run_at_a_time(make):
+    """Two that observe through it would add up their scores and share its rounds."""
+
+    def attached(scheduler):
+        model = Layers(2)
+        return LoraOver(model, torch.optim.SGD(model.parameters(), lr=0.1), MPO(order=3), scheduler)
+
+    scheduler = make()
+    first = attached(scheduler)
+    with pytest.raises(
+        ValueError, match=r"decides for a LoraOver that is attached to another optimizer; .* make a new one"
+    ):
+        attached(scheduler)
+    assert first.attached
+    first.detach()
+    assert attached(scheduler).attached
+    # the last one is garbage now, though its hooks make a cycle
+    assert attached(scheduler).attached
+
+
+def test_a_scheduler_without_a_state_serves_many():
+    scheduler = Static()
+    models = [Layers(1) for _ in range(2)]
+    overs = [LoraOver(m, torch.optim.SGD(m.parameters(), lr=0.1), MPO(order=3), scheduler) for m in models]
+    assert all(over.attached for over in overs)
 
 
 @pytest.mark.parametrize("average", [False, True])

@@ -149,8 +149,14 @@ class LoraOver:
         if handover not in HANDOVERS:
             raise ValueError(f"handover={handover!r} is unknown; choose one of {', '.join(HANDOVERS)}")
         found, skipped = collect(model, matrices, groups)
+        mine = {id(matrix.parameter) for matrix in found.values()}
+        others = _find_attached(
+            lambda other: other.optimizer is inner or any(id(m.parameter) in mine for m in other.matrices.values())
+        )
+        for other in others:
+            # one whose step died inside the optimizer has its cores there still
+            other.recover()
         check_matrices(model, found, skipped, inner)
-        others = _find_attached(found, inner)
         if others and not replace:
             raise ValueError(
                 "a LoraOver is attached to these matrices, or to this optimizer, already; call its fold() or detach() "
@@ -159,6 +165,11 @@ class LoraOver:
             )
         check_rates(inner, core_lr, core_weight_decay, max_update, matched)
         assign_factorizations(found, factorization)
+        if scheduler.state_dict() and _find_attached(lambda o: o.scheduler is scheduler and o not in others):
+            raise ValueError(
+                f"{scheduler.label} decides for a LoraOver that is attached to another optimizer; what it has seen there would be "
+                "mixed with what it sees here: make a new one for each, or detach() that LoraOver first"
+            )
         scheduler.attach(found)
         chosen = checked_choice(scheduler.select(0, found), found, scheduler)
         for other in others:
@@ -552,17 +563,8 @@ def _refuse_copy(memo: Any) -> Any:
     )
 
 
-def _find_attached(matrices: Mapping[str, TrainedMatrix], optimizer: torch.optim.Optimizer) -> list[LoraOver]:
-    """Those that are attached to one of the matrices or to the optimizer."""
-    mine = {id(matrix.parameter) for matrix in matrices.values()}
-
-    def found() -> list[LoraOver]:
-        return [
-            other
-            for other in _attached
-            if other.optimizer is optimizer or mine & {id(matrix.parameter) for matrix in other.matrices.values()}
-        ]
-
-    if found():
+def _find_attached(wanted: Callable[[LoraOver], bool]) -> list[LoraOver]:
+    """Those among the attached that are wanted."""
+    if any(map(wanted, _attached)):
         gc.collect()  # hooks make a cycle: one whose optimizer is gone may still be waiting for the collector
-    return found()
+    return [other for other in _attached if wanted(other)]
