@@ -33,6 +33,7 @@ from tnadapt.engine import (
     check_scheduler,
     check_switches,
     checked_choice,
+    checked_names,
     is_elementwise,
     ranks,
     shown,
@@ -171,7 +172,8 @@ class LoraOver:
                 "mixed with what it sees here: make a new one for each, or detach() that LoraOver first"
             )
         scheduler.attach(found)
-        chosen = checked_choice(scheduler.select(0, found), found, scheduler)
+        chosen = checked_names(scheduler.select(0, found), f"what {scheduler.label} selected")
+        chosen = checked_choice(chosen, found, scheduler)
         for other in others:
             other.detach()
         left_out = [s for s in skipped if s.is_left_out]
@@ -230,7 +232,7 @@ class LoraOver:
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: settings that cannot be rebuilt and are not among `options`.
+            ValueError: not the settings of a run, or some that cannot be rebuilt and are not among `options`.
         """
         if not isinstance(config, Mapping):
             file = Path(config)
@@ -244,12 +246,20 @@ class LoraOver:
             raise ValueError(
                 f"{shown(custom)} was a function of the other run, which a file cannot keep: pass it to from_config"
             )
+        missing = [name for name in ("factorization", "scheduler") if name not in settings]
+        if missing:
+            raise ValueError(
+                f"the config has no {' and no '.join(missing)}; give what config() gave, or a tnadapt.json"
+            )
         chosen, scheduler = settings.pop("factorization"), settings.pop("scheduler")
         if "factorization" not in options:
             one = "type" in chosen
             rebuilt = {name: Factorization.from_dict(entry) for name, entry in ({} if one else chosen).items()}
-            options["factorization"] = Factorization.from_dict(chosen) if one else lambda matrix: rebuilt[matrix.name]
-        options.setdefault("scheduler", Scheduler.from_dict(scheduler))
+            options["factorization"] = (
+                Factorization.from_dict(chosen) if one else lambda matrix: rebuilt.get(matrix.name)
+            )
+        if "scheduler" not in options:
+            options["scheduler"] = Scheduler.from_dict(scheduler)
         return cls(model, optimizer, **{**settings, **options})
 
     def config(self) -> dict[str, Any]:
@@ -337,11 +347,12 @@ class LoraOver:
             names: the matrices to fold; training through the other cores goes on. None for all, which ends it.
 
         Raises:
+            TypeError: something else than names.
             ValueError: a name that is not expanded.
         """
         if self._step is not None:
             self._step.recover()
-        chosen = list(self.expanded if names is None else names)
+        chosen = list(self.expanded) if names is None else checked_names(names, "names")
         unknown = [name for name in chosen if name not in self.expanded]
         if unknown:
             raise ValueError(f"cannot fold {', '.join(unknown[:5])}: not expanded; expanded are {shown(self.expanded)}")
@@ -533,6 +544,8 @@ class _WrappedLoading:
         after: Callable[[Any], None],
     ) -> None:
         self._optimizer = optimizer
+        # somebody else may have put one on this very optimizer
+        self._own = {name: method for name, method in vars(optimizer).items() if name == "load_state_dict"}
         original = optimizer.load_state_dict
 
         def load_state_dict(state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> None:
@@ -544,6 +557,7 @@ class _WrappedLoading:
     def remove(self) -> None:
         """Give the optimizer its own method back."""
         vars(self._optimizer).pop("load_state_dict", None)
+        vars(self._optimizer).update(self._own)
 
 
 def _asked_by_dcp() -> bool:
