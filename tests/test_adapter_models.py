@@ -721,6 +721,21 @@ def test_an_export_names_the_base_that_was_given_or_that_the_model_was_loaded_fr
     assert config["base_model_name_or_path"] == written
 
 
+def test_a_full_disk_leaves_the_older_file_and_nothing_beside_it(tmp_path, monkeypatch):
+    model = nn.ModuleDict({"q": OverParamAdapter.from_linear(nn.Linear(8, 8), rank=2)})
+    save_adapters(model, tmp_path / "adapters.safetensors")
+    before = (tmp_path / "adapters.safetensors").read_bytes()
+
+    def full(tensors, file, metadata):
+        file.write_bytes(b"the beginning")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(OSError, match="no space"):
+        save_adapters(model, tmp_path / "adapters.safetensors")
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == {"adapters.safetensors": before}
+
+
 def test_folders_that_a_file_needs_are_made(tmp_path):
     model = net()
     add_adapters(model, "q_proj", rank=2)

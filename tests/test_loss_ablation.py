@@ -287,6 +287,19 @@ def test_shares_of_groups() -> None:
     assert decide(Budget(80, 1), budgeted(costs, scores)) == (set(), {0, 2, 4, 6, 7})
 
 
+def test_shares_that_pay_for_nothing_are_refused() -> None:
+    """Two groups of two: a share is a quarter or three quarters, and a matrix takes half of its group's."""
+    matrices = budgeted([10, 30] * 2, [1.0] * 4)
+    with pytest.raises(
+        ValueError, match=r"39 is shared out by per_group=True over 2 groups.*nothing.*at least 40, or drop"
+    ):
+        Budget(39, 1, per_group=True).attach(matrices)
+    Budget(40, 1, per_group=True).attach(matrices)
+    Budget(39, 1).attach(matrices)
+    assert decide(Budget(39, 1, per_group=True), matrices) == (set(), set())
+    assert len(decide(Budget(40, 1, per_group=True), matrices)[1]) == 2
+
+
 def test_a_budget_is_due_until_the_end() -> None:
     assert [step for step in range(-4, 14) if Budget(1, 4, until=8).due(step)] == [4, 8]
     assert [step for step in range(-4, 14) if Budget(1, 4, until=7).due(step)] == [4]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
-from tnadapt import OverParamAdapter, TrainedMatrix, find_lora_matrices
+from tnadapt import MPO, LoraOver, OverParamAdapter, TrainedMatrix, find_lora_matrices
 from tnadapt.matrices import canonical_name
 
 pytest.importorskip("peft")
@@ -288,3 +290,28 @@ def test_gradient_without_the_scale():
     assert matrix.gradient is parameter.grad
     matrix.grad_scale = torch.tensor(4.0)
     assert torch.equal(matrix.gradient, torch.full((2, 3), 2.0))
+
+
+@pytest.mark.parametrize("how", ["parametrization", "weight_norm", "pruned"])
+def test_a_weight_that_is_computed_from_others_is_not_left_out_in_silence(how):
+    layer = OverParamAdapter.from_linear(nn.Linear(12, 8), rank=4)
+    if how == "parametrization":
+        torch.nn.utils.parametrizations.weight_norm(layer.lora_A)
+    elif how == "weight_norm":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            torch.nn.utils.weight_norm(layer.lora_A)
+    else:
+        prune.random_unstructured(layer.lora_A, "weight", 0.5)
+    found, skipped = find_lora_matrices(nn.ModuleDict({"q": layer}))
+    assert list(found) == ["q.B"]
+    assert [(s.name, s.is_left_out) for s in skipped] == [("q.A", True)]
+    assert "computed from other parameters" in skipped[0].reason
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    with pytest.warns(UserWarning, match="^A: left as plain LoRA, since it is computed from other parameters"):
+        over = LoraOver(layer, optimizer, MPO(order=3))
+    for _ in range(2):
+        optimizer.zero_grad()
+        layer(torch.ones(2, 12)).square().sum().backward()
+        optimizer.step()
+    assert over.expanded == ("B",)

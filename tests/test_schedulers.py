@@ -27,6 +27,7 @@ from tnadapt import (
     TaylorRuntime,
     find_lora_matrices,
 )
+from tnadapt.finders import named_parameters
 from tnadapt.matrices import TrainedMatrix
 from tnadapt.schedulers import by_group, register_scheduler, round_sizes
 from tnadapt.schedulers.base import _SCHEDULERS
@@ -135,6 +136,29 @@ def test_scores_by_hand(reduction, average):
     if average:
         expected = {name: score / (2 if name in idle_at_2 else 3) for name, score in expected.items()}
     assert scheduler.scores() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("reduction", ["inner", "elementwise"])
+@pytest.mark.parametrize("kind", [TaylorRuntime, Budget])
+def test_kernels_of_convolutions_are_scored_and_expanded(kind, reduction):
+    """A parameter of more than two dimensions has one score, whatever its shape."""
+    torch.manual_seed(0)
+    model = nn.ModuleList([nn.Conv2d(4, 8, 3), nn.Conv2d(4, 8, (2, 3)), nn.Conv1d(4, 8, 3)])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    amount = {"top_n": 3, "split": 1} if kind is TaylorRuntime else {"added_parameters": 10**6, "decay": 0.0}
+    scheduler = kind(every=2, reduction=reduction, **amount)
+    over = LoraOver(model, optimizer, MPO(order=2), scheduler, matrices=named_parameters("weight"))
+    for _ in range(2):
+        optimizer.zero_grad()
+        sum(layer(torch.ones(1, 4, *[4] * (layer.weight.dim() - 2))).square().sum() for layer in model).backward()
+        optimizer.step()
+    assert set(over.expanded) == {"0.weight", "1.weight", "2.weight"}
+    steps = 2 if kind is TaylorRuntime else 1
+    expected = {}
+    for k, layer in enumerate(model):
+        product = (layer.weight.detach() * layer.weight.grad).flatten()
+        expected[f"{k}.weight"] = steps * abs(float((product if reduction == "inner" else product.abs()).sum()))
+    assert scheduler.scores() == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_highest_scores_of_each_group_are_chosen():
@@ -359,6 +383,36 @@ def test_a_scheduler_serves_one_run(steps):
     run(scheduler, matrices, steps)
     with pytest.raises(ValueError, match=f"has {steps // 2} of 2 rounds behind it"):
         scheduler.attach(matrices)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: TaylorRuntime(top_n=1, split=2, every=2), lambda: Budget(added_parameters=10**4, every=2)]
+)
+def test_a_scheduler_that_keeps_a_state_serves_one_run_at_a_time(make):
+    """Two that observe through it would add up their scores and share its rounds."""
+
+    def attached(scheduler):
+        model = Layers(2)
+        return LoraOver(model, torch.optim.SGD(model.parameters(), lr=0.1), MPO(order=3), scheduler)
+
+    scheduler = make()
+    first = attached(scheduler)
+    with pytest.raises(
+        ValueError, match=r"decides for a LoraOver that is attached to another optimizer; .* make a new one"
+    ):
+        attached(scheduler)
+    assert first.attached
+    first.detach()
+    assert attached(scheduler).attached
+    # the last one is garbage now, though its hooks make a cycle
+    assert attached(scheduler).attached
+
+
+def test_a_scheduler_without_a_state_serves_many():
+    scheduler = Static()
+    models = [Layers(1) for _ in range(2)]
+    overs = [LoraOver(m, torch.optim.SGD(m.parameters(), lr=0.1), MPO(order=3), scheduler) for m in models]
+    assert all(over.attached for over in overs)
 
 
 @pytest.mark.parametrize("average", [False, True])

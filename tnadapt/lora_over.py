@@ -33,6 +33,7 @@ from tnadapt.engine import (
     check_scheduler,
     check_switches,
     checked_choice,
+    checked_names,
     is_elementwise,
     ranks,
     shown,
@@ -149,8 +150,14 @@ class LoraOver:
         if handover not in HANDOVERS:
             raise ValueError(f"handover={handover!r} is unknown; choose one of {', '.join(HANDOVERS)}")
         found, skipped = collect(model, matrices, groups)
+        mine = {id(matrix.parameter) for matrix in found.values()}
+        others = _find_attached(
+            lambda other: other.optimizer is inner or any(id(m.parameter) in mine for m in other.matrices.values())
+        )
+        for other in others:
+            # one whose step died inside the optimizer has its cores there still
+            other.recover()
         check_matrices(model, found, skipped, inner)
-        others = _find_attached(found, inner)
         if others and not replace:
             raise ValueError(
                 "a LoraOver is attached to these matrices, or to this optimizer, already; call its fold() or detach() "
@@ -159,8 +166,14 @@ class LoraOver:
             )
         check_rates(inner, core_lr, core_weight_decay, max_update, matched)
         assign_factorizations(found, factorization)
+        if scheduler.state_dict() and _find_attached(lambda o: o.scheduler is scheduler and o not in others):
+            raise ValueError(
+                f"{scheduler.label} decides for a LoraOver that is attached to another optimizer; what it has seen there would be "
+                "mixed with what it sees here: make a new one for each, or detach() that LoraOver first"
+            )
         scheduler.attach(found)
-        chosen = checked_choice(scheduler.select(0, found), found, scheduler)
+        chosen = checked_names(scheduler.select(0, found), f"what {scheduler.label} selected")
+        chosen = checked_choice(chosen, found, scheduler)
         for other in others:
             other.detach()
         left_out = [s for s in skipped if s.is_left_out]
@@ -219,7 +232,7 @@ class LoraOver:
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: settings that cannot be rebuilt and are not among `options`.
+            ValueError: not the settings of a run, or some that cannot be rebuilt and are not among `options`.
         """
         if not isinstance(config, Mapping):
             file = Path(config)
@@ -233,12 +246,20 @@ class LoraOver:
             raise ValueError(
                 f"{shown(custom)} was a function of the other run, which a file cannot keep: pass it to from_config"
             )
+        missing = [name for name in ("factorization", "scheduler") if name not in settings]
+        if missing:
+            raise ValueError(
+                f"the config has no {' and no '.join(missing)}; give what config() gave, or a tnadapt.json"
+            )
         chosen, scheduler = settings.pop("factorization"), settings.pop("scheduler")
         if "factorization" not in options:
             one = "type" in chosen
             rebuilt = {name: Factorization.from_dict(entry) for name, entry in ({} if one else chosen).items()}
-            options["factorization"] = Factorization.from_dict(chosen) if one else lambda matrix: rebuilt[matrix.name]
-        options.setdefault("scheduler", Scheduler.from_dict(scheduler))
+            options["factorization"] = (
+                Factorization.from_dict(chosen) if one else lambda matrix: rebuilt.get(matrix.name)
+            )
+        if "scheduler" not in options:
+            options["scheduler"] = Scheduler.from_dict(scheduler)
         return cls(model, optimizer, **{**settings, **options})
 
     def config(self) -> dict[str, Any]:
@@ -326,11 +347,12 @@ class LoraOver:
             names: the matrices to fold; training through the other cores goes on. None for all, which ends it.
 
         Raises:
+            TypeError: something else than names.
             ValueError: a name that is not expanded.
         """
         if self._step is not None:
             self._step.recover()
-        chosen = list(self.expanded if names is None else names)
+        chosen = list(self.expanded) if names is None else checked_names(names, "names")
         unknown = [name for name in chosen if name not in self.expanded]
         if unknown:
             raise ValueError(f"cannot fold {', '.join(unknown[:5])}: not expanded; expanded are {shown(self.expanded)}")
@@ -522,6 +544,8 @@ class _WrappedLoading:
         after: Callable[[Any], None],
     ) -> None:
         self._optimizer = optimizer
+        # somebody else may have put one on this very optimizer
+        self._own = {name: method for name, method in vars(optimizer).items() if name == "load_state_dict"}
         original = optimizer.load_state_dict
 
         def load_state_dict(state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> None:
@@ -533,6 +557,7 @@ class _WrappedLoading:
     def remove(self) -> None:
         """Give the optimizer its own method back."""
         vars(self._optimizer).pop("load_state_dict", None)
+        vars(self._optimizer).update(self._own)
 
 
 def _asked_by_dcp() -> bool:
@@ -552,17 +577,8 @@ def _refuse_copy(memo: Any) -> Any:
     )
 
 
-def _find_attached(matrices: Mapping[str, TrainedMatrix], optimizer: torch.optim.Optimizer) -> list[LoraOver]:
-    """Those that are attached to one of the matrices or to the optimizer."""
-    mine = {id(matrix.parameter) for matrix in matrices.values()}
-
-    def found() -> list[LoraOver]:
-        return [
-            other
-            for other in _attached
-            if other.optimizer is optimizer or mine & {id(matrix.parameter) for matrix in other.matrices.values()}
-        ]
-
-    if found():
+def _find_attached(wanted: Callable[[LoraOver], bool]) -> list[LoraOver]:
+    """Those among the attached that are wanted."""
+    if any(map(wanted, _attached)):
         gc.collect()  # hooks make a cycle: one whose optimizer is gone may still be waiting for the collector
-    return found()
+    return [other for other in _attached if wanted(other)]

@@ -31,7 +31,7 @@ class _Weight(NamedTuple):
     active: bool
     side: str
     linear: nn.Module
-    weight: nn.Parameter
+    weight: Any  # a Parameter, but for one that is computed from others
     obstacle: str | None  # why it is not a matrix of a linear layer
     factorization: Factorization | None = None  # of the adapter's own
 
@@ -248,6 +248,9 @@ def _weight_of(path: str, adapter: str, active: bool, side: str, layer: nn.Modul
     weight = getattr(layer, "weight", None)
     if isinstance(weight, nn.Parameter):
         reason = None if isinstance(layer, nn.Linear) else f"it belongs to a {type(layer).__name__}, not a linear layer"
+        yield _Weight(path, adapter, active, side, layer, weight, reason)
+    elif isinstance(weight, Tensor):
+        reason = "it is computed from other parameters (a parametrization, a weight norm, pruning)"
         yield _Weight(path, adapter, active, side, layer, weight, reason)
 
 

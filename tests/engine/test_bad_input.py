@@ -287,6 +287,23 @@ def test_folding_what_is_not_expanded(names):
         over.fold(names)
 
 
+def test_folding_one_name_without_a_list():
+    model, optimizer, over = started()
+    with (
+        Kept(model, optimizer, over),
+        pytest.raises(TypeError, match=r"names is 'experts\.0\.A'; give names of matrices in a list"),
+    ):
+        over.fold("experts.0.A")
+    with Kept(model, optimizer, over), pytest.raises(TypeError, match="names has 3 among the names"):
+        over.fold(["experts.0.A", 3])
+
+
+def test_folding_a_name_twice_folds_it_once():
+    _, _, over = started()
+    assert over.fold(["experts.0.A", "experts.0.A"]).folded == ("experts.0.A",)
+    assert over.history[-1].names == ("experts.0.A",)
+
+
 @pytest.mark.parametrize("order", [1, 0, -2, 2.0, True, "3"])
 def test_order_below_two(order):
     with pytest.raises(ValueError, match=r"order=.*at least 2"):
@@ -381,6 +398,10 @@ def test_scheduler_that_names_strangers_at_once():
         (Naming(3, ("experts.1.A",), fold=("experts.2.A",)), ValueError, "released experts.2.A, which is not expanded"),
         (Naming(3, fold=("experts.0.A",), expand=("nobody.A",)), ValueError, "selected nobody.A"),
         (Naming(3, error=ZeroDivisionError("in select")), ZeroDivisionError, "in select"),
+        (Naming(3, "experts.1.A"), TypeError, "what Naming selected is 'experts.1.A'; give names"),
+        (Naming(3, None), TypeError, "what Naming selected is None; give names"),
+        (Naming(3, fold=None), TypeError, "what Naming released is None; give names"),
+        (Naming(3, (["experts.1.A"],)), TypeError, "what Naming selected has a list among the names"),
     ],
 )
 def test_scheduler_that_goes_wrong_in_mid_run(scheduler, error, said):
@@ -522,6 +543,21 @@ def test_parameters_that_the_optimizer_lost():
     old = model.experts[0].lora_A.weight
     model.experts[0].lora_A.weight = nn.Parameter(old.detach().clone())
     with pytest.raises(RuntimeError, match=r"parameter of experts\.0\.A any more.*Make a new optimizer"):
+        optimizer.step()
+    assert over.step == 2
+
+
+@pytest.mark.parametrize("expanded", [True, False])
+def test_parameters_that_were_taken_out_of_the_groups(expanded):
+    """Nobody has replaced them: the way out is another one."""
+    model, optimizer, over = started()
+    if not expanded:
+        over.fold(["experts.0.A"])
+    (group,) = optimizer.param_groups
+    group["params"] = [p for p in group["params"] if p is not model.experts[0].lora_A.weight]
+    with pytest.raises(
+        RuntimeError, match=r"experts\.0\.A was taken out of the optimizer's groups.*requires_grad_\(False\)"
+    ):
         optimizer.step()
     assert over.step == 2
 

@@ -416,6 +416,26 @@ def test_what_is_trained_goes_on_when_the_model_is_converted(
     assert {(float(state["step"]), state["step"].dtype) for state in states} == {(5.0, torch.float32)}
 
 
+@pytest.mark.parametrize("loaded", [False, True])
+@pytest.mark.parametrize("new", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_model_that_is_converted_after_its_last_step_was_not_edited(new: torch.dtype, loaded: bool) -> None:
+    """It holds what the cores fold to, rounded; what is written into it then is an edit."""
+    layer, _, over = trained()
+    if loaded:
+        over.load_state_dict(copy.deepcopy(over.state_dict()))
+    layer.to(new)
+    assert over.changed_outside() == ()
+    kept = layer.lora_B.weight.detach().clone()
+    with torch.no_grad():
+        layer.lora_B.weight[1, 2] += 1
+    assert over.changed_outside() == ("B",)
+    with torch.no_grad():
+        layer.lora_B.weight.copy_(kept)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        over.fold()
+
+
 def test_asked_in_inference_mode() -> None:
     layer, optimizer, over = trained()
     other = OverParamAdapter.from_linear(nn.Linear(12, 12), rank=4, alpha=8)

@@ -616,6 +616,20 @@ def test_attaching_again_where_the_handle_is_lost() -> None:
     assert (over.step, again.step) == (0, 1)
 
 
+@pytest.mark.parametrize("anew", [True, False])
+def test_attaching_again_after_a_step_that_died(anew: bool) -> None:
+    """As where a cell of a notebook was interrupted: the optimizer has the cores still, in place of the matrices."""
+    model, optimizer, over, _ = died()
+    new = Dies(trainable(model), lr=1e-2) if anew else optimizer
+    with pytest.raises(ValueError, match=r"attached .* already"):
+        LoraOver(model, new, MPO(order=3))
+    again = LoraOver(model, new, MPO(order=3), replace=True)
+    assert not over.attached
+    step_through(model, new)
+    assert (again.step, len(again.expanded)) == (1, 4)
+    assert [len(group["params"]) for group in optimizer.param_groups] == [4]
+
+
 def test_attaching_again_where_optimizer_and_handle_are_gone() -> None:
     """They refer to each other, and may wait for Python's collector, which is not to be waited for."""
     model = adapters(12)

@@ -395,6 +395,41 @@ def test_detach():
     LoraOver(model, optimizer, SVD()).fold()
 
 
+def test_methods_that_were_put_on_the_optimizer_before_are_put_back():
+    """As by code that counts calls; torch's own schedules replace `step` in the same way."""
+
+    class Own(torch.optim.SGD):
+        def load_state_dict(self, state_dict):
+            super().load_state_dict(state_dict)
+
+    model = Experts()
+    optimizer = Own(trainable(model), lr=0.1)
+    called = []
+
+    def counted(name):
+        original = getattr(optimizer, name)
+
+        def call(*args, **kwargs):
+            called.append(name)
+            return original(*args, **kwargs)
+
+        return call
+
+    names = ["zero_grad", "register_step_pre_hook", "load_state_dict"]
+    for name in names:
+        setattr(optimizer, name, counted(name))
+    kept = {name: vars(optimizer)[name] for name in names}
+    over = LoraOver(model, optimizer, MPO(order=3))
+    optimizer.zero_grad()
+    assert "zero_grad" in called
+    over.fold()
+    assert {name: vars(optimizer)[name] for name in names} == kept
+    called.clear()
+    optimizer.zero_grad()
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert called == ["zero_grad", "load_state_dict"]
+
+
 def test_other_parameters_are_stepped_as_ever():
     """Heads and norms that train beside LoRA."""
     runs = []

@@ -37,7 +37,7 @@ def test_factorizations_keep_the_laws(name: str) -> None:
         TaylorRuntime(3, 2, 4),
         TaylorRuntime(3, 3, 2, reduction="elementwise", average=True, reset=True, expand_after_update=True),
         Budget(40, 3),
-        Budget(60, 2, decay=0.5, margin=1.0, per_group=True),
+        Budget(110, 2, decay=0.5, margin=1.0, per_group=True),
     ],
     ids=repr,
 )

@@ -166,6 +166,12 @@ def make_scheduler(setting: Setting, model: nn.Module, factorization: Any) -> An
         if not costs:
             return tnadapt.Static()
         options["added_parameters"] = max(min(costs), int(options.pop("fraction") * sum(costs)))
+        if options.get("per_group"):
+            # enough for one matrix in one group
+            groups = tnadapt.schedulers.by_group(matrices).values()
+            shares = [[c for m in members if (c := factorization.added_parameters(m.shape)) > 0] for members in groups]
+            least = min(-(-min(own) * sum(costs) // sum(own)) for own in shares if own)
+            options["added_parameters"] = max(least, options["added_parameters"])
     schedulers: Any = tnadapt.schedulers
     return getattr(schedulers, setting.scheduler.name)(**options)
 

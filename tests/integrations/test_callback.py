@@ -13,7 +13,7 @@ import torch
 from peft import PeftModel
 from transformers import Trainer, TrainerCallback
 
-from tnadapt import LoraOver, Static, TaylorRuntime
+from tnadapt import LoraOver, Scheduler, Static, TaylorRuntime
 from tnadapt.integrations.transformers import LoraOverCallback, checkpoint_fault, last_complete_checkpoint
 
 from .tiny import (
@@ -424,6 +424,29 @@ def test_it_needs_lora(tmp_path: Path) -> None:
     trainer = Trainer(base_model(), arguments(tmp_path), train_dataset=dataset(), callbacks=[callback()])
     with pytest.raises(ValueError, match="no LoRA matrices"):
         trainer.train()
+
+
+class Chosen(Scheduler):
+    """Expands what a function chooses."""
+
+    def __init__(self, choose: Any) -> None:
+        self.choose = choose
+
+    def select(self, step: int, matrices: Any) -> list[str]:
+        return [name for name in matrices if step == 0 and self.choose(name)]
+
+
+@pytest.mark.parametrize("attached", [False, True])
+def test_settings_that_no_file_can_keep_are_said_before_the_first_step(tmp_path: Path, attached: bool) -> None:
+    """And not when the first checkpoint is written, or at the end."""
+    options = {"factorization": mpo(), "scheduler": Chosen(lambda name: True)}
+    trainer = trainer_with(tmp_path, LoraOverCallback(**{} if attached else options), **SAVING)
+    if attached:
+        trainer.create_optimizer()
+        LoraOver(trainer.model, trainer.optimizer, **options)
+    with pytest.raises(TypeError, match=r"choose=.* of Chosen is no JSON data; the class needs a to_dict of its own"):
+        trainer.train()
+    assert trainer.state.global_step == 0
 
 
 # -- TRL --------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from transformers import Trainer, TrainerCallback
 
-from tnadapt import MPO, LoraOver, Static, TaylorRuntime
+from tnadapt import MPO, LoraOver, Scheduler, Static, TaylorRuntime
 from tnadapt.card import save_card
 from tnadapt.integrations.transformers import LoraOverCallback, LoraOverOptimizer, create_loraover_optimizer
 
@@ -247,6 +248,34 @@ def test_functions_have_to_be_given_again() -> None:
         LoraOver.from_config(other, optimizer, over.config())
     again = LoraOver.from_config(other, optimizer, over.config(), groups=lambda matrix: matrix.kind)
     assert {m.group for m in again.matrices.values()} == {"A", "B"}
+
+
+def test_settings_of_a_run_on_another_model_or_of_no_run_are_named() -> None:
+    model = lora_model()
+    optimizer = torch.optim.AdamW(lora_parameters(model))
+    over = LoraOver(model, optimizer, {r"\.A$": MPO(order=3), "": MPO(order=4)})
+    config = over.config()
+    over.detach()
+    name = next(iter(over.matrices))
+    del config["factorization"][name]
+    with pytest.raises(ValueError, match=f"{re.escape(name)} has no factorization: pass one"):
+        LoraOver.from_config(model, optimizer, config)
+    with pytest.raises(ValueError, match="the config has no factorization and no scheduler; give what config"):
+        LoraOver.from_config(model, optimizer, {"steps": 3})
+
+
+def test_what_is_given_again_need_not_be_rebuilt() -> None:
+    class Unknown(Scheduler):
+        def select(self, step: int, matrices: Any) -> list[str]:
+            return list(matrices) if step == 0 else []
+
+    model = lora_model()
+    optimizer = torch.optim.AdamW(lora_parameters(model))
+    config = LoraOver(model, optimizer, mpo(), Unknown()).config()
+    with pytest.raises(ValueError, match="Unknown"):
+        LoraOver.from_config(model, optimizer, config, replace=True)
+    given = Unknown()
+    assert LoraOver.from_config(model, optimizer, config, scheduler=given, replace=True).scheduler is given
 
 
 def test_a_card_needs_its_folder(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,10 +13,50 @@ import torch
 from engine.models import base_llama, loss_of, tokens
 from torch import nn
 
-from tnadapt import MPO, LoraOver, TaylorRuntime
+from tnadapt import MPO, LoraOver, OverParamAdapter, TaylorRuntime
 
 from .conftest import needs_cuda
 from .models import adamw, attached, inputs, largest_difference, net, train, trainable, values
+from .pretended import Pretended, a_gpu, moved
+
+# -- after the last step ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_a_model_that_is_moved_after_its_last_step_is_folded_where_it_is(device: str, loaded: bool) -> None:
+    """As `model.cpu()` before the adapter is saved."""
+    model = net(device)
+    optimizer = adamw(trainable(model))
+    over = attached(model, optimizer)
+    train(model, optimizer, range(1, 6))
+    assert over.expanded
+    if loaded:
+        over.load_state_dict(copy.deepcopy(over.state_dict()))
+    model.cpu()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        over.fold()
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_a_matrix_that_is_moved_from_a_pretended_gpu_is_compared_with_what_its_cores_fold_to(loaded: bool) -> None:
+    layer = OverParamAdapter.from_linear(nn.Linear(12, 12), rank=4)
+    with a_gpu():
+        moved(layer)
+        optimizer = torch.optim.SGD([layer.lora_A.weight, layer.lora_B.weight], lr=1e-3)
+        over = LoraOver(layer, optimizer, MPO(order=3))
+        for matrix in over.matrices.values():
+            matrix.parameter.grad = Pretended(torch.ones(matrix.shape))
+        optimizer.step()
+        if loaded:
+            over.load_state_dict(over.state_dict())
+        for matrix in over.matrices.values():
+            # torch keeps the object and exchanges its data, which one that is pretended cannot do
+            matrix.parameter = nn.Parameter(matrix.parameter.detach().cpu())
+        assert over.changed_outside() == ()
+        over.matrices["A"].parameter[1, 2] += 1
+        assert over.changed_outside() == ("A",)
+
 
 # -- expansion --------------------------------------------------------------------------------------------------------
 

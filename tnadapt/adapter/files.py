@@ -27,8 +27,13 @@ def write_tensors(file: str | Path, tensors: Mapping[str, Tensor], kind: str, ab
     header = {"format": kind, "version": _VERSION, "about": json.dumps(dict(about))}
     # clones, because safetensors refuses tensors that share memory
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    save_file(plain, half, metadata=header)
-    half.replace(file)
+    try:
+        save_file(plain, half, metadata=header)
+        half.replace(file)
+    except BaseException:
+        # on a full disk, what was written of it would stay in the way of another attempt
+        half.unlink(missing_ok=True)
+        raise
 
 
 def read_tensors(file: str | Path, kind: str | None) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -25,6 +25,7 @@ __all__ = [
     "check_scheduler",
     "check_switches",
     "checked_choice",
+    "checked_names",
     "checked_release",
     "is_elementwise",
     "lost",
@@ -272,8 +273,17 @@ def _why_none(model: nn.Module, skipped: Sequence[Skipped]) -> str:
     return ": add adapters first, with peft.get_peft_model or OverParamAdapter.from_linear"
 
 
-def lost(matrix: TrainedMatrix) -> str:
-    """What to say of a matrix whose parameter the optimizer does not hold any more."""
+def lost(matrix: TrainedMatrix, taken_out: bool = False) -> str:
+    """What to say of a matrix whose parameter the optimizer does not hold any more.
+
+    Args:
+        taken_out: whether it is the parameter that the optimizer held at the attachment.
+    """
+    if taken_out:
+        return (
+            f"the parameter of {matrix.name} was taken out of the optimizer's groups after LoraOver was attached. Leave it there "
+            "and freeze it, with requires_grad_(False) and no gradient, or attach LoraOver anew to what is to be trained"
+        )
     return (
         f"the optimizer does not hold the parameter of {matrix.name} any more: it was replaced after LoraOver was attached "
         "(load_adapter with low_cpu_mem_usage=True does that). Make a new optimizer of the model's present parameters and "
@@ -294,10 +304,23 @@ def require_same_place(matrix: TrainedMatrix, parameter: nn.Parameter, held: boo
             "model as it is trained"
         )
     if not held:
-        raise RuntimeError(lost(matrix))
+        raise RuntimeError(lost(matrix, taken_out=parameter is matrix.parameter))
 
 
 # -- what a scheduler chose -------------------------------------------------------------------------------------------
+
+
+def checked_names(names: object, what: str) -> list[str]:
+    """Names, each once and in their order; TypeError for anything else. A text is one name, and not the names of its letters."""
+    if isinstance(names, str) or not isinstance(names, Iterable):
+        raise TypeError(f"{what} is {_described(names)}; give names of matrices in a list, such as ['q_proj.A']")
+    listed = list(names)
+    for name in listed:
+        if not isinstance(name, str):
+            raise TypeError(
+                f"{what} has {_described(name)} among the names; give those of matrices, such as 'q_proj.A'"
+            )
+    return list(dict.fromkeys(listed))
 
 
 def checked_choice(chosen: Iterable[str], matrices: Mapping[str, TrainedMatrix], scheduler: Scheduler) -> list[str]:

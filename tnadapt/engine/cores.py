@@ -436,9 +436,11 @@ class Cohort:
         if any(hasattr(p, "full_tensor") for p in parameters):
             return self._edited_shards()
         present = self._rows(parameters)
-        if torch.equal(present, self.written):
+        # a model that was moved or converted since the last step (model.cpu(), model.half()) holds the same
+        written = self.written.to(present.device, present.dtype)
+        if torch.equal(present, written):
             return None
-        return (present != self.written).any(1)
+        return (present != written).any(1).to(self.key.device)
 
     def _edited_shards(self) -> Tensor | None:
         assert self.written is not None
@@ -454,9 +456,10 @@ class Cohort:
         # cores. Writing rounds every entry once in the dtype of the matrix.
         many = len(self.key.fused_shapes) * (64 if folded.dtype == torch.float64 else 4)
         bound = torch.finfo(folded.dtype).eps * many * folded.abs().amax(1, keepdim=True)
-        if self.key.matrix_dtype != folded.dtype:
-            bound = bound + torch.finfo(self.key.matrix_dtype).eps * folded.abs()
-        present = ranks.stack_rows(self.parameters if whole is None else whole)
+        # the model may have been moved or converted since, see `_differs`
+        present = ranks.stack_rows(self.parameters if whole is None else whole).to(folded.device)
+        if present.dtype != folded.dtype:
+            bound = bound + torch.finfo(present.dtype).eps * folded.abs()
         agrees = ((present.to(folded.dtype) - folded).abs() <= bound).all(1)  # NaN does not agree
         self.written = torch.where(agrees[:, None], present, folded.to(present.dtype))
         return None if bool(agrees.all()) else ~agrees

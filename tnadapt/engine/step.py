@@ -40,7 +40,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from tnadapt.engine import ranks
-from tnadapt.engine.checks import checked_choice, checked_release, require_same_place, shown
+from tnadapt.engine.checks import checked_choice, checked_names, checked_release, require_same_place, shown
 from tnadapt.engine.cores import Cohort, Piece, raise_nonfinite
 from tnadapt.engine.expanded import Expanded, Roster
 from tnadapt.engine.owners import Exchange
@@ -53,6 +53,8 @@ __all__ = ["CoreRates", "Step"]
 _LOOK_EVERY = 50
 #: group entries that an optimizer may rewrite without keeping state in them
 _MAY_CHANGE = frozenset({"params", "lr", "capturable", "foreach", "fused"})
+#: methods of the optimizer that are replaced while it is attached to
+_METHODS = ("register_step_pre_hook", "zero_grad")
 #: where torch runs the hooks of a step
 _HOOKS_FILE = torch.optim.Optimizer.profile_hook_step.__code__.co_filename
 
@@ -176,6 +178,8 @@ class Step:
             return handle
 
         original = optimizer.zero_grad
+        #: methods that somebody else had put on this very optimizer
+        self._methods = {name: vars(optimizer)[name] for name in _METHODS if name in vars(optimizer)}
 
         @wraps(original)
         def zero_grad(set_to_none: bool = True) -> None:
@@ -200,8 +204,9 @@ class Step:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        for name in ("register_step_pre_hook", "zero_grad"):
+        for name in _METHODS:
             vars(self.optimizer).pop(name, None)
+        vars(self.optimizer).update(self._methods)
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def _before(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -459,7 +464,8 @@ class Step:
         matrices, scheduler = self.expanded.matrices, self.scheduler
 
         def choose() -> tuple[list[str], list[str]]:
-            return list(scheduler.release(step, matrices)), list(scheduler.select(step, matrices))
+            released = checked_names(scheduler.release(step, matrices), f"what {scheduler.label} released")
+            return released, checked_names(scheduler.select(step, matrices), f"what {scheduler.label} selected")
 
         if self._distributed:
             released, chosen = ranks.choice_of_first(choose, scheduler.label, step, self.expanded.process_group)

@@ -28,7 +28,7 @@ except ImportError as error:
     ) from error
 
 from tnadapt.assignment import FactorizationArgument
-from tnadapt.card import save_card
+from tnadapt.card import describe, save_card
 from tnadapt.integrations.checkpoints import (
     OPTIMIZER_FILE,
     OWN_FILE,
@@ -159,6 +159,8 @@ class LoraOverCallback(TrainerCallback):  # type: ignore[misc]
     Raises:
         ValueError, FileNotFoundError: the checkpoint is damaged or incomplete, belongs to another adapter, or was saved
             without `LoraOver`. Raised before the first step; with `resume_from`, when the trainer is made.
+        TypeError: a factorization or scheduler of one's own has settings that `tnadapt.json` cannot keep. Raised before the first
+            step.
     """
 
     def __init__(
@@ -198,6 +200,8 @@ class LoraOverCallback(TrainerCallback):  # type: ignore[misc]
             self._attach(model, optimizer)
         self._resume_from, self.report = None, None
         assert self.over is not None
+        # settings that no file can keep are an error now, and not when the first checkpoint is written
+        describe(self.over)
         if saved is not None:
             self._load(saved, folder)
         first = self.over.scheduler.first_step()

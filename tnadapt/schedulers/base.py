@@ -33,7 +33,8 @@ class Scheduler(ABC):
     5. Equal schedulers that see the same matrices name the same: ranks must agree.
     6. `from_dict(to_dict())` is a scheduler with the same settings.
 
-    A subclass keeps every argument of its `__init__` as an attribute of the same name, for `repr` and `to_dict`.
+    A subclass keeps every argument of its `__init__` as an attribute of the same name, for `repr` and `to_dict`. One whose
+    `state_dict` is not empty serves one `LoraOver` at a time.
 
     Attributes:
         after_update: whether the matrices that are selected at step t are expanded after the update of that step, as in

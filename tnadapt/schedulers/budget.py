@@ -76,6 +76,18 @@ class Budget(Scheduler):
                 f"Budget: added_parameters={self.added_parameters} is less than the cheapest matrix adds "
                 f"({min(costs)}); raise it to at least that"
             )
+        shares = [
+            (share, [m.added_parameters for m in some if m.added_parameters > 0])
+            for share, some in self._shares(matrices)
+        ]
+        if not any(min(its) <= share for share, its in shares if its):
+            # the share of a group is rounded down
+            enough = min(-(-min(its) * sum(costs) // sum(its)) for _, its in shares if its)
+            raise ValueError(
+                f"Budget: added_parameters={self.added_parameters} is shared out by per_group=True over {len(shares)} groups, and no "
+                f"share pays for the cheapest matrix of its group, so that nothing would ever be expanded; raise it to at least {enough}, or drop "
+                "per_group"
+            )
 
     def due(self, step: int) -> bool:
         return step > 0 and step % self.every == 0 and (self.until is None or step <= self.until)

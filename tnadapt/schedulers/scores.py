@@ -40,7 +40,8 @@ def taylor_scores(matrices: Iterable[TrainedMatrix], reduction: str) -> dict[str
         gradients = torch.stack([g for m in members if (g := m.gradient) is not None])
         wide = torch.promote_types(weights.dtype, torch.float32)
         products = weights.to(wide) * gradients.to(wide)
-        sums = products.abs().sum((1, 2)) if reduction == "elementwise" else products.sum((1, 2))
+        entries = tuple(range(1, products.dim()))  # a kernel of a convolution has more than two dimensions
+        sums = products.abs().sum(entries) if reduction == "elementwise" else products.sum(entries)
         if hasattr(sums, "full_tensor"):
             sums = _of_all_shards(sums)
         scores.update(zip((m.name for m in members), sums.abs().unbind(0), strict=True))
