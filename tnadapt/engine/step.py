@@ -407,7 +407,6 @@ class Step:
                 "fresh optimizer state for the cores",
                 stacklevel=2,
             )
-            self._exchange.forget(names)
             self.expanded.drop(names)
             self.expanded.expand(names, fresh=True)
         return names
@@ -473,7 +472,6 @@ class Step:
             released, chosen = choose()
         released = checked_release(released, matrices, scheduler)
         if released:
-            self._exchange.forget(released)
             self.expanded.drop(released)
             self.expanded.record(step, "fold", released)
         chosen = checked_choice(chosen, matrices, scheduler)
@@ -766,8 +764,10 @@ class Step:
     # -- the optimizer's own state of the matrices --------------------------------------------------------------------
 
     def forget(self, names: Iterable[str]) -> None:
-        """Drop the optimizer's own state entries of these matrices, which have or had cores: they are from before the
-        expansion, except where the optimizer has stepped the matrices all along."""
+        """Drop what is known of these matrices, which have or had cores: what their owners sent of them last, and the optimizer's own
+        state, which is from before the expansion except where the optimizer has stepped the matrices all along."""
+        names = list(names)
+        self._exchange.forget(names)
         if not self.rates.matched:
             for name in names:
                 self.optimizer.state.pop(self.expanded.matrices[name].parameter, None)
