@@ -14,19 +14,28 @@ trained on.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from embedded.word_problems import generate
 from support.benchmark import ExactMatch
 from support.command_line import main
-from support.config import EMBEDDED
-from support.config import GenerationConfig as Config
+from support.config import EMBEDDED, GenerationConfig, option
 from support.evaluation import prompts
 from support.evaluation.records import read_records
 from support.recipe import Recipe, Record
 from support.records import hold_out, local_file
 
 COLUMNS: dict[str, type] = {"prompt": str, "answer": str}
+
+
+@dataclass(frozen=True)
+class Config(GenerationConfig):
+    """The settings of a recipe that generates; the defaults are the laptop preset."""
+
+    data: str = option(EMBEDDED, "what to train on: embedded, or a local folder or file of prompts and answers")
+
+
 PRESETS = {"laptop": Config()}
 
 

@@ -142,7 +142,9 @@ def result_table(results: Sequence[Result], measure: str, beside: Beside | None 
             f" Tuned elsewhere: LoRA as others measured it, not in every detail alike: {'; '.join(map(str, beside.elsewhere))}. "
             "Where the paper's LoRA, or the one here, is far below, a gain over it may be its learning rate's."
         )
-    return Table(measure, columns, rows, caption)
+    # why figures are missing, and what to do for them
+    notes = dict.fromkeys(filter(None, (result.get("note") for result in results)))
+    return Table(measure, columns, rows, " ".join([caption, *notes]))
 
 
 def write_report(result: Result, folder: Path, measure: str) -> None:

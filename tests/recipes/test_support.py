@@ -169,6 +169,8 @@ def test_our_seeds_rates_and_grid_the_papers_figures_and_others_lora_have_a_colu
     )
     assert {cells["base model"][name] for name in ("rates tried", "paper's %", "tuned elsewhere %")} == {"–"}
     assert "59.3 in A Paper, table 1 (rate tuned; the best method there has 60.4)" in table.caption
+    noted = [{**row_of("LoRA", "lora", 0.02), "note": "Nothing is scored: add --execute."}] * 2
+    assert results.result_table(noted, "share").caption.count("Nothing is scored: add --execute.") == 1
     plain = results.result_table(found, "share")
     assert not {"rates tried", "paper's %", "tuned elsewhere %"} & {*plain.columns}
 
