@@ -84,7 +84,7 @@ def result_table(results: Sequence[Result], measure: str, beside: Beside | None 
         "method",
         *(FIGURES[name][0] for name in figures),
         "format",
-        "loss",
+        "train loss",
         "lr",
         "core lr",
         "trained",
