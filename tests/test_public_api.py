@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
+import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -172,7 +175,40 @@ def test_other_settings_of_the_scheduler_are_said_on_resume() -> None:
     state = copy.deepcopy(over.state_dict())
     over.detach()
     again = tnadapt.LoraOver(model, optimizer, tnadapt.MPO(order=3), tnadapt.Static())
-    with pytest.warns(UserWarning, match="was saved with scheduler Static.*this run has Static"):
+    with pytest.warns(UserWarning, match=r"was saved with scheduler Static\('.*, this run has scheduler Static\(\):"):
+        again.load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("saved", "resumed", "said"),
+    [
+        ({"matched": True}, {}, "saved with matched True, this run has matched False:"),
+        ({}, {"max_update": 2.0}, "saved with max_update None, this run has max_update 2.0:"),
+        (
+            {"core_lr": 0.1, "core_weight_decay": 0.1},
+            {"core_lr": 0.2},
+            "saved with core_lr 0.1, core_weight_decay 0.1, this run has core_lr 0.2, core_weight_decay None:",
+        ),
+        ({}, {"handover": "restart"}, "saved with handover warm, this run has handover restart:"),
+    ],
+)
+def test_other_settings_of_the_cores_are_said_on_resume(
+    saved: dict[str, Any], resumed: dict[str, Any], said: str
+) -> None:
+    model, _, over = attach()
+    optimizer = over.optimizer
+    over.detach()
+    over = tnadapt.LoraOver(model, optimizer, tnadapt.MPO(order=3), tnadapt.Static(), **saved)
+    step(model, optimizer)
+    state = copy.deepcopy(over.state_dict())
+    over.detach()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        same = tnadapt.LoraOver(model, optimizer, tnadapt.MPO(order=3), tnadapt.Static(), **saved)
+        same.load_state_dict(state)
+        same.detach()
+    again = tnadapt.LoraOver(model, optimizer, tnadapt.MPO(order=3), tnadapt.Static(), **resumed)
+    with pytest.warns(UserWarning, match=re.escape(said)):
         again.load_state_dict(state)
 
 

@@ -679,7 +679,7 @@ def test_a_run_that_is_resumed_with_another_end_of_the_cores_says_so():
         return LoraOver(layer, torch.optim.SGD(layer.parameters(), lr=0.1), MPO(order=4), scheduler)
 
     saved = attached(Static(r"A$", fold_after=5)).state_dict()
-    with pytest.warns(UserWarning, match=r"Static\('A\$', fold_after=5\), this run has Static\('A\$'\)"):
+    with pytest.warns(UserWarning, match=r"Static\('A\$', fold_after=5\), this run has scheduler Static\('A\$'\)"):
         attached(Static(r"A$")).load_state_dict(saved)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

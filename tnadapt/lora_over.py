@@ -487,15 +487,23 @@ class LoraOver:
         states.load(state, self._expanded, self.scheduler, self.rates)
         self._step.reset()
         self._loaded_step = self.step
-        now = {"scheduler": self.scheduler.label, "core_lr": self.rates.lr}
-        saved = {"scheduler": state["scheduler"]["settings"], "core_lr": state["rates"]["core_lr"]}
-        for what, value in now.items():
-            if saved[what] != value:
-                warnings.warn(
-                    f"the state was saved with {what} {saved[what]}, this run has {value}: what is expanded already stays, and "
-                    "the rest follows the new settings",
-                    stacklevel=3,
-                )
+        now = {
+            "scheduler": self.scheduler.label,
+            "core_lr": self.rates.lr,
+            "core_weight_decay": self.rates.weight_decay,
+            "max_update": self.rates.max_update,
+            "matched": self.rates.matched,
+            "handover": self.handover,
+        }
+        saved = {**state, **state["rates"], "scheduler": state["scheduler"]["settings"]}
+        others = [what for what, value in now.items() if saved.get(what, value) != value]
+        if others:
+            warnings.warn(
+                f"the state was saved with {', '.join(f'{what} {saved[what]}' for what in others)}, this run has "
+                f"{', '.join(f'{what} {now[what]}' for what in others)}: what is expanded already stays, and the rest follows the "
+                "new settings",
+                stacklevel=3,
+            )
 
     def _save_hook(self, _: Any, optimizer_state: dict[str, Any]) -> dict[str, Any]:
         if self._step is not None:

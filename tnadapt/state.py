@@ -43,7 +43,14 @@ def saved(expanded: Expanded, scheduler: Scheduler, rates: CoreRates, cores: Map
             "settings": scheduler.label,
             "state": scheduler.state_dict(),
         },
-        "rates": {"core_lr": rates.lr, "base": rates.base},
+        "rates": {
+            "core_lr": rates.lr,
+            "core_weight_decay": rates.weight_decay,
+            "max_update": rates.max_update,
+            "matched": rates.matched,
+            "base": rates.base,
+        },
+        "handover": "warm" if expanded.warm else "restart",
         "history": [{"step": e.step, "action": e.action, "names": list(e.names)} for e in now.history],
     }
 

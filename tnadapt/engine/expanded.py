@@ -104,7 +104,7 @@ class Expanded:
         #: whether the matrices have not been looked at since a state was loaded
         self.unseen = False
         self._optimizer = optimizer
-        self._warm = warm
+        self.warm = warm
         for matrix in matrices.values():
             matrix.roster = lambda: self.now.names
 
@@ -303,7 +303,7 @@ class Expanded:
 
     def _known_state(self, matrix: TrainedMatrix) -> dict[str, Any]:
         """What the optimizer knows of a matrix, where it is to be handed over."""
-        if not (self._warm and self.elementwise):
+        if not (self.warm and self.elementwise):
             return {}
         state = {
             key: ranks.stack_rows([value]).view(matrix.shape)
