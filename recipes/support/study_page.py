@@ -202,7 +202,7 @@ def _rates(
     for task in tasks:
         for name, arms in lanes.items():
             known = [found.get((task.name, arm)) for arm in arms]
-            if sum(each is not None for each in known[1:]):
+            if sum(each is not None for each in known) > 1:
                 rates = [f"{each.point[0]:g}" if each is not None else "–" for each in known]
                 numbers = [each.point[0] for each in known if each is not None]
                 rows.append((task.label, name, *rates, f"{max(numbers) / min(numbers):.2g}"))
