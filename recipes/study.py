@@ -141,9 +141,9 @@ TASKS = (
 )
 #: The task that was held back until everything else had been run and said.
 HELD_OUT = "sst2-400"
-#: Rates that are too low for LoRA, as multiples of the one that a task's search begins with. The arms in `study_page.AT_ONE_RATE` are
-#: run at them, to see what a comparison at one rate for all says.
-LOW = (0.316, 0.1, 0.0316)
+#: Rates at which all arms in `study_page.AT_ONE_RATE` are run, to see what a comparison at one rate for all says: multiples of the one
+#: that a task's search begins with, which suits LoRA; the others are too low for it.
+SHARED = (1.0, 0.316, 0.1, 0.0316)
 
 
 def configure(lane: Lane, point: Point, seed: int, places: dict[str, str | None]) -> Job:
@@ -168,13 +168,13 @@ def configure(lane: Lane, point: Point, seed: int, places: dict[str, str | None]
     return recipe, loaded.resolve(config)
 
 
-def at_low_rates(lanes: Sequence[Lane], seeds: Sequence[int]) -> list[Request]:
-    """What is missing of the runs at low rates, with the largest number of steps of each task."""
+def at_shared_rates(lanes: Sequence[Lane], seeds: Sequence[int]) -> list[Request]:
+    """What is missing of the runs at one rate for all, with the largest number of steps of each task."""
     return [
         (lane, point, seed)
         for lane in lanes
         if lane.arm.name in study_page.AT_ONE_RATE
-        for point in ((on_grid(lane.task.start * share), lane.task.steps[-1]) for share in LOW)
+        for point in ((on_grid(lane.task.start * share), lane.task.steps[-1]) for share in SHARED)
         for seed in seeds
         if seed not in lane.table.get(point, {})
     ]
@@ -199,7 +199,7 @@ def run(options: argparse.Namespace) -> None:
         return configure(lane, point, seed, places)
 
     def wanted() -> list[Request]:
-        return study.wanted(seeds) or at_low_rates(study.lanes, seeds)
+        return study.wanted(seeds) or at_shared_rates(study.lanes, seeds)
 
     over = study.run(wanted, Sweep.of(options), configured, until)
     print(f"{'finished' if over else 'time is up; the same command goes on'}: {options.results}")

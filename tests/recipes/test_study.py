@@ -237,7 +237,7 @@ def test_an_arm_with_a_lower_best_rate_is_ahead_at_low_rates_and_behind_at_loras
     arms = [arm for arm in study.ARMS if arm.name in ("lora", "mpo-10", "muon")]
     made = Study(tmp_path, [(TASK, arm) for arm in arms])
     seeds = range(3)
-    while wanted := made.wanted(seeds) or study.at_low_rates(made.lanes, seeds):
+    while wanted := made.wanted(seeds) or study.at_shared_rates(made.lanes, seeds):
         for lane, (lr, steps), seed in wanted:
             noise = np.random.default_rng([seed, arms.index(lane.arm)]).normal(0, 0.01, size=20)
             behind = 4 * math.log10(lr) + 8 + (lane.arm.name == "mpo-10")
