@@ -422,12 +422,16 @@ class Run:
         self._check_gradients()
         self._check_moved(before)
         self._tell("follow", before, noticed)
-        self._tell("step")
-        if self.setting.hook == "zero_grad":
-            self._tell("zero", "none")
+        self._stepped()
         if self.rates is not None:
             self.rates.step()
         self.previous = before
+
+    def _stepped(self) -> None:
+        """The optimizer has stepped, and hooks after it have run."""
+        self._tell("step")
+        if self.setting.hook == "zero_grad":
+            self._tell("zero", "none")
 
     def _check_nothing_to_rank(
         self, before: dict[str, Tensor], groups: list[tuple[int, list[int]]], count: int
@@ -639,7 +643,7 @@ class Run:
             return
         self._tell("follow", before, noticed)
         if move.kind == "after":
-            self._tell("step")
+            self._stepped()
         if move.then == "recover":
             if self.over is not None:
                 self.over.recover()
@@ -652,7 +656,7 @@ class Run:
             between = self.values()
             self._call(Step(zero="keep" if move.then == "accumulate" else "none"))
             self._tell("follow", between, {})
-            self._tell("step")
+            self._stepped()
             self._own(groups)
             self._check_gradients()
 

@@ -47,6 +47,14 @@ FIXED: list[tuple[str, Plan]] = [
     ),
     ("goes on after the optimizer failed", Plan(Setting(subclass=True), (Step(), Fail("after", "accumulate"), Step()))),
     ("goes on after the optimizer failed", Plan(Setting(subclass=True), (Step(), Fail("before", "go on"), Step()))),
+    (
+        "clears gradients in a post hook",
+        Plan(Setting(subclass=True, hook="zero_grad"), (Step(), Fail("after", "recover"), Step(zero="keep"))),
+    ),
+    (
+        "clears gradients in a post hook",
+        Plan(Setting(subclass=True, hook="zero_grad"), (Step(), Fail("after", "accumulate"), Step(zero="keep"))),
+    ),
     ("saves in a post hook", Plan(Setting(hook="save"), (Step(), Step()))),
     ("looks in hooks", Plan(Setting(hook="look"), (Step(), Step()))),
     (
