@@ -11,7 +11,7 @@ from typing import Any
 
 from support import marked, study_figures
 from support.findings import REFERENCE, Finding, findings, good, shown, verdict
-from support.paired import difference
+from support.paired import Difference, difference
 from support.provenance import read_json, write_text
 from support.search import Arm, Study, Task
 from support.tables import Table, percent
@@ -222,6 +222,8 @@ def pairs(found: Found, tasks: Sequence[Task], compared: Sequence[tuple[str, str
     return Table("", ("difference of losses", "task", "nats a token", ""), rows).markdown() if rows else "Not run yet."
 
 
+#: A rate is far below LoRA's best where it is less than this share of it: a third or less, on the grid.
+FAR_BELOW = 0.4
 #: The arms that are compared at one rate for all, LoRA first.
 AT_ONE_RATE = (REFERENCE, "svd", "mpo-10", "mpo-r")
 
@@ -231,7 +233,7 @@ def at_one_rate(study: Study, found: Found, tasks: Sequence[Task]) -> str:
     lanes = {(lane.task.name, lane.arm.name): lane for lane in study.lanes}
     arms = {lane.arm.name: lane.arm for lane in study.lanes}
     others = [name for name in AT_ONE_RATE[1:] if name in arms]
-    rows = []
+    rows, far_below = [], {name: list[Difference]() for name in others}
     for task in tasks:
         plain = lanes.get((task.name, REFERENCE))
         if plain is None:
@@ -249,10 +251,19 @@ def at_one_rate(study: Study, found: Found, tasks: Sequence[Task]) -> str:
                 "–" if one is None else f"{shown(one)} {'lower' if one.better else 'higher' if one.worse else 'equal'}"
                 for one in apart
             ]
+            if best is not None and point[0] < FAR_BELOW * best[0]:
+                for name, one in zip(others, apart, strict=True):
+                    far_below[name] += [] if one is None else [one]
             mark = " (LoRA's best)" if point == best else ""
             rows.append((task.label, f"{point[0]:g}{mark}", f"{mean(run.loss for run in runs):.4f}", *cells))
     columns = ("task", "rate", "LoRA's loss", *(f"{arms[name].label}, less LoRA's" for name in others))
-    return Table("", columns, rows).markdown() if rows else "Not run yet."
+    counts = (
+        f"{arms[name].label} at {sum(one.better for one in known)} of {len(known)}"
+        for name, known in far_below.items()
+        if known
+    )
+    caption = f"Lower at rates of a third of LoRA's best and below: {'; '.join(counts)}."
+    return Table("", columns, rows, caption).markdown() if rows else "Not run yet."
 
 
 #: What is compared within LoRA-Over: its frame, the choice of matrices, weight decay.
