@@ -339,6 +339,7 @@ class Run:
             self._fold(move)
         elif isinstance(move, Reload):
             self.loaded = True
+            self._take_back_what_loading_hides()
             if self.reloads:
                 self._reload(move)
         elif isinstance(move, Fail):
@@ -536,6 +537,17 @@ class Run:
                     del self.edited[name]  # and back again
                 else:
                     assert name in self.over.changed_outside(), f"{edit} of {name} is not seen"
+
+    def _take_back_what_loading_hides(self) -> None:
+        """Edits that nobody has noticed yet and that nobody can after loading, see `_within_rounding`: in a run that leaves reloads
+        out too, so that both go on alike."""
+        for name, was in list(self.edited.items()):
+            raw = self.raw_name(name)
+            if self._within_rounding(raw, was):
+                with torch.no_grad():
+                    matrix_parameters(self.model)[raw].copy_(was)
+                self._tell("edit", raw, was)
+                del self.edited[name]
 
     def _within_rounding(self, raw: str, was: Tensor) -> bool:
         """Whether an edit is too small to be told from what cores fold to, the only thing to compare with after loading."""

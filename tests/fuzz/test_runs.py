@@ -125,6 +125,16 @@ def test_an_edit_within_rounding_after_a_reload_is_no_edit() -> None:
     )
 
 
+def test_an_edit_within_rounding_before_a_reload_is_lost_in_it() -> None:
+    """What is saved holds no copy of what was written last."""
+    ends_alike(
+        Plan(
+            Setting(hidden=(8, 5, 8), rank=3, zero_start=True, optimizer=Call("SGD", {"lr": 0.02})),
+            (Step(), *[Edit("back", which) for which in (0, 2, 4)], Reload(), Step()),
+        )
+    )
+
+
 @pytest.mark.parametrize("hostile", HOSTILE)
 @few
 @given(data=st.data())
