@@ -59,6 +59,7 @@ def test_scaling(load, monkeypatch, tmp_path, capsys):
     assert all(f["title"] in printed for f in factors)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs /proc (Linux)")
 def test_ranks_of_scaling_leave_no_threads(tmp_path):
     """Gloo's threads, where they outlive the process group, now and then abort the process at its end."""
@@ -136,6 +137,7 @@ def test_stopwatch_leaves_inner_phases_out(load):
     assert dict(watch.seconds) == {"outer": 1.0 + 3.0, "inner": 2.0}
 
 
+@pytest.mark.slow
 def test_step_overhead(load, monkeypatch, tmp_path, capsys):
     pytest.importorskip("peft")
     script = load("step_overhead")

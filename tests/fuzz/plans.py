@@ -258,12 +258,14 @@ def _optimizers(draw: st.DrawFn, exact: bool) -> Call:
 
 @st.composite
 def _settings(draw: st.DrawFn, exact: bool, hostile: str) -> Setting:
-    optimizer = draw(_optimizers(exact))
+    low = not exact and hostile in ("edits below the rounding of the dtype", "caps the updates of bfloat16")
+    # torch itself rounds NAdam's `mu_product` when it loads a state, in all dtypes but float32
+    optimizer = draw(_optimizers(exact).filter(lambda one: not (low and one.name == "NAdam")))
     linear = optimizer.name == "SGD"
     subclass = hostile == "goes on after the optimizer failed" or draw(st.booleans())
     dtype = torch.float64 if exact else draw(st.sampled_from([torch.float64, torch.float32, torch.bfloat16]))
     if optimizer.name == "NAdam" and not exact:
-        dtype = torch.float32  # in others torch itself rounds `mu_product` when it loads a state
+        dtype = torch.float32
     model = draw(st.sampled_from(["stack", "stack", "llama"]))
     caps = [None, None, 0.5]
     if hostile == "caps the updates of bfloat16":
