@@ -31,7 +31,7 @@ COLUMNS: dict[str, type] = {"prompt": str, "answer": str}
 
 @dataclass(frozen=True)
 class Config(GenerationConfig):
-    """The settings of a recipe that generates; the defaults are the laptop preset."""
+    """Those of every recipe that generates, and data from a local place; the defaults are the laptop preset."""
 
     data: str = option(EMBEDDED, "what to train on: embedded, or a local folder or file of prompts and answers")
 

@@ -24,6 +24,7 @@ from tnadapt.engine import (
     CoreRates,
     Event,
     Expanded,
+    OwnMethods,
     Roster,
     Step,
     check_factorization,
@@ -551,9 +552,7 @@ class _WrappedLoading:
         before: Callable[[Any, dict[str, Any]], dict[str, Any]],
         after: Callable[[Any], None],
     ) -> None:
-        self._optimizer = optimizer
-        # somebody else may have put one on this very optimizer
-        self._own = {name: method for name, method in vars(optimizer).items() if name == "load_state_dict"}
+        self._methods = OwnMethods(optimizer, "load_state_dict")
         original = optimizer.load_state_dict
 
         def load_state_dict(state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> None:
@@ -564,8 +563,7 @@ class _WrappedLoading:
 
     def remove(self) -> None:
         """Give the optimizer its own method back."""
-        vars(self._optimizer).pop("load_state_dict", None)
-        vars(self._optimizer).update(self._own)
+        self._methods.restore()
 
 
 def _asked_by_dcp() -> bool:

@@ -143,6 +143,10 @@ class Config:
                 raise ValueError(f"--which is {self.which!r}, which is no regular expression: {error}") from error
         if self.fold_after >= 1:
             raise ValueError(f"--fold-after is {self.fold_after:g}: give a share of the steps below 1")
+        if 0 < self.max_steps <= self.refreshes:
+            raise ValueError(
+                f"--refreshes is {self.refreshes}, and --max-steps {self.max_steps}: a run has fewer steps to refresh between than that"
+            )
         if self.matched and self.core_lr is not None:
             raise ValueError(
                 f"--matched is given, so --core-lr {self.core_lr:g} would mean nothing; leave one of them out"

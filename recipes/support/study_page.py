@@ -209,6 +209,10 @@ def _rates(
     return Table("", ("task", "", *columns, "highest over lowest"), rows).markdown() if rows else "Not run yet."
 
 
+def _side(apart: Difference) -> str:
+    return "lower" if apart.better else "higher" if apart.worse else "equal"
+
+
 def pairs(found: Found, tasks: Sequence[Task], compared: Sequence[tuple[str, str]]) -> str:
     """Differences between two arms, both at their best rates."""
     rows = []
@@ -217,8 +221,7 @@ def pairs(found: Found, tasks: Sequence[Task], compared: Sequence[tuple[str, str
             a, b = found.get((task.name, one)), found.get((task.name, other))
             if a is None or b is None or (apart := difference(a.runs, b.runs)) is None:
                 continue
-            said = "lower" if apart.better else "higher" if apart.worse else "equal"
-            rows.append((f"{a.arm.label} less {b.arm.label}", task.label, shown(apart), said))
+            rows.append((f"{a.arm.label} less {b.arm.label}", task.label, shown(apart), _side(apart)))
     return Table("", ("difference of losses", "task", "nats a token", ""), rows).markdown() if rows else "Not run yet."
 
 
@@ -231,34 +234,31 @@ AT_ONE_RATE = (REFERENCE, "svd", "mpo-10", "mpo-r")
 def at_one_rate(study: Study, found: Found, tasks: Sequence[Task]) -> str:
     """At each rate that LoRA and another arm have been run at with two seeds: LoRA's loss, and the differences from it."""
     lanes = {(lane.task.name, lane.arm.name): lane for lane in study.lanes}
-    arms = {lane.arm.name: lane.arm for lane in study.lanes}
-    others = [name for name in AT_ONE_RATE[1:] if name in arms]
-    rows, far_below = [], {name: list[Difference]() for name in others}
+    labels = {lane.arm.name: lane.arm.label for lane in study.lanes if lane.arm.name in AT_ONE_RATE[1:]}
+    rows = []
+    far_below = {name: list[Difference]() for name in labels}
     for task in tasks:
-        plain = lanes.get((task.name, REFERENCE))
-        if plain is None:
+        plain, best = lanes.get((task.name, REFERENCE)), found.get((task.name, REFERENCE))
+        if plain is None or best is None:
             continue
-        best = found[task.name, REFERENCE].point if (task.name, REFERENCE) in found else None
-        for point in sorted(plain.table, reverse=True):
+        for point in sorted(plain.of_steps(task.steps[-1:]).table, reverse=True):
             runs = list(plain.table[point].values())
-            mine = [
-                lanes[task.name, name].table.get(point, {}) if (task.name, name) in lanes else {} for name in others
-            ]
-            apart = [difference(list(seeds.values()), runs) for seeds in mine]
-            if point[1] != task.steps[-1] or not any(apart):
+            apart = {
+                name: difference(list(lane.table.get(point, {}).values()), runs)
+                for name in labels
+                if (lane := lanes.get((task.name, name))) is not None
+            }
+            if not any(apart.values()):
                 continue
-            cells = [
-                "–" if one is None else f"{shown(one)} {'lower' if one.better else 'higher' if one.worse else 'equal'}"
-                for one in apart
-            ]
-            if best is not None and point[0] < FAR_BELOW * best[0]:
-                for name, one in zip(others, apart, strict=True):
-                    far_below[name] += [] if one is None else [one]
-            mark = " (LoRA's best)" if point == best else ""
+            for name, one in apart.items():
+                if one is not None and point[0] < FAR_BELOW * best.point[0]:
+                    far_below[name].append(one)
+            cells = [f"{shown(one)} {_side(one)}" if (one := apart.get(name)) is not None else "–" for name in labels]
+            mark = " (LoRA's best)" if point == best.point else ""
             rows.append((task.label, f"{point[0]:g}{mark}", f"{mean(run.loss for run in runs):.4f}", *cells))
-    columns = ("task", "rate", "LoRA's loss", *(f"{arms[name].label}, less LoRA's" for name in others))
+    columns = ("task", "rate", "LoRA's loss", *(f"{label}, less LoRA's" for label in labels.values()))
     counts = (
-        f"{arms[name].label} at {sum(one.better for one in known)} of {len(known)}"
+        f"{labels[name]} at {sum(one.better for one in known)} of {len(known)}"
         for name, known in far_below.items()
         if known
     )

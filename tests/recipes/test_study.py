@@ -523,6 +523,7 @@ def test_cores_are_there_for_a_share_of_the_steps_and_on_some_matrices() -> None
         ("lora", {"fold_after": 0.5}, "--fold-after is given, and lora does not expand every matrix"),
         ("lora-over-mpo-r", {"which": "A$"}, "--which is given, and lora-over-mpo-r does not expand every matrix"),
         ("lora-over-mpo-r", {"refreshes": 2}, "--refreshes is given, and lora-over-mpo-r does not expand every matrix"),
+        ("lora-over-mpo", {"refreshes": 20, "max_steps": 20}, "--refreshes is 20, and --max-steps 20"),
         ("deep-lora", {"which": "A$"}, "--which is given, and deep-lora does not expand every matrix"),
         ("lora-over-mpo", {"fold_after": 1.0}, "--fold-after is 1: give a share of the steps below 1"),
         ("lora-over-mpo", {"which": "("}, "is no regular expression"),

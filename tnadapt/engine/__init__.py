@@ -17,13 +17,14 @@ from tnadapt.engine.checks import (
 from tnadapt.engine.cores import state_signature
 from tnadapt.engine.expanded import Event, Expanded, Roster, on_cpu
 from tnadapt.engine.handover import HANDOVERS
-from tnadapt.engine.step import CoreRates, Step
+from tnadapt.engine.step import CoreRates, OwnMethods, Step
 
 __all__ = [
     "HANDOVERS",
     "CoreRates",
     "Event",
     "Expanded",
+    "OwnMethods",
     "Roster",
     "Step",
     "check_factorization",

@@ -47,14 +47,12 @@ from tnadapt.engine.owners import Exchange
 from tnadapt.matrices import Skipped, TrainedMatrix
 from tnadapt.schedulers import Scheduler
 
-__all__ = ["CoreRates", "Step"]
+__all__ = ["CoreRates", "OwnMethods", "Step"]
 
 #: optimizer steps between two looks at matrices off the CPU, each of which waits for the device once
 _LOOK_EVERY = 50
 #: group entries that an optimizer may rewrite without keeping state in them
 _MAY_CHANGE = frozenset({"params", "lr", "capturable", "foreach", "fused"})
-#: methods of the optimizer that are replaced while it is attached to
-_METHODS = ("register_step_pre_hook", "zero_grad")
 #: where torch runs the hooks of a step
 _HOOKS_FILE = torch.optim.Optimizer.profile_hook_step.__code__.co_filename
 
@@ -109,6 +107,25 @@ class _Loan:
     scale: Tensor | None
     #: cores that must move, as they were, where it is not known yet whether the optimizer steps what is lent to it
     watched: list[tuple[Piece, Tensor]]
+
+
+class OwnMethods:
+    """The methods that somebody has put on this very object, before others are put in their place.
+
+    Args:
+        holder: the object.
+        names: of the methods that are going to be replaced.
+    """
+
+    def __init__(self, holder: object, *names: str) -> None:
+        self._holder, self._names = holder, names
+        self._own = {name: vars(holder)[name] for name in names if name in vars(holder)}
+
+    def restore(self) -> None:
+        """Put them back; where there were none, the methods of the class count again."""
+        for name in self._names:
+            vars(self._holder).pop(name, None)
+        vars(self._holder).update(self._own)
 
 
 class Step:
@@ -178,8 +195,7 @@ class Step:
             return handle
 
         original = optimizer.zero_grad
-        #: methods that somebody else had put on this very optimizer
-        self._methods = {name: vars(optimizer)[name] for name in _METHODS if name in vars(optimizer)}
+        self._methods = OwnMethods(optimizer, "register_step_pre_hook", "zero_grad")
 
         @wraps(original)
         def zero_grad(set_to_none: bool = True) -> None:
@@ -204,9 +220,7 @@ class Step:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        for name in _METHODS:
-            vars(self.optimizer).pop(name, None)
-        vars(self.optimizer).update(self._methods)
+        self._methods.restore()
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def _before(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
