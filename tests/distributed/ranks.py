@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import queue
 import sys
@@ -104,5 +105,7 @@ def _serve(rank: int, world: int, inbox: Any, outbox: Any) -> None:
         except BaseException:
             value, ok = traceback.format_exc(), False
         if dist.is_initialized():
+            # models and trainers in cycles hold the group: its threads of gloo would live on beside those of the next call, see `leave`
+            gc.collect()
             dist.destroy_process_group()
         outbox.put((rank, ok, value))

@@ -59,6 +59,8 @@ class Generator:
             "num_beams": 1,
             "repetition_penalty": 1.0,
             "no_repeat_ngram_size": 0,
+            # many models are saved after a training that had turned it off, and without it each token costs a whole pass
+            "use_cache": True,
         }
         if sampling is None:
             self._settings |= {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
