@@ -22,7 +22,7 @@ import argparse
 import os
 import statistics
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -80,17 +80,18 @@ def adapters(layers: int, device: str) -> nn.Module:
 
 
 @contextmanager
-def timed_expansions(device: str) -> Iterator[list[float]]:
-    """Collects the seconds of every expansion."""
-    seconds: list[float] = []
+def timed_expansions(device: str) -> Iterator[dict[str, float]]:
+    """Collects for each matrix its part of the seconds in which it was expanded; one round may be several calls."""
+    seconds: dict[str, float] = {}
     expand = Expanded.expand
 
-    def timed(*args: Any, **kwargs: Any) -> None:
+    def timed(expanded: Expanded, names: Sequence[str], **kwargs: Any) -> None:
         synchronize(device)
         started = time.perf_counter()
-        expand(*args, **kwargs)
+        expand(expanded, names, **kwargs)
         synchronize(device)
-        seconds.append(time.perf_counter() - started)
+        taken = time.perf_counter() - started
+        seconds.update((name, taken / len(names)) for name in names)
 
     with mock.patch.object(Expanded, "expand", timed):
         yield seconds
@@ -107,9 +108,9 @@ def expand_once(way: str, model: nn.Module, device: str, order: int, per_group: 
     with timed_expansions(device) as seconds:
         for _ in steps:
             optimizer.step()
-    expanded = len(over.history[-1].names)
+    last = [seconds[name] for name in over.history[-1].names]
     over.fold()
-    return seconds[-1], expanded
+    return sum(last), len(last)
 
 
 def markdown(rows: list[dict[str, Any]], order: int) -> str:

@@ -63,6 +63,7 @@ NEEDED = (
 )
 
 WAYS = ["plain", "svd", "mpo", "mpo-r", "paper's way"]
+T5 = ["benchmarks/step_overhead.py", "--case", "t5-gpu", "--case", "t5-gpu-short", "--within", "90"]
 
 
 @dataclass(frozen=True)
@@ -87,9 +88,8 @@ class Step:
 STEPS = {
     "tests": Step(["-m", "pytest", "-rs", "-n", "8", "tests/on_cuda"], 120),
     "pairs": Step(["-m", "pytest", "-rs", "-n", "8", "tests/trust/test_pairwise.py"], 120),
-    "t5": Step(
-        ["benchmarks/step_overhead.py", "--case", "t5-gpu", "--case", "t5-gpu-short", "--repeats", "21", "--within", "90"], 240
-    ),
+    "t5": Step([*T5, "--variants", *WAYS, "--repeats", "51"], 240),
+    "t5-others": Step([*T5, "--repeats", "21"], 240),
     "expansion": Step(["benchmarks/expansion.py"], 60),
     "profile": Step(
         ["benchmarks/profile_step.py", "--case", "t5-gpu-short", "--case", "t5-gpu", "--case", "llama31-gpu", "--repeats", "10"], 120
