@@ -25,6 +25,9 @@ CASES = (
     ("T5-Base, order 16, one sequence of 32", "t5", "t5-gpu-short"),
 )
 WAYS = ("svd", "mpo", "mpo-r", "paper's way")
+#: where the methods of OTHERS are timed, in one run with ours
+OTHERS_STEP = "t5-others"
+RECIPES = (("LoRA", "recipe-lora", "lora"), ("LoRA-Over-MPO_R", "recipe-mpo-r", "lora-over-mpo-r"))
 OTHERS = ("dora", "adalora", "α-lora, T = 20", "tt-lora, 2 + 2 modes", "tt-lora, 3 + 3 modes", "full", "opf")
 
 
@@ -58,7 +61,7 @@ def costs(results: Path) -> str:
 
 def others(results: Path) -> str:
     """The same of other methods, for T5."""
-    names = [(title, case_of(results, step, name)["rows"]) for title, step, name in CASES if step == "t5"]
+    names = [(title, case_of(results, OTHERS_STEP, name)["rows"]) for title, step, name in CASES if step == "t5"]
     rows = [
         [name + (" (beside full)" if name == "opf" else ""), *(f"{each[name]['ratio']:.2f}" for _, each in names)]
         for name in OTHERS
@@ -103,10 +106,52 @@ def profile(results: Path) -> str:
     return table(["one step, ms", *titles], rows)
 
 
+def recipe(results: Path) -> str:
+    """The main recipe's paper preset: training, resumed, and a batch of answers."""
+    rows = []
+    for title, step, method in RECIPES:
+        (found,) = read_json(results / f"{step}.json")["results"].values()
+        assert found["method"] == method
+        rounds = ", ".join(map(str, found["rounds"])) or "–"
+        speed = f"{found['tokens_per_second']:,.0f}"
+        rows.append([title, f"{found['trained_parameters']:,}", rounds, str(found["resumed_at"]), speed])
+    return table(
+        ["method", "trained numbers", "rounds at steps", "killed and resumed at", "tokens / s after that"], rows
+    )
+
+
+def answers(results: Path) -> str:
+    """A batch of answers, in one sentence."""
+    (found,) = read_json(results / "answers.json")["results"].values()
+    return (
+        f"{found['batch']} answers of {found['new_tokens']} tokens in {found['seconds']:.0f} s, {found['tokens_per_second']:,.0f} tokens / s, "
+        f"with at most {found['peak_bytes'] / 2**30:.1f} GiB beside the model."
+    )
+
+
+def growth(results: Path) -> str:
+    """What the coupling costs, one factor at a time."""
+    rows = []
+    for found in read_json(results / "scaling.json")["results"]["scaling-cuda.json"]["factors"]:
+        first, last = found["points"][0], found["points"][-1]
+        in_ms = found["measured"].startswith("ms")
+        costs = [f"{p['median']:.1f} ms" if in_ms else f"{100 * p['median']:.1f} %" for p in (first, last)]
+        span = f"{first['value']} to {last['value']}"
+        rows.append([found["title"], span, *costs, f"{found['power_law']['exponent']:.2f}"])
+    return table(["what grows", "from, to", "cost at the first", "at the last", "exponent"], rows)
+
+
 def software(results: Path) -> str:
     """Where the numbers come from."""
-    found = read_json(results / "llama31.json")["provenance"]
-    return f"{found['device']}, {found['driver']}, torch {found['torch']}, Python {found['python']}, {found['cpus']} CPU cores."
+    found = {file.stem: read_json(file)["provenance"] for file in sorted(results.glob("*.json"))}
+    seen = {
+        f"{each['device']}, {each['driver']}, torch {each['torch']}, Python {each['python']}, {each['cpus']} CPU cores"
+        for each in found.values()
+    }
+    assert len(seen) == 1, seen
+    commits = sorted({each["commit"][:7] for each in found.values()})
+    steps = [f"{commit} ({', '.join(n for n in found if found[n]['commit'].startswith(commit))})" for commit in commits]
+    return f"{seen.pop()}. Commits: {'; '.join(steps)}."
 
 
 def pages(results: Path = RESULTS) -> dict[Path, str]:
@@ -120,6 +165,9 @@ def pages(results: Path = RESULTS) -> dict[Path, str]:
             "gpu-others": others(results),
             "gpu-memory": memory(results),
             "gpu-expansion": expansion(results),
+            "gpu-recipe": recipe(results),
+            "gpu-answers": answers(results),
+            "gpu-growth": growth(results),
             "gpu-profile": profile(results),
         },
     }.items():

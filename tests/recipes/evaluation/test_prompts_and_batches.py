@@ -147,6 +147,20 @@ def test_greedy_is_greedy_and_sampling_has_no_top_k_whatever_the_model_says(kind
     assert Generator(model, tokenizer, 8, Sampling(temperature=50.0, top_p=1.0))(TEXTS) == sampled != greedy
 
 
+@pytest.mark.parametrize("kind", MODELS)
+def test_each_token_costs_one_position_also_where_a_model_was_saved_without_its_cache(kind: str):
+    make, encoder_decoder = MODELS[kind]
+    model, tokenizer = make(), tokenizer_of(True, begins=not encoder_decoder, ends=encoder_decoder)
+    expected = Generator(model, tokenizer, 8)(TEXTS)
+    model.config.use_cache = model.generation_config.use_cache = False
+    decoder = model.model.layers[0].mlp if kind == "llama" else model.decoder.block[0].layer[-1]
+    positions: list[int] = []
+    decoder.register_forward_hook(lambda _module, inputs, _output: positions.append(inputs[0].shape[1]))
+    assert Generator(model, tokenizer, 8)(TEXTS) == expected
+    assert len(positions) > 1
+    assert set(positions[1:]) == {1}
+
+
 def test_a_sampled_batch_depends_on_seed_and_number_alone():
     model, tokenizer = llama(), tokenizer_of(True, begins=True)
     generate = Generator(model, tokenizer, 8, Sampling(seed=3))
