@@ -2,7 +2,7 @@
 
 The whole sweep, which goes on where it stopped::
 
-    python recipes/study.py run --workers 2 --encoder FOLDER --sst2 FOLDER
+    python recipes/study.py run --workers 2 --encoder FOLDER --sst2 FOLDER --widths FOLDER
 
 A part of it, for two hours, with three seeds::
 
@@ -132,6 +132,17 @@ TASKS = (
     ),
     Task("llama-128", "Llama, 128 examples", "llama31_gsm8k.py", {**_LLAMA, "train_size": 128}, (50, 100), 1.78e-2),
     Task("llama-32", "Llama, 32 examples", "llama31_gsm8k.py", {**_LLAMA, "train_size": 32}, (25, 50, 100), 1e-2),
+    *(
+        Task(
+            f"width-{width}",
+            f"Llama of width {width}, 1,600 examples",
+            "llama31_gsm8k.py",
+            {**_LLAMA, "train_size": 1600, "model": f"WIDTHS/{width}"},
+            (0,),
+            1.78e-2,
+        )
+        for width in (64, 256)
+    ),
     Task("t5-3200", "T5, 3,200 examples", "t5_glue.py", {**_GLUE, "eval_size": 250}, (0,), 3.16e-3),
     Task(
         "t5-256", "T5, 256 examples", "t5_glue.py", {**_GLUE, "eval_size": 250, "train_size": 256}, (50, 100), 3.16e-3
@@ -139,6 +150,19 @@ TASKS = (
     Task("sst2-64", "MiniLM on SST-2, 64 examples", "t5_glue.py", {**_MINILM, "train_size": 64}, (25, 50), 3.16e-3),
     Task("sst2-400", "MiniLM on SST-2, 400 examples", "t5_glue.py", {**_MINILM, "train_size": 400}, (50,), 3.16e-3),
 )
+#: Models and data that are not in the repository, as tasks name them: the option that gives their place, and what it is.
+PLACES = {
+    "ENCODER": ("encoder", "a local folder with an encoder, such as sentence-transformers/all-MiniLM-L6-v2"),
+    "SST2": ("sst2", "a folder with SST-2's train.tsv"),
+    **{
+        f"WIDTHS/{width}": (
+            "widths",
+            "a folder with Llamas of other widths, which `cd recipes && python -m embedded.pretrain --hidden 64 --folder "
+            "FOLDER/64` makes, and with `--hidden 256 --steps 2000` in FOLDER/256",
+        )
+        for width in (64, 256)
+    },
+}
 #: The task that was held back until everything else had been run and said.
 HELD_OUT = "sst2-400"
 #: Rates at which all arms in `study_page.AT_ONE_RATE` are run, to see what a comparison at one rate for all says: multiples of the one
@@ -158,10 +182,8 @@ def configure(lane: Lane, point: Point, seed: int, places: dict[str, str | None]
     for name in ("model", "data"):
         if (place := changes.get(name)) in places:
             if places[place] is None:
-                raise ValueError(
-                    f"the task {lane.task.name} needs --{place.lower()}; --encoder is a local folder with an encoder, such as "
-                    "sentence-transformers/all-MiniLM-L6-v2, and --sst2 one with SST-2's train.tsv"
-                )
+                option, what = PLACES[place]
+                raise ValueError(f"the task {lane.task.name} needs --{option}, {what}")
             changes[name] = places[place]
     lr, steps = point
     config = loaded.config(method=lane.arm.method, seed=seed, lr=lr, max_steps=steps, **changes)
@@ -185,12 +207,18 @@ def run(options: argparse.Namespace) -> None:
     for name in ("seeds", "hours"):
         if not (value := getattr(options, name)) > 0:
             raise ValueError(f"--{name} is {value:g}: give a number above 0")
-    places = {"ENCODER": options.encoder, "SST2": options.sst2}
+    places = {
+        name: given and str(Path(given, *name.split("/")[1:]))
+        for name, (option, _) in PLACES.items()
+        for given in [getattr(options, option)]
+    }
     tasks = _named(TASKS, options.tasks)
-    if options.tasks is None and None in places.values():
-        left_out = [task for task in tasks if places.keys() & set(task.changes.values())]
-        tasks = [task for task in tasks if task not in left_out]
-        print(f"without {' and '.join(task.name for task in left_out)}, which need --encoder and --sst2")
+    if options.tasks is None:
+        for task in list(tasks):
+            lacking = {PLACES[name][0] for name in PLACES.keys() & set(task.changes.values()) if places[name] is None}
+            if lacking:
+                tasks.remove(task)
+                print(f"without {task.name}, which needs {' and '.join(f'--{option}' for option in sorted(lacking))}")
     study = Study(options.results, [(task, arm) for task in tasks for arm in _named(ARMS, options.arms)])
     until = time.monotonic() + 3600 * options.hours
     seeds = range(options.seeds)
@@ -255,6 +283,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     running.add_argument("--hours", type=float, default=float("inf"), help="hours after which no further run begins")
     running.add_argument("--encoder", help="folder of the encoder that the tasks of SST-2 train")
     running.add_argument("--sst2", help="folder with SST-2's train.tsv")
+    running.add_argument("--widths", help="folder with the pre-trained Llamas of other widths, in 64 and 256")
     Sweep.add_options(running)
     running.set_defaults(action=run)
     reporting = commands.add_parser("report", help="write the page's figures and numbers anew", allow_abbrev=False)

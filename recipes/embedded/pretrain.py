@@ -256,6 +256,13 @@ def pretrain(
     return model, tokenizer
 
 
+def of_width(hidden: int) -> dict[str, int]:
+    """The settings of a model of another width: as many dimensions in a head, and the same shares of the width elsewhere."""
+    if hidden < 64 or hidden % 64:
+        raise ValueError(f"--hidden is {hidden}: give a multiple of 64, so that heads of 32 share keys in pairs")
+    return {"hidden": hidden, "heads": hidden // 32, "kv_heads": hidden // 64, "intermediate": 3 * hidden}
+
+
 def write_readme(
     folder: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, settings: Pretraining, problems: int
 ) -> None:
@@ -285,10 +292,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=defaults.batch)
     parser.add_argument("--lr", type=float, default=defaults.lr)
     parser.add_argument("--seed", type=int, default=defaults.seed)
+    parser.add_argument(
+        "--hidden",
+        type=int,
+        default=defaults.hidden,
+        help="the model's width, a multiple of 64; heads and SwiGLU follow",
+    )
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    settings = Pretraining(steps=options.steps, batch=options.batch, lr=options.lr, seed=options.seed)
+    settings = Pretraining(
+        steps=options.steps, batch=options.batch, lr=options.lr, seed=options.seed, **of_width(options.hidden)
+    )
     model, tokenizer = pretrain(settings, options.folder, options.checkpoint, options.checkpoint_every)
     write_readme(options.folder, model, tokenizer, settings, problems=500)
 

@@ -192,6 +192,30 @@ def over_ranks(found: Found, tasks: Sequence[Task]) -> str:
     return _rates(found, tasks, ("rank 2", "rank 8", "rank 32"), lanes)
 
 
+#: The tasks that differ in the width of the model alone, by column.
+WIDTHS = {"width 64": "width-64", "width 128": "llama-1600", "width 256": "width-256"}
+OVER_WIDTHS = (REFERENCE, "svd", "mpo-10", "mpo-10-matched")
+
+
+def over_widths(found: Found) -> str:
+    """The best rate by width of the model."""
+    rows = []
+    for name in OVER_WIDTHS:
+        known = [found.get((task, name)) for task in WIDTHS.values()]
+        if sum(each is not None for each in known) > 1:
+            rows.append((arms_of(found)[name].label, *_by_column(known)))
+    return Table("", ("arm", *WIDTHS, "highest over lowest"), rows).markdown() if rows else "Not run yet."
+
+
+def _by_column(known: Sequence[Finding | None]) -> list[str]:
+    """The best rates, and how far they are apart."""
+    numbers = [each.point[0] for each in known if each is not None]
+    return [
+        *(f"{each.point[0]:g}" if each is not None else "–" for each in known),
+        f"{max(numbers) / min(numbers):.2g}",
+    ]
+
+
 def _rates(
     found: Found,
     tasks: Sequence[Task],
@@ -203,9 +227,7 @@ def _rates(
         for name, arms in lanes.items():
             known = [found.get((task.name, arm)) for arm in arms]
             if sum(each is not None for each in known) > 1:
-                rates = [f"{each.point[0]:g}" if each is not None else "–" for each in known]
-                numbers = [each.point[0] for each in known if each is not None]
-                rows.append((task.label, name, *rates, f"{max(numbers) / min(numbers):.2g}"))
+                rows.append((task.label, name, *_by_column(known)))
     return Table("", ("task", "", *columns, "highest over lowest"), rows).markdown() if rows else "Not run yet."
 
 
@@ -336,6 +358,7 @@ def pages(study: Study, tasks: Sequence[Task], held_out: str, page: Path, readme
             "one rate": at_one_rate(study, found, tasks),
             "transfer": transfer(found, tasks),
             "ranks": over_ranks(found, tasks),
+            "widths": over_widths(found),
             "frames": pairs(found, tasks, FRAMES),
             "choices": pairs(found, tasks, CHOICES),
             "decay": pairs(found, tasks, DECAY),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import json
 import operator
 import re
@@ -174,6 +175,22 @@ def test_the_base_model_answers_in_the_right_form_but_mostly_wrongly(model, toke
 
 def test_the_base_model_knows_what_it_was_trained_on(model, tokenizer):
     assert score(model, tokenizer, word_problems.generate("basic", "test", 60)).right >= 0.8
+
+
+@pytest.mark.parametrize("hidden", [64, 192])
+def test_a_model_of_another_width_has_the_same_heads(tokenizer, hidden):
+    made = pretrain.make_model(pretrain.Pretraining(layers=1, **pretrain.of_width(hidden)), tokenizer).config
+    assert (made.hidden_size, made.head_dim) == (hidden, 32)
+    assert made.num_attention_heads == 2 * made.num_key_value_heads
+    usual = pretrain.Pretraining()
+    assert made.intermediate_size * usual.hidden == hidden * usual.intermediate
+    assert pretrain.of_width(usual.hidden).items() <= dataclasses.asdict(usual).items()
+
+
+@pytest.mark.parametrize("hidden", [0, 32, 100])
+def test_a_width_without_whole_heads_is_refused(hidden):
+    with pytest.raises(ValueError, match="multiple of 64"):
+        pretrain.of_width(hidden)
 
 
 def test_pretraining_continues_exactly_where_it_stopped(tmp_path, monkeypatch):

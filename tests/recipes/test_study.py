@@ -330,7 +330,7 @@ def test_a_page_without_a_mark_is_refused(tmp_path: Path) -> None:
 
 def test_every_arm_can_be_configured_on_every_task(tmp_path: Path) -> None:
     """But for those that a model refuses, and these say why."""
-    places: dict[str, str | None] = {"ENCODER": str(tmp_path), "SST2": str(tmp_path)}
+    places: dict[str, str | None] = dict.fromkeys(study.PLACES, str(tmp_path))
     names = [task.name for task in study.TASKS]
     assert study.HELD_OUT in names
     assert len({arm.name for arm in study.ARMS}) == len(study.ARMS)
@@ -341,8 +341,10 @@ def test_every_arm_can_be_configured_on_every_task(tmp_path: Path) -> None:
             assert (config.method, config.seed, config.lr) == (arm.method, 3, 1e-3)
             for name, value in arm.changes.items():
                 assert getattr(config, name) == value
-    with pytest.raises(ValueError, match="needs --encoder"):
-        study.configure(Lane(study.TASKS[-1], ARM), (1e-3, 10), 0, {"ENCODER": None, "SST2": None})
+    tasks = {task.name: task for task in study.TASKS}
+    for name, needed in (("sst2-400", "needs --encoder, a local folder"), ("width-64", "needs --widths, a folder")):
+        with pytest.raises(ValueError, match=needed):
+            study.configure(Lane(tasks[name], ARM), (1e-3, 10), 0, dict.fromkeys(study.PLACES))
 
 
 def test_the_demo_ends_with_what_was_seen_and_what_the_study_says(tmp_path: Path) -> None:
