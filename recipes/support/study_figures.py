@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,27 +12,27 @@ from support.findings import REFERENCE, Finding, verdict
 from support.pictures import save
 from support.search import Arm, Study, Task
 
+#: Columns of panels, and the height of a row and of what is around a panel's rows, in inches.
+COLUMNS, ROW, AROUND = 3, 0.21, 0.75
+
 
 def dot_grid(study: Study, path: Path) -> None:
-    """For each task: arms down, rates across, a dot for each rate tried; a ring around the best."""
+    """For each task: its arms down, rates across, a dot for each rate tried; a ring around the best."""
     from matplotlib.colors import LogNorm
-    from matplotlib.figure import Figure
 
     tasks = list({lane.task.name: lane.task for lane in study.lanes if lane.table}.values())
-    arms = list({lane.arm.name: lane.arm for lane in study.lanes if lane.table}.values())
+    lanes = {
+        task.name: {lane.arm.name: lane for lane in study.lanes if lane.task is task and lane.table} for task in tasks
+    }
     if not tasks:
         return
-    figure = Figure(figsize=(3.1 * len(tasks) + 2.6, 0.27 * len(arms) + 1.6), layout="constrained")
-    axes = figure.subplots(1, len(tasks), squeeze=False, sharey=True)[0]
+    figure, axes = _panels([len(lanes[task.name]) for task in tasks])
     points = None
     for axis, task in zip(axes, tasks, strict=True):
-        lanes = {lane.arm.name: lane for lane in study.lanes if lane.task is task}
-        reference = lanes[REFERENCE].best(range(1)) if REFERENCE in lanes else None
-        scale = lanes[REFERENCE].loss(reference, range(1)) if reference else 1.0
-        for row, arm in enumerate(arms):
-            lane = lanes.get(arm.name)
-            if lane is None or not lane.table:
-                continue
+        mine = lanes[task.name]
+        reference = mine[REFERENCE].best(range(1)) if REFERENCE in mine else None
+        scale = mine[REFERENCE].loss(reference, range(1)) if reference else 1.0
+        for row, lane in enumerate(mine.values()):
             best = lane.best(range(1))
             rates: dict[float, float] = {}
             for (lr, steps), runs in lane.table.items():
@@ -45,52 +46,94 @@ def dot_grid(study: Study, path: Path) -> None:
                 axis.scatter([best[0]], [row], s=90, facecolors="none", edgecolors="black", linewidths=1.2, zorder=4)
         axis.set_xscale("log")
         axis.xaxis.set_minor_formatter("")
-        _dress(axis, task, arms, "learning rate")
-    axes[0].invert_yaxis()
+        _dress(axis, task, [lane.arm for lane in mine.values()], "learning rate")
     if points is not None:
-        bar = figure.colorbar(points, ax=axes, fraction=0.02, ticks=[0.5, 1, 2, 4])
+        bar = figure.colorbar(points, ax=figure.subfigs[-1].axes, shrink=0.5, aspect=40, ticks=[0.5, 1, 2, 4])
         bar.ax.set_yticklabels(["half", "LoRA's best", "twice", "4x or more"], fontsize=7)
         bar.ax.minorticks_off()
     figure.suptitle("Loss by rate, first seed; a ring marks each arm's best rate", fontsize=10)
     save(figure, path)
 
 
+def _panels(rows: Sequence[int]) -> tuple[Any, list[Any]]:
+    """A panel for so many rows each, in columns of about equal height; the panels stand in the given order."""
+    from matplotlib.figure import Figure
+
+    heights = [ROW * count + AROUND for count in rows]
+    columns = _shared_out(heights, min(COLUMNS, len(heights)))
+    tallest = max(sum(column) for column in columns)
+    figure = Figure(figsize=(4.4 * len(columns), tallest + 0.4), layout="constrained")
+    figure.subfigures(1, len(columns), squeeze=False)
+    axes: list[Any] = []
+    for part, column in zip(figure.subfigs, columns, strict=True):
+        # what a column has less than the tallest one stays empty below its panels
+        rest = [tallest - sum(column)] if tallest - sum(column) > 0.1 else []
+        made = part.subplots(len(column) + len(rest), 1, squeeze=False, height_ratios=[*column, *rest])[:, 0]
+        if rest:
+            made[-1].set_axis_off()
+        axes += list(made[: len(column)])
+    return figure, axes
+
+
+def _shared_out(heights: Sequence[float], columns: int) -> list[list[float]]:
+    """The heights in so many runs, of which the highest is as low as it can be."""
+    if columns == 1:
+        return [list(heights)]
+    cuts = range(1, len(heights) - columns + 2)
+    ways = [[list(heights[:cut]), *_shared_out(heights[cut:], columns - 1)] for cut in cuts]
+    return min(ways, key=lambda way: max(map(sum, way)))
+
+
 def _dress(axis: Any, task: Task, arms: Sequence[Arm], across: str) -> None:
     """Name what is seen: the task above, the arms down, and what goes across."""
-    axis.set_yticks(range(len(arms)), [arm.label for arm in arms], fontsize=7)
+    axis.set_yticks(range(len(arms)), [textwrap.fill(arm.label, 36) for arm in arms], fontsize=6.5, linespacing=0.9)
+    axis.set_ylim(len(arms) - 0.3, -0.7)
     axis.set_title(task.label, fontsize=8)
-    axis.set_xlabel(across, fontsize=8)
+    axis.set_xlabel(across, fontsize=7)
     axis.tick_params(axis="x", labelsize=7)
     axis.grid(alpha=0.25)
 
 
-def forest(found: Mapping[tuple[str, str], Finding], tasks: Sequence[Task], path: Path) -> None:
-    """For each task: the difference of each arm from the reference, with its interval, as a share of the reference's loss."""
-    from matplotlib.figure import Figure
+#: Differences up to this share of LoRA's loss are drawn to scale, larger ones by their logarithm; in percent.
+TO_SCALE = 20
 
-    shown_tasks = [task for task in tasks if any(name == task.name and f.apart for (name, _), f in found.items())]
-    arms = list({f.arm.name: f.arm for f in found.values() if f.apart is not None and f.arm.name != REFERENCE}.values())
-    if not shown_tasks or not arms:
+
+def forest(found: Mapping[tuple[str, str], Finding], tasks: Sequence[Task], path: Path) -> None:
+    """For each task: the difference of each arm from the reference, with its interval, as a share of the reference's loss. The arm with
+    the lowest is on top."""
+    compared = {
+        task.label: sorted(
+            (
+                each
+                for (name, _), each in found.items()
+                if name == task.name and each.apart and each.arm.name != REFERENCE
+            ),
+            key=lambda each: each.apart.mean if each.apart else 0.0,
+        )
+        for task in tasks
+    }
+    shown_tasks = [task for task in tasks if compared[task.label]]
+    if not shown_tasks:
         return
-    figure = Figure(figsize=(2.9 * len(shown_tasks) + 2.6, 0.27 * len(arms) + 1.4), layout="constrained")
-    axes = figure.subplots(1, len(shown_tasks), squeeze=False, sharey=True)[0]
+    figure, axes = _panels([len(compared[task.label]) for task in shown_tasks])
     for axis, task in zip(axes, shown_tasks, strict=True):
-        for row, arm in enumerate(arms):
-            finding = found.get((task.name, arm.name))
-            if finding is None or finding.apart is None:
-                continue
+        mine = compared[task.label]
+        for row, finding in enumerate(mine):
+            assert finding.apart is not None
             apart, scale = finding.apart, 100 / (finding.loss - finding.apart.mean)
             colour = {"better": "#0072B2", "worse": "#D55E00"}.get(verdict(finding), "0.45")
             axis.plot([scale * apart.low, scale * apart.high], [row, row], color=colour, lw=1.6)
             axis.plot([scale * apart.mean], [row], "o", color=colour, ms=4)
         axis.axvline(0, color="black", lw=0.8)
-        axis.set_xscale("symlog", linthresh=20)
+        axis.set_xscale("symlog", linthresh=TO_SCALE)
         low, high = axis.get_xlim()
-        ticks = [tick for tick in (-50, -20, -10, 0, 10, 20, 50, 100) if low <= tick <= high]
+        fine = (
+            (-20, -10, 0, 10, 20) if low > -2 * TO_SCALE and high < 2 * TO_SCALE else (-60, -20, 0, 20, 60, 250, 1000)
+        )
+        ticks = [tick for tick in fine if low <= tick <= high]
         axis.set_xticks(ticks, [f"{tick:+d}" if tick else "0" for tick in ticks])
         axis.minorticks_off()
-        _dress(axis, task, arms, "% of LoRA's loss")
-    axes[0].invert_yaxis()
+        _dress(axis, task, [each.arm for each in mine], "% of LoRA's loss")
     figure.suptitle("Loss less tuned LoRA's, 95 % of a bootstrap over seeds and answers: left is better", fontsize=10)
     save(figure, path)
 

@@ -19,7 +19,7 @@ pytest.importorskip("rich")
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
-from support import command_line, compare_page, findings, many, marked, probe, study_page
+from support import command_line, compare_page, findings, many, marked, probe, study_figures, study_page
 from support.grid import on_grid
 from support.methods import METHODS
 from support.paired import difference
@@ -321,6 +321,26 @@ def test_the_page_of_the_repository_is_that_of_its_results() -> None:
         assert study_page.filled(page, parts, path) == page, "run: python recipes/study.py report"
     said = study_page.sentence(findings.findings(kept), study.HELD_OUT)
     assert (study.RESULTS / study_page.ANSWER).read_text() == said + "\n"
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=9), st.integers(1, 3))
+def test_the_panels_of_a_figure_stand_in_columns_as_low_as_can_be(heights: list[int], columns: int) -> None:
+    columns = min(columns, len(heights))
+    made = study_figures._shared_out(heights, columns)
+    assert len(made) == columns
+    assert [height for column in made for height in column] == heights
+    assert all(made)
+    # an oracle: a column of this height or less takes as many as fit, so a lower limit needs more columns
+    tallest = max(map(sum, made))
+
+    def needed(limit: float) -> int:
+        count, height = 1, 0
+        for each in heights:
+            count, height = (count, height + each) if height + each <= limit else (count + 1, each)
+        return count
+
+    assert needed(tallest) <= columns
+    assert tallest == max(heights) or needed(tallest - 1) > columns
 
 
 def test_a_page_without_a_mark_is_refused(tmp_path: Path) -> None:
