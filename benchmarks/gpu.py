@@ -100,10 +100,10 @@ STEPS = {
     "llama2": Step(
         ["benchmarks/step_overhead.py", "--case", "llama2-gpu", "--variants", *WAYS, "--warmup", "2", "--within", "200"], 280
     ),
-    "recipe-mpo-r": Step(["benchmarks/recipe.py", "training", "--method", "lora-over-mpo-r"], 400),
-    "recipe-lora": Step(["benchmarks/recipe.py", "training", "--method", "lora"], 400),
-    "answers": Step(["benchmarks/recipe.py", "answering", "--method", "lora-over-mpo-r"], 500),
-    "scaling": Step(["benchmarks/scaling.py"], 200),
+    "recipe-mpo-r": Step(["benchmarks/recipe.py", "training", "--method", "lora-over-mpo-r"], 300),
+    "recipe-lora": Step(["benchmarks/recipe.py", "training", "--method", "lora"], 300),
+    "answers": Step(["benchmarks/recipe.py", "answering", "--method", "lora-over-mpo-r"], 150),
+    "scaling": Step(["benchmarks/scaling.py"], 120),
 }  # fmt: skip
 
 
