@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 from collections.abc import Callable
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -37,6 +39,22 @@ SCHEDULERS: dict[str, Callable[[], Any]] = {
     "static": Static,
     "runtime": lambda: TaylorRuntime(top_n=2, split=2, every=3),  # rounds at steps 3 and 6
 }
+
+
+@pytest.mark.parametrize("number", [numpy.float64, numpy.float32, torch.tensor])
+def test_rates_of_other_libraries_do_not_get_into_checkpoints(number):
+    """A grid of NumPy gives such numbers, and `torch.load(weights_only=True)` reads none of them."""
+    model = Experts()
+    optimizer = torch.optim.AdamW(trainable(model), lr=3e-3)
+    rates = {"core_lr": number(2e-3), "core_weight_decay": number(0.5), "max_update": number(4.0)}
+    over = LoraOver(model, optimizer, MPO(order=4), **rates)
+    expert_loss(model, 0).backward()
+    optimizer.step()
+    through_a_file(optimizer.state_dict())
+    described = json.loads(json.dumps(over.config()))
+    for name, value in rates.items():
+        assert type(described[name]) is float
+        assert described[name] == float(value)
 
 
 @pytest.mark.parametrize("saved_at", [0, 2, 3, 5, 8])
