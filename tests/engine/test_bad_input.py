@@ -327,7 +327,11 @@ def test_core_lr_that_is_not_positive(rate):
 @pytest.mark.parametrize("name", ["core_lr", "core_weight_decay", "max_update"])
 @pytest.mark.parametrize(
     ("value", "error", "said"),
-    [(True, TypeError, "give a number"), ("1e-3", TypeError, "give a number"), (float("inf"), ValueError, "is infinite")],
+    [
+        (True, TypeError, "give a number"),
+        ("1e-3", TypeError, "give a number"),
+        (float("inf"), ValueError, "is infinite"),
+    ],
 )
 def test_rates_that_are_no_finite_numbers(name, value, error, said):
     model = Experts()
