@@ -20,6 +20,7 @@ from tnadapt import (
     SVD,
     LoraOver,
     OverParamAdapter,
+    RowRescale,
     Static,
     TTLoraLinear,
     Tucker,
@@ -160,6 +161,45 @@ def test_names_are_those_without_wrappers():
     wrapped = torch.compile(model, backend="eager")
     assert "layers.0.q_proj" in add_adapters(wrapped, r"^layers\.0\.q_proj$", rank=2)
     assert isinstance(model.layers[0].q_proj, OverParamAdapter)
+
+
+class InsideAModule(nn.Module):
+    """A layer inside a child called `module`, as wrappers call theirs, and something of the same name outside of it."""
+
+    def __init__(self, outside: nn.Module) -> None:
+        super().__init__()
+        self.head = outside
+        self.module = nn.ModuleDict({"head": nn.Linear(4, 4)})
+
+
+@kinds
+def test_layers_of_one_name_are_refused_and_not_lost(kind, options, tmp_path):
+    options = {**options, "rank": 2}
+    model = InsideAModule(nn.Linear(4, 4))
+    for adapt in (lambda: add_adapters(model, "head", kind=kind, **options), lambda: RowRescale(model, "head")):
+        with pytest.raises(
+            ValueError, match=r"two layers of the model are called head, .*at module\.head\); rename one"
+        ):
+            adapt()
+    assert not any(isinstance(module, kind) for module in model.modules())
+    model.head = kind.from_linear(model.head, **options)
+    model.module["head"] = kind.from_linear(model.module["head"], **options)
+    for lose in (lambda: save_adapters(model, tmp_path / "lost", kind), lambda: merge_adapters(model)):
+        with pytest.raises(ValueError, match="two layers of the model are called head"):
+            lose()
+    assert not (tmp_path / "lost").exists()
+    assert isinstance(model.head, kind)
+
+
+@kinds
+def test_what_is_no_layer_may_have_the_name_of_one(kind, options):
+    model = InsideAModule(nn.Embedding(3, 4))
+    outside, layer = model.head, model.module["head"]
+    adapter = add_adapters(model, "head", kind=kind, **{**options, "rank": 2})["head"]
+    assert (model.module["head"], adapter.base, model.head) == (adapter, layer, outside)
+    merge_adapters(model)
+    assert type(model.module["head"]) is nn.Linear
+    assert model.head is outside
 
 
 def test_lora_over_trains_what_was_added():

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tnadapt.adapter.base import LinearAdapter, check_base
 from tnadapt.adapter.files import named, read_tensors, write_tensors
 from tnadapt.adapter.pair import OverParamAdapter
-from tnadapt.adapter.targets import chosen_names, is_adapter
+from tnadapt.adapter.targets import by_canonical_name, chosen_names, is_adapter
 from tnadapt.matrices import canonical_name
 
 __all__ = ["add_adapters", "chosen_layers", "find_adapters", "load_adapters", "merge_adapters", "save_adapters"]
@@ -63,7 +63,7 @@ def add_adapters(
             parameter.requires_grad_(trained)
         raise
     for name, adapter in adapters.items():
-        _replace(model, name, adapter)
+        _replace(model, layers[name], adapter)
     _freeze_rest(model)
     return adapters
 
@@ -72,7 +72,7 @@ def chosen_layers(model: nn.Module, targets: str | Iterable[str]) -> dict[str, n
     """The linear layers that `targets` means, by canonical name.
 
     Raises:
-        TypeError, ValueError: see `chosen_names`; a layer that has an adapter.
+        TypeError, ValueError: see `chosen_names`; a layer that has an adapter; two layers of one name.
     """
     if isinstance(model, nn.Linear):
         raise ValueError(
@@ -80,11 +80,11 @@ def chosen_layers(model: nn.Module, targets: str | Iterable[str]) -> dict[str, n
         )
     inside = {id(part) for owner in model.modules() if is_adapter(owner) for part in list(owner.modules())[1:]}
     adapted = {canonical_name(path) for path, module in model.named_modules() if is_adapter(module)}
-    layers = {
-        canonical_name(path): layer
+    layers = by_canonical_name(
+        (path, layer)
         for path, layer in model.named_modules()
         if is_adapter(layer) or (isinstance(layer, nn.Linear) and id(layer) not in inside)
-    }
+    )
     names = chosen_names(targets, layers)
     taken = [name for name in names if name in adapted]
     if taken:
@@ -100,8 +100,12 @@ def find_adapters(model: nn.Module) -> dict[str, LinearAdapter]: ...
 @overload
 def find_adapters(model: nn.Module, kind: type[A]) -> dict[str, A]: ...
 def find_adapters(model: nn.Module, kind: type[LinearAdapter] = LinearAdapter) -> Mapping[str, LinearAdapter]:
-    """The adapters in `model` of a class, by the name of their layer, outer ones before the ones that they are around."""
-    return {canonical_name(path): module for path, module in model.named_modules() if isinstance(module, kind)}
+    """The adapters in `model` of a class, by the name of their layer, outer ones before the ones that they are around.
+
+    Raises:
+        ValueError: two of them have one name.
+    """
+    return by_canonical_name((path, module) for path, module in model.named_modules() if isinstance(module, kind))
 
 
 def merge_adapters(model: nn.Module) -> list[str]:
@@ -127,7 +131,7 @@ def merge_adapters(model: nn.Module) -> list[str]:
         except (TypeError, ValueError) as error:
             raise type(error)(f"{name}: {error}") from error
     for name, layer in merged.items():
-        _replace(model, name, layer.requires_grad_(adapters[name].weight.requires_grad))
+        _replace(model, adapters[name], layer.requires_grad_(adapters[name].weight.requires_grad))
     return outermost
 
 
@@ -224,7 +228,7 @@ def build_adapters(
             p.requires_grad_(trained)
         raise
     for name in outermost:
-        _replace(model, name, adapters[name])
+        _replace(model, bases[name], adapters[name])
     _freeze_rest(model)
     return {name: adapters[name] for name in layers}
 
@@ -306,10 +310,8 @@ def _set_parameter(module: nn.Module, entry: str, parameter: nn.Parameter) -> No
     setattr(module.get_submodule(path), leaf, parameter)
 
 
-def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
-    """Put `layer` where the module with the canonical name `name` is, in every place that holds it."""
-    path = next(p for p, _ in model.named_modules() if canonical_name(p) == name)
-    old = model.get_submodule(path)
+def _replace(model: nn.Module, old: nn.Module, layer: nn.Module) -> None:
+    """Put `layer` where `old` is, in every place that holds it."""
     for parent in list(model.modules()):
         for leaf, child in list(parent._modules.items()):
             if child is old and parent is not layer:
