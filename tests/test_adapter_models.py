@@ -375,6 +375,24 @@ def test_narrow_files_are_trained_in_float32(tmp_path):
     assert torch.equal(loaded.lora_B.weight, model.head.lora_B.weight.float())
 
 
+@kinds
+def test_values_are_not_loaded_where_they_would_be_lost(kind, options, tmp_path):
+    model = Net()
+    add_adapters(model, "q_proj", kind=kind, **options)
+    save_adapters(model, tmp_path / "file", kind)
+    with torch.device("meta"):
+        empty, adapted = Net(), Net()
+    add_adapters(adapted, "q_proj", kind=kind, **options)
+    trained = [p.requires_grad for p in empty.parameters()]
+    for without_values in (empty, adapted):
+        with pytest.raises(
+            ValueError, match=r"layers\.[01]\.q_proj is on the meta device.*load the weights of the model first"
+        ):
+            load_adapters(without_values, tmp_path / "file", kind)
+    assert not find_adapters(empty)
+    assert [p.requires_grad for p in empty.parameters()] == trained
+
+
 def test_the_dtype_of_a_file_is_kept_and_never_narrowed(tmp_path):
     model, file = net(torch.float32), tmp_path / "a.safetensors"
     add_adapters(model, "head", rank=2)

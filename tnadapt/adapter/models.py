@@ -273,8 +273,13 @@ def _load_values(
 def _matched(
     name: str, adapter: LinearAdapter, tensors: Mapping[str, Tensor], source: str | Path
 ) -> list[tuple[str, nn.Parameter]]:
-    """The parameters of an adapter, after checking that the file has a tensor of that name and shape for each."""
+    """The parameters of an adapter, after checking that they can hold values, and that the file has a tensor of that name and shape
+    for each."""
     own = adapter.trained_tensors()
+    if any(parameter.is_meta for parameter in own.values()):
+        raise ValueError(
+            f"{name} is on the meta device, where the values of {source} would be lost; load the weights of the model first"
+        )
     if set(own) != set(tensors):
         raise ValueError(
             f"{name} has the tensors {named(own, 6)}, but {source} has {named(tensors, 6) or 'none'} for it"
