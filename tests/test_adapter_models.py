@@ -140,6 +140,15 @@ def test_adding_more_leaves_the_first_ones_trained():
     assert trained == {id(p) for a in (*first.values(), *second.values()) for p in a.trained_tensors().values()}
 
 
+def test_adding_beside_adapters_of_peft_leaves_these_trained():
+    model = peft.get_peft_model(Net(), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained
+    adapters = add_adapters(model, "v_proj", rank=2)
+    of_ours = {id(p) for adapter in adapters.values() for p in adapter.trained_tensors().values()}
+    assert {name for name, p in model.named_parameters() if p.requires_grad and id(p) not in of_ours} == trained
+
+
 def test_adding_keeps_the_mode_of_each_layer():
     model = net().eval()
     model.head.train()

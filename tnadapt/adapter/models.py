@@ -302,9 +302,13 @@ def _join(name: str, entry: str) -> str:
 
 
 def _freeze_rest(model: nn.Module) -> None:
-    """Freeze what belongs to no adapter; adapters that were there before are trained or not, as they were."""
-    adapters = find_adapters(model)
-    kept = {id(p) for adapter in adapters.values() for p in adapter.trained_tensors().values()}
+    """Freeze what belongs to no adapter; adapters that were there before, ours or others, are trained or not, as they were."""
+    kept: set[int] = set()
+    for module in model.modules():
+        if isinstance(module, LinearAdapter):
+            kept.update(id(p) for p in module.trained_tensors().values())
+        elif is_adapter(module):
+            kept.update(id(p) for name, p in module.named_parameters() if name.startswith("lora_"))
     for parameter in model.parameters():
         if id(parameter) not in kept:
             parameter.requires_grad_(False)
