@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -629,6 +631,58 @@ def test_models_that_read_the_weight_of_a_layer(tmp_path):
     export_peft(model, tmp_path)
     loaded = peft.PeftModel.from_pretrained(t5(), str(tmp_path)).eval()
     assert torch.allclose(logits(loaded), logits(model), rtol=0, atol=1e-5)
+
+
+def test_an_interrupted_export_leaves_no_mixture_of_two(tmp_path, monkeypatch):
+    """An interruption before every write: what can be loaded is one of the two adapters."""
+
+    def adapted(seed: int) -> Net:
+        torch.manual_seed(0)
+        model = Net()
+        torch.manual_seed(seed)
+        for adapter in add_adapters(model, "q_proj", rank=2, alpha=seed).values():
+            nn.init.normal_(adapter.lora_B.weight)
+        return model
+
+    class Killed(BaseException):
+        pass
+
+    old, new, x = adapted(1), adapted(2), torch.randn(3, 12)
+
+    def dying(write):
+        def writes(*arguments, **options):
+            if next(count) == at:
+                raise Killed
+            return write(*arguments, **options)
+
+        return writes
+
+    seen = []
+    for at in range(5):
+        folder, count = tmp_path / str(at), itertools.count()
+        export_peft(old, folder)
+        with monkeypatch.context() as patched:
+            patched.setattr("safetensors.torch.save_file", dying(save_file))
+            patched.setattr(peft.LoraConfig, "save_pretrained", dying(peft.LoraConfig.save_pretrained))
+            patched.setattr(Path, "unlink", dying(Path.unlink))
+            patched.setattr(Path, "replace", dying(Path.replace))
+            with pytest.raises(Killed):
+                export_peft(new, folder)
+        torch.manual_seed(0)
+        again = Net()
+        try:
+            import_peft(again, folder)
+        except FileNotFoundError:
+            seen.append("none")
+        else:
+            seen.append("old" if torch.equal(again(x), old(x)) else "mixture")
+        assert not list(folder.glob(".*"))
+    assert seen == ["old", "old", "old", "none", "none"]
+    export_peft(new, folder)
+    torch.manual_seed(0)
+    again = Net()
+    import_peft(again, folder)
+    assert torch.equal(again(x), new(x))
 
 
 def test_different_ranks_and_scalings_become_patterns(tmp_path):
