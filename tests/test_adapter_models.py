@@ -857,6 +857,17 @@ def test_a_full_disk_leaves_the_older_file_and_nothing_beside_it(tmp_path, monke
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == {"adapters.safetensors": before}
 
 
+@pytest.mark.parametrize("about", [{}, {"about": "{"}])
+def test_a_damaged_header_is_an_error_that_says_so(about, tmp_path):
+    save_file(
+        {"q_proj.lora_A.weight": torch.ones(2)},
+        tmp_path / "file",
+        {"format": "tnadapt.adapters", "version": "1", **about},
+    )
+    with pytest.raises(ValueError, match="the header of .*file is damaged"):
+        load_adapters(Net(), tmp_path / "file")
+
+
 def test_folders_that_a_file_needs_are_made(tmp_path):
     model = net()
     add_adapters(model, "q_proj", rank=2)
