@@ -864,7 +864,7 @@ def test_a_damaged_header_is_an_error_that_says_so(about, tmp_path):
         tmp_path / "file",
         {"format": "tnadapt.adapters", "version": "1", **about},
     )
-    with pytest.raises(ValueError, match="the header of .*file is damaged"):
+    with pytest.raises(ValueError, match=r"the header of .*file is damaged"):
         load_adapters(Net(), tmp_path / "file")
 
 
