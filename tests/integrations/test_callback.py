@@ -363,6 +363,16 @@ def test_one_flipped_bit_in_the_optimizer(run: Path) -> None:
     assert "optimizer.pt" in (checkpoint_fault(file.parent) or "")
 
 
+def test_one_flipped_bit_in_a_header_is_a_fault_and_no_crash(run: Path) -> None:
+    """The bit that says that a part of a zip archive is encrypted, in the archive's directory."""
+    file = run / "checkpoint-8" / "optimizer.pt"
+    content = bytearray(file.read_bytes())
+    content[content.index(b"PK\x01\x02") + 8] ^= 1
+    file.write_bytes(bytes(content))
+    assert "optimizer.pt" in (checkpoint_fault(file.parent) or "")
+    assert last_complete_checkpoint(run) == str(run / "checkpoint-6")
+
+
 def test_other_layouts(run: Path) -> None:
     from safetensors.torch import save_file
 
