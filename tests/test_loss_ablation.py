@@ -194,6 +194,16 @@ def test_two_stages_start_from_where_the_model_was() -> None:
     assert trained != ablation_scores(model, lambda: loss(model))
 
 
+def test_nothing_is_trained_for_scores_that_cannot_be_used() -> None:
+    def train() -> None:
+        raise AssertionError("trained")
+
+    with pytest.raises(ValueError, match="top_n=0 must be"):
+        predefined(Stack(), train, lambda: 1.0, top_n=0)
+    with pytest.raises(ValueError, match="nothing to score"):
+        predefined(torch.nn.Linear(2, 2), train, lambda: 1.0, top_n=1)
+
+
 def budgeted(costs: list[int], scores: list[float], expanded: tuple[int, ...] = ()) -> dict[str, Any]:
     """Matrices of the Stack that would add `costs` parameters, with gradients such that `|<g, W>|` is their score (None:
     no gradient)."""
