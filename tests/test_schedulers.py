@@ -628,7 +628,8 @@ A0, A1, B0, B1 = "layers.0.A", "layers.1.A", "layers.0.B", "layers.1.B"
         (None, [A0, B0, A1, B1], "Static()"),
         (r"\.A$", [A0, A1], r"Static('\\.A$')"),
         (r"layers\.1", [A1, B1], r"Static('layers\\.1')"),
-        ([B1, A0], [B1, A0], "Static(2 names)"),
+        ([B1, A0], [A0, B1], "Static(2 names)"),
+        ({B1, A1, A0, B0}, [A0, B0, A1, B1], "Static(4 names)"),
         ((name for name in [B0]), [B0], "Static(1 names)"),
     ],
 )

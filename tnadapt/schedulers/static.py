@@ -76,7 +76,9 @@ class Static(Scheduler):
                     f"Static: {', '.join(missing[:5])} is not among the {len(matrices)} matrices that can be "
                     f"expanded, whose names look like {', '.join(list(matrices)[:3])}"
                 )
-            return list(self._names)
+            # in the order of the model: that of a set differs between processes, and ranks must agree
+            named = set(self._names)
+            return [name for name in matrices if name in named]
         return [name for name in matrices if self._pattern is None or self._pattern.search(name)]
 
     @property
