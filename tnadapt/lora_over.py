@@ -243,10 +243,15 @@ class LoraOver:
         if not isinstance(config, Mapping):
             file = Path(config)
             file = file / "tnadapt.json" if file.is_dir() else file
-            read: Mapping[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            read: Any = json.loads(file.read_text(encoding="utf-8"))
         else:
             read = config
-        settings = dict(read.get("config", read))
+        inner = read.get("config", read) if isinstance(read, Mapping) else read
+        if not isinstance(inner, Mapping):
+            raise ValueError(
+                f"the config is a {type(inner).__name__} and no mapping; give what config() gave, or a tnadapt.json"
+            )
+        settings = dict(inner)
         custom = [name for name in settings.pop("functions", []) if name not in options]
         if custom:
             raise ValueError(

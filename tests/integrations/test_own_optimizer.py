@@ -273,7 +273,7 @@ def test_functions_have_to_be_given_again() -> None:
     assert {m.group for m in again.matrices.values()} == {"A", "B"}
 
 
-def test_settings_of_a_run_on_another_model_or_of_no_run_are_named() -> None:
+def test_settings_of_a_run_on_another_model_or_of_no_run_are_named(tmp_path: Path) -> None:
     model = lora_model()
     optimizer = torch.optim.AdamW(lora_parameters(model))
     over = LoraOver(model, optimizer, {r"\.A$": MPO(order=3), "": MPO(order=4)})
@@ -285,6 +285,10 @@ def test_settings_of_a_run_on_another_model_or_of_no_run_are_named() -> None:
         LoraOver.from_config(model, optimizer, config)
     with pytest.raises(ValueError, match="the config has no factorization and no scheduler; give what config"):
         LoraOver.from_config(model, optimizer, {"steps": 3})
+    for text in ("[]", "null"):
+        (tmp_path / "tnadapt.json").write_text(text)
+        with pytest.raises(ValueError, match="and no mapping; give what config"):
+            LoraOver.from_config(model, optimizer, tmp_path)
 
 
 def test_what_is_given_again_need_not_be_rebuilt() -> None:
