@@ -41,6 +41,41 @@ SCHEDULERS: dict[str, Callable[[], Any]] = {
 }
 
 
+@pytest.mark.parametrize(("saved", "here"), [(torch.float64, torch.float32), (torch.float32, torch.float64)])
+@pytest.mark.parametrize("max_bond", [None, 2])
+def test_a_state_of_another_dtype_is_converted_as_torch_converts_its_own(saved, here, max_bond):
+    def build(dtype):
+        model = Experts(dtype=dtype)
+        optimizer = torch.optim.AdamW(trainable(model), lr=3e-3)
+        return model, optimizer, LoraOver(model, optimizer, MPO(order=4, max_bond=max_bond))
+
+    def step(model, optimizer, k):
+        optimizer.zero_grad()
+        expert_loss(model, k).backward()
+        optimizer.step()
+
+    model, optimizer, over = build(saved)
+    for k in range(3):
+        step(model, optimizer, k)
+    again, again_optimizer, again_over = build(here)
+    again.load_state_dict(model.state_dict())
+    again_optimizer.load_state_dict(through_a_file(optimizer.state_dict()))
+    entries = again_over.state_dict()["cores"]
+    assert entries
+    for name, entry in entries.items():
+        was = over.state_dict()["cores"][name]
+        known = [*entry["cores"], *(one["exp_avg"] for one in entry["state"])]
+        before = [*was["cores"], *(one["exp_avg"] for one in was["state"])]
+        if max_bond is not None:
+            known.append(entry["residual"])
+            before.append(was["residual"])
+        for one, other in zip(known, before, strict=True):
+            assert one.dtype == here
+            assert torch.equal(one, other.to(here))
+    step(again, again_optimizer, 3)
+    assert again_over.step == 4
+
+
 @pytest.mark.parametrize("number", [numpy.float64, numpy.float32, torch.tensor])
 def test_rates_of_other_libraries_do_not_get_into_checkpoints(number):
     """A grid of NumPy gives such numbers, and `torch.load(weights_only=True)` reads none of them."""
