@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -408,9 +409,21 @@ def test_budget_follows_the_scores_and_goes_on_after_a_resume() -> None:
 
 def test_bad_budgets_are_errors() -> None:
     counts = [{name: value} for name in ("added_parameters", "every") for value in (0, True, 1.5, "2", None)]
-    for options in (*counts, {"decay": 1.0}, {"decay": -0.5}, {"margin": 0.5}, {"reduction": "max"}):
+    for options in (
+        *counts,
+        {"decay": 1.0},
+        {"decay": -0.5},
+        {"margin": 0.5},
+        {"margin": math.inf},
+        {"reduction": "max"},
+    ):
         with pytest.raises(ValueError, match=next(iter(options))):
             Budget(**{"added_parameters": 10, "every": 1, **options})
+    for until in (True, 2.5, "9"):
+        with pytest.raises(ValueError, match=f"until={until!r} must be a step"):
+            Budget(10, 1, until=until)
+    with pytest.raises(TypeError, match="per_group='no' must be True or False"):
+        Budget(10, 1, per_group="no")
     model = Stack()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     with pytest.raises(ValueError, match="less than the cheapest matrix adds"):
