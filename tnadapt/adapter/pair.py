@@ -7,7 +7,6 @@ found as they are and need none of this.
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -80,14 +79,15 @@ class OverParamAdapter(LinearAdapter):
             )
         if not 0.0 <= dropout < 1.0:
             raise ValueError(f"dropout={dropout!r} is not a probability below 1")
-        if isinstance(scaling, bool) or not isinstance(scaling, numbers.Real) or not math.isfinite(scaling):
+        # one of NumPy could not be written to a file of adapters
+        scaling = float(scaling)
+        if not math.isfinite(scaling):
             raise ValueError(f"scaling={scaling!r} (alpha / r in LoRA): the factor on the update is a finite number")
         self.factorization = _by_side(factorization, lora_A, lora_B)
         self.base = base
         self.lora_A = lora_A
         self.lora_B = lora_B
-        # one of NumPy could not be written to a file of adapters
-        self.scaling = float(scaling)
+        self.scaling = scaling
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
 
     @classmethod
