@@ -14,7 +14,12 @@ from peft import PeftModel
 from transformers import Trainer, TrainerCallback
 
 from tnadapt import LoraOver, Scheduler, Static, TaylorRuntime
-from tnadapt.integrations.transformers import LoraOverCallback, checkpoint_fault, last_complete_checkpoint
+from tnadapt.integrations.transformers import (
+    LoraOverCallback,
+    LoraOverOptimizer,
+    checkpoint_fault,
+    last_complete_checkpoint,
+)
 
 from .tiny import (
     STEPS,
@@ -310,6 +315,27 @@ def test_resume_where_the_optimizer_file_has_no_room(
         make().train(resume_from_checkpoint=str(folder))
     own.write_bytes(whole)
     make().train(resume_from_checkpoint=str(folder))
+
+
+@pytest.mark.parametrize("passed", [True, False])
+def test_an_unfinished_checkpoint_is_not_resumed_without_its_cores(passed: bool, tmp_path: Path) -> None:
+    """The first checkpoint of a run that was killed before `tnadapt.pt` was there, so that no other tells that one is missing."""
+
+    def make() -> Trainer:
+        model, args = lora_model(), arguments(tmp_path, **SAVING)
+        reporting = {"train_dataset": dataset(), "callbacks": [LoraOverCallback()]}
+        if passed:
+            optimizer = torch.optim.AdamW(lora_parameters(model), lr=2e-2)
+            LoraOver(model, optimizer, mpo(), rounds())
+            return WritesAsFsdp(model, args, optimizers=(optimizer, None), **reporting)
+        settings = {"factorization": mpo(), "scheduler": rounds(), "lr": 2e-2}
+        return WritesAsFsdp(model, args, optimizer_cls_and_kwargs=(LoraOverOptimizer, settings), **reporting)
+
+    make().train()
+    for folder in tmp_path.glob("checkpoint-*"):
+        (folder / "tnadapt.pt").unlink()
+    with pytest.raises(ValueError, match=r"was not finished \(tnadapt\.pt comes last"):
+        make().train(resume_from_checkpoint=last_complete_checkpoint(tmp_path))
 
 
 # -- whole checkpoints ------------------------------------------------------------------------------------------------
