@@ -534,6 +534,7 @@ class LoraOver:
         self.recover()
         rest = dict(optimizer_state)
         self._staged = rest.pop(STATE_KEY, None)
+        marked = any(STATE_KEY in group for group in rest["param_groups"])
         rest["param_groups"] = [
             {key: value for key, value in group.items() if key != STATE_KEY} for group in rest["param_groups"]
         ]
@@ -543,6 +544,12 @@ class LoraOver:
             warnings.warn(
                 "the optimizer state that is being loaded has no tnadapt part (it was saved without LoraOver): the cores "
                 "stay as they are, and are unfolded anew where the matrices have changed",
+                stacklevel=3,
+            )
+        elif self.step == 0 and marked and rest["state"]:
+            warnings.warn(
+                "the optimizer state that is being loaded was saved with LoraOver, but its tnadapt part has been taken out: give that to "
+                "over.load_state_dict(), or training goes on from fresh cores",
                 stacklevel=3,
             )
         return rest

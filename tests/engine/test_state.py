@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -283,6 +284,21 @@ def test_state_with_cores_loads_into_a_plain_optimizer():
     torch.optim.AdamW(trainable(model), lr=1e-3).load_state_dict({**optimizer.state_dict(), "tnadapt": state})
 
 
+def test_a_state_whose_part_was_taken_out_is_noticed():
+    """By code that writes the keys of a state one by one, and knows torch's two."""
+    _, optimizer, over = running()
+    kept = through_a_file({key: optimizer.state_dict()[key] for key in ("state", "param_groups")})
+    _, again, again_over = running(steps=0)
+    with pytest.warns(UserWarning, match=r"its tnadapt part has been taken out: give that to over.load_state_dict"):
+        again.load_state_dict(kept)
+    # with that part loaded before, there is nothing to say
+    again_over.load_state_dict(through_a_file(over.state_dict()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again.load_state_dict(kept)
+    assert again_over.step == over.step > 0
+
+
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_loading_before_the_first_step_changes_nothing(scheduler):
     """accelerate saves and loads once when it prepares an optimizer."""
@@ -343,12 +359,12 @@ def test_looking_for_edits_after_a_load_keeps_no_graph():
 # -- damaged states -----------------------------------------------------------------------------------------------------
 
 
-def running(scheduler: Any = None, factorization: Any = None, count: int = 3) -> Any:
+def running(scheduler: Any = None, factorization: Any = None, count: int = 3, steps: int = 3) -> Any:
     model = Experts(count)
     optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
     scheduler = scheduler or TaylorRuntime(top_n=2, split=2, every=2)
     over = LoraOver(model, optimizer, factorization or MPO(order=3), scheduler)
-    for step in range(3):
+    for step in range(steps):
         optimizer.zero_grad()
         expert_loss(model, step, tuple(range(count))).backward()
         optimizer.step()
