@@ -308,6 +308,27 @@ def test_a_merge_that_fails_changes_nothing():
         merge_adapters(OverParamAdapter.from_linear(nn.Linear(4, 4), rank=2))
 
 
+def test_a_merge_that_overflows_changes_nothing():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).half()
+    add_adapters(model, "0|1", rank=2)
+    for half in (model[1].lora_A, model[1].lora_B):
+        nn.init.constant_(half.weight, 300)
+    with pytest.raises(ValueError, match=r"1: the sum of weight and update is not finite in torch.float16"):
+        merge_adapters(model)
+    assert len(find_adapters(model)) == 2
+
+
+@pytest.mark.parametrize("weight", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_what_was_trained_of_a_base_is_trained_of_the_merged_layer(weight, bias):
+    model = nn.Sequential(nn.Linear(4, 4))
+    add_adapters(model, "0", rank=2)
+    model[0].base.weight.requires_grad_(weight)
+    model[0].base.bias.requires_grad_(bias)
+    merge_adapters(model)
+    assert (model[0].weight.requires_grad, model[0].bias.requires_grad) == (weight, bias)
+
+
 def test_low_precision_weights_are_rounded_once():
     torch.manual_seed(0)
     base = nn.Linear(64, 64, dtype=torch.bfloat16)

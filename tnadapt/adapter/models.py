@@ -115,7 +115,7 @@ def merge_adapters(model: nn.Module) -> list[str]:
         The names of the layers.
 
     Raises:
-        ValueError: the model has no adapters, or a base has hooks; nothing is changed.
+        ValueError: the model has no adapters, a base has hooks, or a merged weight is not finite; nothing is changed.
         TypeError: a base is not a plain `nn.Linear` (a quantized layer, say); nothing is changed.
     """
     adapters = find_adapters(model)
@@ -131,7 +131,11 @@ def merge_adapters(model: nn.Module) -> list[str]:
         except (TypeError, ValueError) as error:
             raise type(error)(f"{name}: {error}") from error
     for name, layer in merged.items():
-        _replace(model, adapters[name], layer.requires_grad_(adapters[name].weight.requires_grad))
+        adapter = adapters[name]
+        layer.weight.requires_grad_(adapter.weight.requires_grad)
+        if adapter.bias is not None:
+            layer.bias.requires_grad_(adapter.bias.requires_grad)
+        _replace(model, adapter, layer)
     return outermost
 
 
