@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -108,6 +110,19 @@ def test_the_smallest_rank():
 def test_bad_rank(rank):
     with pytest.raises(ValueError, match=r"rank=.*at least 1"):
         OverParamAdapter.from_linear(linear(), rank=rank)
+
+
+@pytest.mark.parametrize("alpha", [float("nan"), float("inf"), -float("inf")])
+def test_bad_alpha(alpha):
+    base = linear()
+    with pytest.raises(ValueError, match=r"scaling=.*a finite number"):
+        OverParamAdapter.from_linear(base, rank=4, alpha=alpha)
+    assert base.weight.requires_grad
+
+
+def test_numbers_of_other_libraries_can_be_saved():
+    adapter = OverParamAdapter.from_linear(linear(), rank=4, alpha=numpy.float32(6))
+    assert json.loads(json.dumps(adapter.settings()))["scaling"] == 1.5
 
 
 @pytest.mark.parametrize("dropout", [-0.1, 1.0, float("nan")])

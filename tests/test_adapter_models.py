@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from tnadapt import (
     SVD,
     LoraOver,
     OverParamAdapter,
+    RowRescale,
     Static,
     TTLoraLinear,
     Tucker,
@@ -139,6 +142,15 @@ def test_adding_more_leaves_the_first_ones_trained():
     assert trained == {id(p) for a in (*first.values(), *second.values()) for p in a.trained_tensors().values()}
 
 
+def test_adding_beside_adapters_of_peft_leaves_these_trained():
+    model = peft.get_peft_model(Net(), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained
+    adapters = add_adapters(model, "v_proj", rank=2)
+    of_ours = {id(p) for adapter in adapters.values() for p in adapter.trained_tensors().values()}
+    assert {name for name, p in model.named_parameters() if p.requires_grad and id(p) not in of_ours} == trained
+
+
 def test_adding_keeps_the_mode_of_each_layer():
     model = net().eval()
     model.head.train()
@@ -160,6 +172,45 @@ def test_names_are_those_without_wrappers():
     wrapped = torch.compile(model, backend="eager")
     assert "layers.0.q_proj" in add_adapters(wrapped, r"^layers\.0\.q_proj$", rank=2)
     assert isinstance(model.layers[0].q_proj, OverParamAdapter)
+
+
+class InsideAModule(nn.Module):
+    """A layer inside a child called `module`, as wrappers call theirs, and something of the same name outside of it."""
+
+    def __init__(self, outside: nn.Module) -> None:
+        super().__init__()
+        self.head = outside
+        self.module = nn.ModuleDict({"head": nn.Linear(4, 4)})
+
+
+@kinds
+def test_layers_of_one_name_are_refused_and_not_lost(kind, options, tmp_path):
+    options = {**options, "rank": 2}
+    model = InsideAModule(nn.Linear(4, 4))
+    for adapt in (lambda: add_adapters(model, "head", kind=kind, **options), lambda: RowRescale(model, "head")):
+        with pytest.raises(
+            ValueError, match=r"two layers of the model are called head, .*at module\.head\); rename one"
+        ):
+            adapt()
+    assert not any(isinstance(module, kind) for module in model.modules())
+    model.head = kind.from_linear(model.head, **options)
+    model.module["head"] = kind.from_linear(model.module["head"], **options)
+    for lose in (lambda: save_adapters(model, tmp_path / "lost", kind), lambda: merge_adapters(model)):
+        with pytest.raises(ValueError, match="two layers of the model are called head"):
+            lose()
+    assert not (tmp_path / "lost").exists()
+    assert isinstance(model.head, kind)
+
+
+@kinds
+def test_what_is_no_layer_may_have_the_name_of_one(kind, options):
+    model = InsideAModule(nn.Embedding(3, 4))
+    outside, layer = model.head, model.module["head"]
+    adapter = add_adapters(model, "head", kind=kind, **{**options, "rank": 2})["head"]
+    assert (model.module["head"], adapter.base, model.head) == (adapter, layer, outside)
+    merge_adapters(model)
+    assert type(model.module["head"]) is nn.Linear
+    assert model.head is outside
 
 
 def test_lora_over_trains_what_was_added():
@@ -257,6 +308,27 @@ def test_a_merge_that_fails_changes_nothing():
         merge_adapters(OverParamAdapter.from_linear(nn.Linear(4, 4), rank=2))
 
 
+def test_a_merge_that_overflows_changes_nothing():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).half()
+    add_adapters(model, "0|1", rank=2)
+    for half in (model[1].lora_A, model[1].lora_B):
+        nn.init.constant_(half.weight, 300)
+    with pytest.raises(ValueError, match=r"1: the sum of weight and update is not finite in torch.float16"):
+        merge_adapters(model)
+    assert len(find_adapters(model)) == 2
+
+
+@pytest.mark.parametrize("weight", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_what_was_trained_of_a_base_is_trained_of_the_merged_layer(weight, bias):
+    model = nn.Sequential(nn.Linear(4, 4))
+    add_adapters(model, "0", rank=2)
+    model[0].base.weight.requires_grad_(weight)
+    model[0].base.bias.requires_grad_(bias)
+    merge_adapters(model)
+    assert (model[0].weight.requires_grad, model[0].bias.requires_grad) == (weight, bias)
+
+
 def test_low_precision_weights_are_rounded_once():
     torch.manual_seed(0)
     base = nn.Linear(64, 64, dtype=torch.bfloat16)
@@ -333,6 +405,24 @@ def test_narrow_files_are_trained_in_float32(tmp_path):
     loaded = load_adapters(net(torch.float32), tmp_path / "a.safetensors")["head"]
     assert loaded.lora_B.weight.dtype == torch.float32
     assert torch.equal(loaded.lora_B.weight, model.head.lora_B.weight.float())
+
+
+@kinds
+def test_values_are_not_loaded_where_they_would_be_lost(kind, options, tmp_path):
+    model = Net()
+    add_adapters(model, "q_proj", kind=kind, **options)
+    save_adapters(model, tmp_path / "file", kind)
+    with torch.device("meta"):
+        empty, adapted = Net(), Net()
+    add_adapters(adapted, "q_proj", kind=kind, **options)
+    trained = [p.requires_grad for p in empty.parameters()]
+    for without_values in (empty, adapted):
+        with pytest.raises(
+            ValueError, match=r"layers\.[01]\.q_proj is on the meta device.*load the weights of the model first"
+        ):
+            load_adapters(without_values, tmp_path / "file", kind)
+    assert not find_adapters(empty)
+    assert [p.requires_grad for p in empty.parameters()] == trained
 
 
 def test_the_dtype_of_a_file_is_kept_and_never_narrowed(tmp_path):
@@ -564,6 +654,58 @@ def test_models_that_read_the_weight_of_a_layer(tmp_path):
     assert torch.allclose(logits(loaded), logits(model), rtol=0, atol=1e-5)
 
 
+def test_an_interrupted_export_leaves_no_mixture_of_two(tmp_path, monkeypatch):
+    """An interruption before every write: what can be loaded is one of the two adapters."""
+
+    def adapted(seed: int) -> Net:
+        torch.manual_seed(0)
+        model = Net()
+        torch.manual_seed(seed)
+        for adapter in add_adapters(model, "q_proj", rank=2, alpha=seed).values():
+            nn.init.normal_(adapter.lora_B.weight)
+        return model
+
+    class Killed(BaseException):
+        pass
+
+    old, new, x = adapted(1), adapted(2), torch.randn(3, 12)
+
+    def dying(write):
+        def writes(*arguments, **options):
+            if next(count) == at:
+                raise Killed
+            return write(*arguments, **options)
+
+        return writes
+
+    seen = []
+    for at in range(5):
+        folder, count = tmp_path / str(at), itertools.count()
+        export_peft(old, folder)
+        with monkeypatch.context() as patched:
+            patched.setattr("safetensors.torch.save_file", dying(save_file))
+            patched.setattr(peft.LoraConfig, "save_pretrained", dying(peft.LoraConfig.save_pretrained))
+            patched.setattr(Path, "unlink", dying(Path.unlink))
+            patched.setattr(Path, "replace", dying(Path.replace))
+            with pytest.raises(Killed):
+                export_peft(new, folder)
+        torch.manual_seed(0)
+        again = Net()
+        try:
+            import_peft(again, folder)
+        except FileNotFoundError:
+            seen.append("none")
+        else:
+            seen.append("old" if torch.equal(again(x), old(x)) else "mixture")
+        assert not list(folder.glob(".*"))
+    assert seen == ["old", "old", "old", "none", "none"]
+    export_peft(new, folder)
+    torch.manual_seed(0)
+    again = Net()
+    import_peft(again, folder)
+    assert torch.equal(again(x), new(x))
+
+
 def test_different_ranks_and_scalings_become_patterns(tmp_path):
     model = llama()
     add_adapters(model, r"q_proj|k_proj", rank=4, alpha=8)
@@ -734,6 +876,17 @@ def test_a_full_disk_leaves_the_older_file_and_nothing_beside_it(tmp_path, monke
     with pytest.raises(OSError, match="no space"):
         save_adapters(model, tmp_path / "adapters.safetensors")
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == {"adapters.safetensors": before}
+
+
+@pytest.mark.parametrize("about", [{}, {"about": "{"}])
+def test_a_damaged_header_is_an_error_that_says_so(about, tmp_path):
+    save_file(
+        {"q_proj.lora_A.weight": torch.ones(2)},
+        tmp_path / "file",
+        {"format": "tnadapt.adapters", "version": "1", **about},
+    )
+    with pytest.raises(ValueError, match=r"the header of .*file is damaged"):
+        load_adapters(Net(), tmp_path / "file")
 
 
 def test_folders_that_a_file_needs_are_made(tmp_path):

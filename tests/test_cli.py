@@ -324,6 +324,11 @@ def test_what_is_no_checkpoint(capsys, tmp_path):
     assert "has no state of a LoraOver" in said(capsys, "inspect", tmp_path / "plain.pt", status=2)
     torch.save({**Trained(steps=0).over.state_dict(), "version": 999}, tmp_path / "new.pt")
     assert "has format version 999" in said(capsys, "inspect", tmp_path / "new.pt", status=2)
+    state = Trained(steps=0).over.state_dict()
+    for part in ("scheduler", "rates", "history"):
+        torch.save({name: value for name, value in state.items() if name != part}, tmp_path / "damaged.pt")
+        words = said(capsys, "inspect", tmp_path / "damaged.pt", status=2)
+        assert f"damaged.pt is damaged (KeyError: '{part}')" in words
 
 
 # -- report ----------------------------------------------------------------------------------------------------------------

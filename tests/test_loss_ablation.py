@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -192,6 +193,16 @@ def test_two_stages_start_from_where_the_model_was() -> None:
     assert len(list(scheduler.select(0, matrices))) == 2
     assert scheduler.scores == trained
     assert trained != ablation_scores(model, lambda: loss(model))
+
+
+def test_nothing_is_trained_for_scores_that_cannot_be_used() -> None:
+    def train() -> None:
+        raise AssertionError("trained")
+
+    with pytest.raises(ValueError, match="top_n=0 must be"):
+        predefined(Stack(), train, lambda: 1.0, top_n=0)
+    with pytest.raises(ValueError, match="nothing to score"):
+        predefined(torch.nn.Linear(2, 2), train, lambda: 1.0, top_n=1)
 
 
 def budgeted(costs: list[int], scores: list[float], expanded: tuple[int, ...] = ()) -> dict[str, Any]:
@@ -398,9 +409,21 @@ def test_budget_follows_the_scores_and_goes_on_after_a_resume() -> None:
 
 def test_bad_budgets_are_errors() -> None:
     counts = [{name: value} for name in ("added_parameters", "every") for value in (0, True, 1.5, "2", None)]
-    for options in (*counts, {"decay": 1.0}, {"decay": -0.5}, {"margin": 0.5}, {"reduction": "max"}):
+    for options in (
+        *counts,
+        {"decay": 1.0},
+        {"decay": -0.5},
+        {"margin": 0.5},
+        {"margin": math.inf},
+        {"reduction": "max"},
+    ):
         with pytest.raises(ValueError, match=next(iter(options))):
             Budget(**{"added_parameters": 10, "every": 1, **options})
+    for until in (True, 2.5, "9"):
+        with pytest.raises(ValueError, match=f"until={until!r} must be a step"):
+            Budget(10, 1, until=until)
+    with pytest.raises(TypeError, match="per_group='no' must be True or False"):
+        Budget(10, 1, per_group="no")
     model = Stack()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     with pytest.raises(ValueError, match="less than the cheapest matrix adds"):

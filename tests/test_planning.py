@@ -224,7 +224,7 @@ def test_groups_of_ones_own():
     assert sum(row.count for row in made.rows) == 4
 
 
-@pytest.mark.parametrize("top_n", [0, -3])
+@pytest.mark.parametrize("top_n", [0, -3, True])
 def test_bad_top_n(top_n):
     with pytest.raises(ValueError, match=f"top_n={top_n} must be at least 1"):
         plan(Net((24, 16, 4)), SVD(), top_n=top_n)

@@ -623,6 +623,36 @@ def test_a_resumed_run_ends_with_the_same_bits(every, tmp_path):
     assert again[2].steps == 50
 
 
+def test_a_state_that_is_kept_in_memory_stays_that_of_its_step():
+    torch.manual_seed(0)
+    rescale = RowRescale(net(), EVERY_LAYER, optimizer=adamw(), every=1)
+
+    def step():
+        rescale.step(lambda: rescale.model(X).square().mean())
+
+    step()
+    kept = rescale.state_dict()
+    step()
+    after = {name: alpha.clone() for name, alpha in rescale.alphas.items()}
+    step()
+    rescale.load_state_dict(kept)
+    step()
+    assert all(torch.equal(alpha, after[name]) for name, alpha in rescale.alphas.items())
+
+
+@pytest.mark.parametrize("part", ["every", "steps", "alphas", "optimizer"])
+def test_damaged_states_are_refused_and_change_nothing(part):
+    rescale = scattered(RowRescale(net(), EVERY_LAYER, optimizer=sgd(), every=2))
+    state = rescale.state_dict()
+    fresh = RowRescale(net(), EVERY_LAYER, optimizer=sgd(), every=2)
+    with pytest.raises(ValueError, match=f"the state lacks {part}; it is damaged"):
+        fresh.load_state_dict({name: value for name, value in state.items() if name != part})
+    broken = {**state, "alphas": {name: alpha / 0 for name, alpha in state["alphas"].items()}}
+    with pytest.raises(ValueError, match="α of first holds NaN or infinity in the state"):
+        fresh.load_state_dict(broken)
+    assert all(torch.equal(alpha, torch.ones_like(alpha)) for alpha in fresh.alphas.values())
+
+
 def test_states_of_other_runs_are_refused_and_change_nothing():
     rescale = scattered(RowRescale(net(), EVERY_LAYER, optimizer=sgd(), every=2))
     state = copy.deepcopy(rescale.state_dict())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import warnings
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -355,6 +356,12 @@ def test_groups_that_are_large_enough_are_not_warned_of():
         TaylorRuntime(top_n=2, split=1, every=1).attach(matrices_of(2))
 
 
+@pytest.mark.parametrize("name", ["average", "reset", "expand_after_update"])
+def test_a_text_switches_nothing_on(name):
+    with pytest.raises(TypeError, match=f"TaylorRuntime: {name}='no' must be True or False"):
+        TaylorRuntime(1, 1, 1, **{name: "no"})
+
+
 @pytest.mark.parametrize("name", ["top_n", "split", "every"])
 @pytest.mark.parametrize("value", [0, -1, 1.5, True, "2", None])
 def test_bad_numbers(name, value):
@@ -628,7 +635,8 @@ A0, A1, B0, B1 = "layers.0.A", "layers.1.A", "layers.0.B", "layers.1.B"
         (None, [A0, B0, A1, B1], "Static()"),
         (r"\.A$", [A0, A1], r"Static('\\.A$')"),
         (r"layers\.1", [A1, B1], r"Static('layers\\.1')"),
-        ([B1, A0], [B1, A0], "Static(2 names)"),
+        ([B1, A0], [A0, B1], "Static(2 names)"),
+        ({B1, A1, A0, B0}, [A0, B0, A1, B1], "Static(4 names)"),
         ((name for name in [B0]), [B0], "Static(1 names)"),
     ],
 )
@@ -653,6 +661,20 @@ def test_static(which, names, label):
 def test_static_that_matches_nothing(which, said):
     with pytest.raises(ValueError, match=said):
         Static(which).attach(matrices_of(2))
+
+
+@pytest.mark.parametrize(
+    ("which", "error", "said"),
+    [
+        ("(", ValueError, "'\\(' is not a regular expression"),
+        ([A0, 3], TypeError, "give a regular expression, names of matrices"),
+        (3, TypeError, "which=3: give a regular expression"),
+        (re.compile("A$"), TypeError, "give a regular expression, names of matrices"),
+    ],
+)
+def test_static_of_what_is_no_name(which, error, said):
+    with pytest.raises(error, match=said):
+        Static(which)
 
 
 @given(fold_after=st.integers(1, 6), steps=st.integers(0, 9))

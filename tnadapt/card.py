@@ -36,7 +36,8 @@ def describe(over: LoraOver) -> dict[str, Any]:
 
 
 def save_card(over: LoraOver, folder: str | Path) -> None:
-    """Write `tnadapt.json`, and a section of `README.md`, into the folder of a saved adapter. The rest of the README is kept.
+    """Write `tnadapt.json`, and a section of `README.md`, into the folder of a saved adapter. The rest of the README is kept,
+    what follows a section whose end somebody has taken out included.
 
     Raises:
         FileNotFoundError: the folder is not there.
@@ -49,11 +50,15 @@ def save_card(over: LoraOver, folder: str | Path) -> None:
     described = describe(over)
     _write(folder / CONFIG_FILE, json.dumps(described, indent=1) + "\n")
     readme = folder / "README.md"
-    text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
+    # bytes that are no UTF-8 are somebody's own, and come back as they were
+    text = readme.read_text(encoding="utf-8", errors="surrogateescape") if readme.is_file() else ""
     before, _, rest = text.partition(_BEGIN)
-    after = rest.partition(_END)[2]
+    _, closed, after = rest.partition(_END)
+    if not closed:
+        after = rest
     section = f"{_BEGIN}\n{_section(over, described)}\n{_END}"
-    _write(readme, f"{before.rstrip()}\n\n{section}\n{after.lstrip()}" if text else f"{section}\n")
+    head = before.rstrip()
+    _write(readme, f"{head}\n\n{section}\n{after.lstrip()}" if head else f"{section}\n{after.lstrip()}")
 
 
 def _section(over: LoraOver, described: dict[str, Any]) -> str:
@@ -81,5 +86,5 @@ def _section(over: LoraOver, described: dict[str, Any]) -> str:
 def _write(file: Path, text: str) -> None:
     """Write a file whole or not at all."""
     half = file.with_name(file.name + ".writing")
-    half.write_text(text, encoding="utf-8")
+    half.write_text(text, encoding="utf-8", errors="surrogateescape")
     half.replace(file)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import json
+import math
+import numbers
 import sys
 import warnings
 import weakref
@@ -15,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from tnadapt import state as states
 from tnadapt.assignment import FactorizationArgument, assign_factorizations, describe_factorizations
@@ -147,6 +149,9 @@ class LoraOver:
         check_factorization(factorization)
         check_scheduler(scheduler)
         check_switches(matched=matched, shard=shard, replace=replace)
+        core_lr = _plain_number("core_lr", core_lr)
+        core_weight_decay = _plain_number("core_weight_decay", core_weight_decay)
+        max_update = _plain_number("max_update", max_update)
         inner = unwrap(optimizer)
         if handover not in HANDOVERS:
             raise ValueError(f"handover={handover!r} is unknown; choose one of {', '.join(HANDOVERS)}")
@@ -238,10 +243,15 @@ class LoraOver:
         if not isinstance(config, Mapping):
             file = Path(config)
             file = file / "tnadapt.json" if file.is_dir() else file
-            read: Mapping[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            read: Any = json.loads(file.read_text(encoding="utf-8"))
         else:
             read = config
-        settings = dict(read.get("config", read))
+        inner = read.get("config", read) if isinstance(read, Mapping) else read
+        if not isinstance(inner, Mapping):
+            raise ValueError(
+                f"the config is a {type(inner).__name__} and no mapping; give what config() gave, or a tnadapt.json"
+            )
+        settings = dict(inner)
         custom = [name for name in settings.pop("functions", []) if name not in options]
         if custom:
             raise ValueError(
@@ -524,6 +534,7 @@ class LoraOver:
         self.recover()
         rest = dict(optimizer_state)
         self._staged = rest.pop(STATE_KEY, None)
+        marked = any(STATE_KEY in group for group in rest["param_groups"])
         rest["param_groups"] = [
             {key: value for key, value in group.items() if key != STATE_KEY} for group in rest["param_groups"]
         ]
@@ -533,6 +544,12 @@ class LoraOver:
             warnings.warn(
                 "the optimizer state that is being loaded has no tnadapt part (it was saved without LoraOver): the cores "
                 "stay as they are, and are unfolded anew where the matrices have changed",
+                stacklevel=3,
+            )
+        elif self.step == 0 and marked and rest["state"]:
+            warnings.warn(
+                "the optimizer state that is being loaded was saved with LoraOver, but its tnadapt part has been taken out: give that to "
+                "over.load_state_dict(), or training goes on from fresh cores",
                 stacklevel=3,
             )
         return rest
@@ -574,6 +591,25 @@ def _asked_by_dcp() -> bool:
             return True
         frame = frame.f_back
     return False
+
+
+def _plain_number(name: str, value: Any) -> float | None:
+    """A hyper-parameter as Python's own float. It goes into checkpoints, and those with a number of NumPy in them cannot be read by
+    `torch.load(weights_only=True)`.
+
+    Raises:
+        TypeError: it is not a number.
+        ValueError: it is infinite.
+    """
+    if value is None:
+        return None
+    scalar = isinstance(value, Tensor) and value.numel() == 1 and value.is_floating_point()
+    if isinstance(value, bool) or not (scalar or isinstance(value, numbers.Real)):
+        raise TypeError(f"{name}={value!r}: give a number, or leave it out")
+    number = float(value)
+    if math.isinf(number):
+        raise ValueError(f"{name}={value!r} is infinite; give a finite number, or leave it out")
+    return number
 
 
 def _refuse_copy(memo: Any) -> Any:

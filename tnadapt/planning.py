@@ -196,7 +196,7 @@ def plan(
         ValueError: the model has no LoRA matrices, `top_n` is below 1, the factorization does not fit a shape, or the scheduler
             decides by what it sees in training (`Budget`).
     """
-    if isinstance(top_n, int) and top_n < 1:
+    if isinstance(top_n, int) and (isinstance(top_n, bool) or top_n < 1):
         raise ValueError(f"top_n={top_n!r} must be at least 1, or None for every matrix")
     check_factorization(factorization)
     if top_n is not None and not isinstance(top_n, int):

@@ -6,6 +6,7 @@ Source: El Firdoussi, Chayti, Seddik, Jaggi, *α-LoRA: Effective Fine-Tuning via
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -89,11 +90,11 @@ class RowRescale:
 
         Raises:
             FileNotFoundError, ImportError: no file, or no safetensors.
-            ValueError: the file is damaged or of another kind, names layers that the model has not, or has other shapes;
-                otherwise as the class. Nothing is changed.
+            ValueError: the file is damaged or of another kind, names layers that the model has not, or has other shapes, NaN
+                or infinity; otherwise as the class. Nothing is changed.
         """
         values, _ = read_tensors(file, _KIND)
-        _check_shapes(values, _chosen(model, list(values)), f"in {file}")
+        _check_values(values, _chosen(model, list(values)), f"in {file}")
         rescale = cls(model, list(values), optimizer=optimizer, every=every)
         rescale._set(values)
         return rescale
@@ -226,24 +227,29 @@ class RowRescale:
         write_tensors(file, self.alphas, _KIND, {})
 
     def state_dict(self) -> dict[str, Any]:
-        """What resuming needs: α, the state of its optimizer, and the count of steps; tensors and plain containers."""
+        """What resuming needs: α, the state of its optimizer, and the count of steps; tensors and plain containers. It is a copy."""
         return {
             "version": _STATE_VERSION,
             "every": self.every,
             "steps": self.steps,
             "alphas": {name: alpha.detach().clone() for name, alpha in self.alphas.items()},
-            "optimizer": None if self.optimizer is None else self.optimizer.state_dict(),
+            "optimizer": None if self.optimizer is None else copy.deepcopy(self.optimizer.state_dict()),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken. Another `every` than that of the state is kept, with a warning.
 
         Raises:
-            ValueError: the state is of another version, or of other layers; nothing is changed.
+            ValueError: the state is damaged, of another version, or of other layers; nothing is changed.
         """
         self._require_attached("load a state")
         if state.get("version") != _STATE_VERSION:
             raise ValueError(f"the state has version {state.get('version')!r}, this tnadapt reads {_STATE_VERSION}")
+        lost = [part for part in ("every", "steps", "alphas", "optimizer") if part not in state]
+        if lost:
+            raise ValueError(
+                f"the state lacks {', '.join(lost)}; it is damaged, or was not made by RowRescale.state_dict()"
+            )
         values = state["alphas"]
         if list(values) != list(self.alphas):
             missing = [name for name in self.alphas if name not in values]
@@ -252,7 +258,7 @@ class RowRescale:
                 f"the state is of other layers, or has them in another order: without {named(missing) or 'none'} of the {len(self.alphas)} here, and with "
                 f"{named(other) or 'none'} that are not; make the RowRescale with the targets of that run"
             )
-        _check_shapes(values, self._layers, "in the state")
+        _check_values(values, self._layers, "in the state")
         if (state["optimizer"] is None) != (self.optimizer is None):
             raise ValueError(
                 "the state was saved with an optimizer and there is none here"
@@ -325,12 +331,14 @@ def _chosen(model: nn.Module, targets: str | Iterable[str] | None) -> dict[str, 
     return chosen
 
 
-def _check_shapes(values: Mapping[str, Tensor], layers: Mapping[str, BaseLayer], where: str) -> None:
+def _check_values(values: Mapping[str, Tensor], layers: Mapping[str, BaseLayer], where: str) -> None:
     for name, layer in layers.items():
         if values[name].shape != (layer.module.out_features,):
             raise ValueError(
                 f"α of {name} has shape {tuple(values[name].shape)} {where}, but the layer has {layer.module.out_features} rows"
             )
+        if not bool(torch.isfinite(values[name]).all()):
+            raise ValueError(f"α of {name} holds NaN or infinity {where}; take an earlier one")
 
 
 def _check_scalable(name: str, layer: BaseLayer) -> None:

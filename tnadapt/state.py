@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tnadapt.engine import CoreRates, Event, Expanded, shown, state_signature
+from tnadapt.factorizations import core_dtype
 from tnadapt.matrices import TrainedMatrix
 from tnadapt.schedulers import Scheduler
 
@@ -62,16 +63,36 @@ def _labels(expanded: Expanded) -> dict[str, str | None]:
 
 
 def load(state: Mapping[str, Any], expanded: Expanded, scheduler: Scheduler, rates: CoreRates) -> None:
-    """Replace everything by a state that `validate` has passed; tensors are copied."""
+    """Replace everything by a state that `validate` has passed; tensors are copied, in the dtype that cores have here."""
     before = scheduler.state_dict()
     scheduler.load_state_dict(state["scheduler"]["state"])
     history = [Event(e["step"], e["action"], tuple(e["names"])) for e in state["history"]]
+    cores = {name: _as_here(entry, expanded.matrices[name]) for name, entry in state["cores"].items()}
     try:
-        expanded.load_state(state["cores"], state["ranks"], state["step"], state["waiting"], history)
+        expanded.load_state(cores, state["ranks"], state["step"], state["waiting"], history)
     except BaseException:
         scheduler.load_state_dict(before)
         raise
     rates.base = state["rates"]["base"]
+
+
+def _as_here(entry: Mapping[str, Any], matrix: TrainedMatrix) -> Mapping[str, Any]:
+    """The saved cores of a matrix, which may have been saved from a model of another dtype: what has that of the cores follows."""
+    old, new = entry["cores"][0].dtype, core_dtype(matrix.parameter.dtype)
+    if old == new:
+        return entry
+
+    def convert(value: Any) -> Any:
+        # step counts have no dimension, and keep their dtype as in torch's own loading
+        return value.to(new) if isinstance(value, Tensor) and value.dim() > 0 and value.dtype == old else value
+
+    states = entry["state"]
+    return {
+        **entry,
+        "cores": [convert(core) for core in entry["cores"]],
+        "state": states and [{key: convert(value) for key, value in one.items()} for one in states],
+        "residual": convert(entry["residual"]),
+    }
 
 
 def validate(state: Any, expanded: Expanded, scheduler: Scheduler) -> None:

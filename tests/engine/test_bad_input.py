@@ -324,6 +324,21 @@ def test_core_lr_that_is_not_positive(rate):
     refused(model, optimizer, ValueError, "core_lr=.* must be positive", "leave it out", core_lr=rate)
 
 
+@pytest.mark.parametrize("name", ["core_lr", "core_weight_decay", "max_update"])
+@pytest.mark.parametrize(
+    ("value", "error", "said"),
+    [
+        (True, TypeError, "give a number"),
+        ("1e-3", TypeError, "give a number"),
+        (float("inf"), ValueError, "is infinite"),
+    ],
+)
+def test_rates_that_are_no_finite_numbers(name, value, error, said):
+    model = Experts()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    refused(model, optimizer, error, f"{name}={value!r}".replace("'", "."), said, **{name: value})
+
+
 def test_core_lr_without_a_base():
     model = Experts()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 import io
+import json
+import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -37,6 +40,57 @@ SCHEDULERS: dict[str, Callable[[], Any]] = {
     "static": Static,
     "runtime": lambda: TaylorRuntime(top_n=2, split=2, every=3),  # rounds at steps 3 and 6
 }
+
+
+@pytest.mark.parametrize(("saved", "here"), [(torch.float64, torch.float32), (torch.float32, torch.float64)])
+@pytest.mark.parametrize("max_bond", [None, 2])
+def test_a_state_of_another_dtype_is_converted_as_torch_converts_its_own(saved, here, max_bond):
+    def build(dtype):
+        model = Experts(dtype=dtype)
+        optimizer = torch.optim.AdamW(trainable(model), lr=3e-3)
+        return model, optimizer, LoraOver(model, optimizer, MPO(order=4, max_bond=max_bond))
+
+    def step(model, optimizer, k):
+        optimizer.zero_grad()
+        expert_loss(model, k).backward()
+        optimizer.step()
+
+    model, optimizer, over = build(saved)
+    for k in range(3):
+        step(model, optimizer, k)
+    again, again_optimizer, again_over = build(here)
+    again.load_state_dict(model.state_dict())
+    again_optimizer.load_state_dict(through_a_file(optimizer.state_dict()))
+    entries = again_over.state_dict()["cores"]
+    assert entries
+    for name, entry in entries.items():
+        was = over.state_dict()["cores"][name]
+        known = [*entry["cores"], *(one["exp_avg"] for one in entry["state"])]
+        before = [*was["cores"], *(one["exp_avg"] for one in was["state"])]
+        if max_bond is not None:
+            known.append(entry["residual"])
+            before.append(was["residual"])
+        for one, other in zip(known, before, strict=True):
+            assert one.dtype == here
+            assert torch.equal(one, other.to(here))
+    step(again, again_optimizer, 3)
+    assert again_over.step == 4
+
+
+@pytest.mark.parametrize("number", [numpy.float64, numpy.float32, torch.tensor])
+def test_rates_of_other_libraries_do_not_get_into_checkpoints(number):
+    """A grid of NumPy gives such numbers, and `torch.load(weights_only=True)` reads none of them."""
+    model = Experts()
+    optimizer = torch.optim.AdamW(trainable(model), lr=3e-3)
+    rates = {"core_lr": number(2e-3), "core_weight_decay": number(0.5), "max_update": number(4.0)}
+    over = LoraOver(model, optimizer, MPO(order=4), **rates)
+    expert_loss(model, 0).backward()
+    optimizer.step()
+    through_a_file(optimizer.state_dict())
+    described = json.loads(json.dumps(over.config()))
+    for name, value in rates.items():
+        assert type(described[name]) is float
+        assert described[name] == float(value)
 
 
 @pytest.mark.parametrize("saved_at", [0, 2, 3, 5, 8])
@@ -230,6 +284,21 @@ def test_state_with_cores_loads_into_a_plain_optimizer():
     torch.optim.AdamW(trainable(model), lr=1e-3).load_state_dict({**optimizer.state_dict(), "tnadapt": state})
 
 
+def test_a_state_whose_part_was_taken_out_is_noticed():
+    """By code that writes the keys of a state one by one, and knows torch's two."""
+    _, optimizer, over = running()
+    kept = through_a_file({key: optimizer.state_dict()[key] for key in ("state", "param_groups")})
+    _, again, again_over = running(steps=0)
+    with pytest.warns(UserWarning, match=r"its tnadapt part has been taken out: give that to over.load_state_dict"):
+        again.load_state_dict(kept)
+    # with that part loaded before, there is nothing to say
+    again_over.load_state_dict(through_a_file(over.state_dict()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again.load_state_dict(kept)
+    assert again_over.step == over.step > 0
+
+
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_loading_before_the_first_step_changes_nothing(scheduler):
     """accelerate saves and loads once when it prepares an optimizer."""
@@ -290,12 +359,12 @@ def test_looking_for_edits_after_a_load_keeps_no_graph():
 # -- damaged states -----------------------------------------------------------------------------------------------------
 
 
-def running(scheduler: Any = None, factorization: Any = None, count: int = 3) -> Any:
+def running(scheduler: Any = None, factorization: Any = None, count: int = 3, steps: int = 3) -> Any:
     model = Experts(count)
     optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
     scheduler = scheduler or TaylorRuntime(top_n=2, split=2, every=2)
     over = LoraOver(model, optimizer, factorization or MPO(order=3), scheduler)
-    for step in range(3):
+    for step in range(steps):
         optimizer.zero_grad()
         expert_loss(model, step, tuple(range(count))).backward()
         optimizer.step()

@@ -14,7 +14,12 @@ from peft import PeftModel
 from transformers import Trainer, TrainerCallback
 
 from tnadapt import LoraOver, Scheduler, Static, TaylorRuntime
-from tnadapt.integrations.transformers import LoraOverCallback, checkpoint_fault, last_complete_checkpoint
+from tnadapt.integrations.transformers import (
+    LoraOverCallback,
+    LoraOverOptimizer,
+    checkpoint_fault,
+    last_complete_checkpoint,
+)
 
 from .tiny import (
     STEPS,
@@ -312,6 +317,27 @@ def test_resume_where_the_optimizer_file_has_no_room(
     make().train(resume_from_checkpoint=str(folder))
 
 
+@pytest.mark.parametrize("passed", [True, False])
+def test_an_unfinished_checkpoint_is_not_resumed_without_its_cores(passed: bool, tmp_path: Path) -> None:
+    """The first checkpoint of a run that was killed before `tnadapt.pt` was there, so that no other tells that one is missing."""
+
+    def make() -> Trainer:
+        model, args = lora_model(), arguments(tmp_path, **SAVING)
+        reporting = {"train_dataset": dataset(), "callbacks": [LoraOverCallback()]}
+        if passed:
+            optimizer = torch.optim.AdamW(lora_parameters(model), lr=2e-2)
+            LoraOver(model, optimizer, mpo(), rounds())
+            return WritesAsFsdp(model, args, optimizers=(optimizer, None), **reporting)
+        settings = {"factorization": mpo(), "scheduler": rounds(), "lr": 2e-2}
+        return WritesAsFsdp(model, args, optimizer_cls_and_kwargs=(LoraOverOptimizer, settings), **reporting)
+
+    make().train()
+    for folder in tmp_path.glob("checkpoint-*"):
+        (folder / "tnadapt.pt").unlink()
+    with pytest.raises(ValueError, match=r"was not finished \(tnadapt\.pt comes last"):
+        make().train(resume_from_checkpoint=last_complete_checkpoint(tmp_path))
+
+
 # -- whole checkpoints ------------------------------------------------------------------------------------------------
 
 FILES = ["trainer_state.json", "adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"]
@@ -361,6 +387,16 @@ def test_one_flipped_bit_in_the_optimizer(run: Path) -> None:
     content[len(content) // 2] ^= 1
     file.write_bytes(bytes(content))
     assert "optimizer.pt" in (checkpoint_fault(file.parent) or "")
+
+
+def test_one_flipped_bit_in_a_header_is_a_fault_and_no_crash(run: Path) -> None:
+    """The bit that says that a part of a zip archive is encrypted, in the archive's directory."""
+    file = run / "checkpoint-8" / "optimizer.pt"
+    content = bytearray(file.read_bytes())
+    content[content.index(b"PK\x01\x02") + 8] ^= 1
+    file.write_bytes(bytes(content))
+    assert "optimizer.pt" in (checkpoint_fault(file.parent) or "")
+    assert last_complete_checkpoint(run) == str(run / "checkpoint-6")
 
 
 def test_other_layouts(run: Path) -> None:

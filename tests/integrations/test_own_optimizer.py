@@ -239,6 +239,29 @@ def test_a_card_is_renewed_and_not_repeated(tmp_path: Path) -> None:
     assert [m.factorization for m in again.matrices.values()] == [m.factorization for m in over.matrices.values()]
 
 
+@pytest.mark.parametrize(
+    "written",
+    [
+        b"",
+        "Größe\n".encode("latin-1"),
+        b"mine\n\n<!-- tnadapt -->\nearlier section\n<!-- /tnadapt -->\nmine too\n",
+        b"<!-- tnadapt -->\nits end is gone, mine too\n",
+    ],
+)
+def test_what_others_wrote_into_a_readme_is_kept(written: bytes, tmp_path: Path) -> None:
+    model = lora_model()
+    over = LoraOver(model, torch.optim.AdamW(lora_parameters(model)), mpo())
+    readme = tmp_path / "README.md"
+    readme.write_bytes(written)
+    save_card(over, tmp_path)
+    first = readme.read_bytes()
+    assert b"earlier section" not in first
+    for kept in (b"mine", b"mine too", "Größe".encode("latin-1")):
+        assert (kept in first) == (kept in written)
+    save_card(over, tmp_path)
+    assert readme.read_bytes() == first
+
+
 def test_functions_have_to_be_given_again() -> None:
     model = lora_model()
     over = LoraOver(model, torch.optim.AdamW(lora_parameters(model)), mpo(), groups=lambda matrix: matrix.kind)
@@ -250,7 +273,7 @@ def test_functions_have_to_be_given_again() -> None:
     assert {m.group for m in again.matrices.values()} == {"A", "B"}
 
 
-def test_settings_of_a_run_on_another_model_or_of_no_run_are_named() -> None:
+def test_settings_of_a_run_on_another_model_or_of_no_run_are_named(tmp_path: Path) -> None:
     model = lora_model()
     optimizer = torch.optim.AdamW(lora_parameters(model))
     over = LoraOver(model, optimizer, {r"\.A$": MPO(order=3), "": MPO(order=4)})
@@ -262,6 +285,10 @@ def test_settings_of_a_run_on_another_model_or_of_no_run_are_named() -> None:
         LoraOver.from_config(model, optimizer, config)
     with pytest.raises(ValueError, match="the config has no factorization and no scheduler; give what config"):
         LoraOver.from_config(model, optimizer, {"steps": 3})
+    for text in ("[]", "null"):
+        (tmp_path / "tnadapt.json").write_text(text)
+        with pytest.raises(ValueError, match="and no mapping; give what config"):
+            LoraOver.from_config(model, optimizer, tmp_path)
 
 
 def test_what_is_given_again_need_not_be_rebuilt() -> None:

@@ -75,7 +75,8 @@ class LinearAdapter(nn.Module, ABC):
 
         Raises:
             TypeError: there is no base, or it is neither a plain `nn.Linear` nor an adapter (a quantized layer, say).
-            ValueError: hooks on the base change what it computes, so the merged layer would compute something else.
+            ValueError: hooks on the base change what it computes, so the merged layer would compute something else; or the
+                merged weight is not finite, as where the sum overflows float16.
         """
         base = self.base.merge() if isinstance(self.base, LinearAdapter) else self.base
         if type(base) is not nn.Linear:
@@ -96,6 +97,11 @@ class LinearAdapter(nn.Module, ABC):
         )
         # added in the wider of both dtypes, so that a low-precision weight is rounded once
         merged.weight.copy_(base.weight + self.delta_weight().to(base.weight.device))
+        if not merged.weight.is_meta and not bool(torch.isfinite(merged.weight).all()):
+            raise ValueError(
+                f"the sum of weight and update is not finite in {base.weight.dtype}; look for NaN in the adapter, or merge into a base "
+                "of a wider dtype"
+            )
         if base.bias is not None:
             merged.bias.copy_(base.bias)
         return merged.train(self.training)

@@ -64,7 +64,10 @@ def read_tensors(file: str | Path, kind: str | None) -> tuple[dict[str, Tensor],
             f"{file} has version {header.get('version')!r} of the format {kind}, this tnadapt reads {_VERSION!r}; "
             "read it with the tnadapt that wrote it"
         )
-    return tensors, json.loads(header["about"])
+    try:
+        return tensors, json.loads(header["about"])
+    except (KeyError, json.JSONDecodeError) as error:
+        raise ValueError(f"the header of {file} is damaged ({type(error).__name__}); get the file anew") from error
 
 
 def named(names: Iterable[str], most: int = 3) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tnadapt.adapter.base import LinearAdapter, check_base
 from tnadapt.adapter.files import named, read_tensors, write_tensors
 from tnadapt.adapter.pair import OverParamAdapter
-from tnadapt.adapter.targets import chosen_names, is_adapter
+from tnadapt.adapter.targets import by_canonical_name, chosen_names, is_adapter
 from tnadapt.matrices import canonical_name
 
 __all__ = ["add_adapters", "chosen_layers", "find_adapters", "load_adapters", "merge_adapters", "save_adapters"]
@@ -63,7 +63,7 @@ def add_adapters(
             parameter.requires_grad_(trained)
         raise
     for name, adapter in adapters.items():
-        _replace(model, name, adapter)
+        _replace(model, layers[name], adapter)
     _freeze_rest(model)
     return adapters
 
@@ -72,7 +72,7 @@ def chosen_layers(model: nn.Module, targets: str | Iterable[str]) -> dict[str, n
     """The linear layers that `targets` means, by canonical name.
 
     Raises:
-        TypeError, ValueError: see `chosen_names`; a layer that has an adapter.
+        TypeError, ValueError: see `chosen_names`; a layer that has an adapter; two layers of one name.
     """
     if isinstance(model, nn.Linear):
         raise ValueError(
@@ -80,11 +80,11 @@ def chosen_layers(model: nn.Module, targets: str | Iterable[str]) -> dict[str, n
         )
     inside = {id(part) for owner in model.modules() if is_adapter(owner) for part in list(owner.modules())[1:]}
     adapted = {canonical_name(path) for path, module in model.named_modules() if is_adapter(module)}
-    layers = {
-        canonical_name(path): layer
+    layers = by_canonical_name(
+        (path, layer)
         for path, layer in model.named_modules()
         if is_adapter(layer) or (isinstance(layer, nn.Linear) and id(layer) not in inside)
-    }
+    )
     names = chosen_names(targets, layers)
     taken = [name for name in names if name in adapted]
     if taken:
@@ -100,8 +100,12 @@ def find_adapters(model: nn.Module) -> dict[str, LinearAdapter]: ...
 @overload
 def find_adapters(model: nn.Module, kind: type[A]) -> dict[str, A]: ...
 def find_adapters(model: nn.Module, kind: type[LinearAdapter] = LinearAdapter) -> Mapping[str, LinearAdapter]:
-    """The adapters in `model` of a class, by the name of their layer, outer ones before the ones that they are around."""
-    return {canonical_name(path): module for path, module in model.named_modules() if isinstance(module, kind)}
+    """The adapters in `model` of a class, by the name of their layer, outer ones before the ones that they are around.
+
+    Raises:
+        ValueError: two of them have one name.
+    """
+    return by_canonical_name((path, module) for path, module in model.named_modules() if isinstance(module, kind))
 
 
 def merge_adapters(model: nn.Module) -> list[str]:
@@ -111,7 +115,7 @@ def merge_adapters(model: nn.Module) -> list[str]:
         The names of the layers.
 
     Raises:
-        ValueError: the model has no adapters, or a base has hooks; nothing is changed.
+        ValueError: the model has no adapters, a base has hooks, or a merged weight is not finite; nothing is changed.
         TypeError: a base is not a plain `nn.Linear` (a quantized layer, say); nothing is changed.
     """
     adapters = find_adapters(model)
@@ -127,7 +131,11 @@ def merge_adapters(model: nn.Module) -> list[str]:
         except (TypeError, ValueError) as error:
             raise type(error)(f"{name}: {error}") from error
     for name, layer in merged.items():
-        _replace(model, name, layer.requires_grad_(adapters[name].weight.requires_grad))
+        adapter = adapters[name]
+        layer.weight.requires_grad_(adapter.weight.requires_grad)
+        if adapter.bias is not None:
+            layer.bias.requires_grad_(adapter.bias.requires_grad)
+        _replace(model, adapter, layer)
     return outermost
 
 
@@ -224,7 +232,7 @@ def build_adapters(
             p.requires_grad_(trained)
         raise
     for name in outermost:
-        _replace(model, name, adapters[name])
+        _replace(model, bases[name], adapters[name])
     _freeze_rest(model)
     return {name: adapters[name] for name in layers}
 
@@ -269,8 +277,13 @@ def _load_values(
 def _matched(
     name: str, adapter: LinearAdapter, tensors: Mapping[str, Tensor], source: str | Path
 ) -> list[tuple[str, nn.Parameter]]:
-    """The parameters of an adapter, after checking that the file has a tensor of that name and shape for each."""
+    """The parameters of an adapter, after checking that they can hold values, and that the file has a tensor of that name and shape
+    for each."""
     own = adapter.trained_tensors()
+    if any(parameter.is_meta for parameter in own.values()):
+        raise ValueError(
+            f"{name} is on the meta device, where the values of {source} would be lost; load the weights of the model first"
+        )
     if set(own) != set(tensors):
         raise ValueError(
             f"{name} has the tensors {named(own, 6)}, but {source} has {named(tensors, 6) or 'none'} for it"
@@ -293,9 +306,13 @@ def _join(name: str, entry: str) -> str:
 
 
 def _freeze_rest(model: nn.Module) -> None:
-    """Freeze what belongs to no adapter; adapters that were there before are trained or not, as they were."""
-    adapters = find_adapters(model)
-    kept = {id(p) for adapter in adapters.values() for p in adapter.trained_tensors().values()}
+    """Freeze what belongs to no adapter; adapters that were there before, ours or others, are trained or not, as they were."""
+    kept: set[int] = set()
+    for module in model.modules():
+        if isinstance(module, LinearAdapter):
+            kept.update(id(p) for p in module.trained_tensors().values())
+        elif is_adapter(module):
+            kept.update(id(p) for name, p in module.named_parameters() if name.startswith("lora_"))
     for parameter in model.parameters():
         if id(parameter) not in kept:
             parameter.requires_grad_(False)
@@ -306,10 +323,8 @@ def _set_parameter(module: nn.Module, entry: str, parameter: nn.Parameter) -> No
     setattr(module.get_submodule(path), leaf, parameter)
 
 
-def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
-    """Put `layer` where the module with the canonical name `name` is, in every place that holds it."""
-    path = next(p for p, _ in model.named_modules() if canonical_name(p) == name)
-    old = model.get_submodule(path)
+def _replace(model: nn.Module, old: nn.Module, layer: nn.Module) -> None:
+    """Put `layer` where `old` is, in every place that holds it."""
     for parent in list(model.modules()):
         for leaf, child in list(parent._modules.items()):
             if child is old and parent is not layer:

@@ -42,7 +42,7 @@ class OverParamAdapter(LinearAdapter):
 
     Raises:
         TypeError: `lora_A` or `lora_B` is not an `nn.Linear`, or `factorization` holds something else.
-        ValueError: the dimensions of the pair and the base do not fit, the pair has biases, a bad dropout, or a
+        ValueError: the dimensions of the pair and the base do not fit, the pair has biases, a bad scaling or dropout, or a
             factorization of another side or for another shape.
     """
 
@@ -79,6 +79,10 @@ class OverParamAdapter(LinearAdapter):
             )
         if not 0.0 <= dropout < 1.0:
             raise ValueError(f"dropout={dropout!r} is not a probability below 1")
+        # one of NumPy could not be written to a file of adapters
+        scaling = float(scaling)
+        if not math.isfinite(scaling):
+            raise ValueError(f"scaling={scaling!r} (alpha / r in LoRA): the factor on the update is a finite number")
         self.factorization = _by_side(factorization, lora_A, lora_B)
         self.base = base
         self.lora_A = lora_A

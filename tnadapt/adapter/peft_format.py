@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import re
+import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -48,7 +49,8 @@ def export_peft(
 
     Args:
         model: the model with the adapters.
-        folder: is made where it is missing; files of an older export in it are replaced.
+        folder: is made where it is missing; files of an older export in it are replaced. After an interruption it has the older
+            export, or the new one, or no config, so that nobody loads the weights of one with the scaling of the other.
         base_model: name or path of the base model, for PEFT's `base_model_name_or_path`; the one that a transformers model
             was loaded from by default.
         task_type: PEFT's, such as `"CAUSAL_LM"`.
@@ -105,8 +107,13 @@ def export_peft(
     }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
-    config.save_pretrained(str(folder))
+    with tempfile.TemporaryDirectory(prefix=".", suffix=".writing", dir=folder) as halves:
+        save_file(tensors, Path(halves) / _WEIGHTS, metadata={"format": "pt"})
+        config.save_pretrained(halves)
+        # weights and config cannot be replaced at once: without a config in between, nothing can be loaded
+        (folder / _CONFIG).unlink(missing_ok=True)
+        (Path(halves) / _WEIGHTS).replace(folder / _WEIGHTS)
+        (Path(halves) / _CONFIG).replace(folder / _CONFIG)
 
 
 def import_peft(model: nn.Module, folder: str | Path) -> dict[str, OverParamAdapter]:

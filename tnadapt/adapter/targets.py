@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from torch import nn
 
@@ -12,7 +12,27 @@ from tnadapt.adapter.base import LinearAdapter
 from tnadapt.adapter.files import named
 from tnadapt.matrices import canonical_name
 
-__all__ = ["BaseLayer", "base_layers", "chosen_names", "is_adapter"]
+__all__ = ["BaseLayer", "base_layers", "by_canonical_name", "chosen_names", "is_adapter"]
+
+T = TypeVar("T")
+
+
+def by_canonical_name(found: Iterable[tuple[str, T]]) -> dict[str, T]:
+    """What was found at these paths by the canonical name of each, in their order.
+
+    Raises:
+        ValueError: two of them have one name.
+    """
+    named: dict[str, T] = {}
+    for path, one in found:
+        name = canonical_name(path)
+        if name in named:
+            raise ValueError(
+                f"two layers of the model are called {name}, without what wrappers put into names (one is at {path}); rename one of "
+                "the two modules"
+            )
+        named[name] = one
+    return named
 
 
 def chosen_names(targets: str | Iterable[str], layers: Collection[str]) -> list[str]:
@@ -68,8 +88,12 @@ class BaseLayer(NamedTuple):
 
 
 def base_layers(model: nn.Module) -> dict[str, BaseLayer]:
-    """The linear layers of `model` by the canonical path without the adapters on it: a layer has one name, adapted or not."""
-    found: dict[str, BaseLayer] = {}
+    """The linear layers of `model` by the canonical path without the adapters on it: a layer has one name, adapted or not.
+
+    Raises:
+        ValueError: two layers have one name.
+    """
+    found: list[tuple[str, BaseLayer]] = []
     for path, module in model.named_modules():
         if not isinstance(module, nn.Linear):
             continue
@@ -86,8 +110,8 @@ def base_layers(model: nn.Module) -> dict[str, BaseLayer]:
                 parts.append(part)
             parent = parent.get_submodule(part)
         else:
-            found[canonical_name(".".join(parts))] = BaseLayer(module, owner)
-    return found
+            found.append((".".join(parts), BaseLayer(module, owner)))
+    return by_canonical_name(found)
 
 
 def is_adapter(module: nn.Module) -> bool:

@@ -27,7 +27,13 @@ _WEIGHT = re.compile(r"(?P<path>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))
 def run(checkpoint: Path, as_json: bool = False) -> str:
     """What the checkpoint holds, as text or JSON."""
     file = _state_file(checkpoint)
-    found = described(_state(file), _adapter(file.parent))
+    state, adapter = _state(file), _adapter(file.parent)
+    try:
+        found = described(state, adapter)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"the state in {file} is damaged ({type(error).__name__}: {error}); take an earlier one"
+        ) from error
     return json.dumps({"file": str(file), **found}, indent=2) if as_json else f"{file}\n{_text(found)}"
 
 

@@ -15,6 +15,7 @@ __all__ = [
     "Sites",
     "SitesArgument",
     "Structure",
+    "checked_key",
     "checked_sites",
     "full_bonds",
     "is_count",
@@ -100,11 +101,22 @@ def checked_sites(sites: SitesArgument) -> Sites | dict[Shape, Sites]:
     """A copy of explicit sites that nobody else can change.
 
     Raises:
-        ValueError: fewer than two sites, or one that is not a pair of integers of at least 1.
+        ValueError: fewer than two sites, or one that is not a pair of integers of at least 1; a key that is no shape.
     """
     if isinstance(sites, Mapping):
-        return {(int(rows), int(cols)): _checked_list(explicit) for (rows, cols), explicit in sites.items()}
+        return {checked_key("sites", shape): _checked_list(explicit) for shape, explicit in sites.items()}
     return _checked_list(sites)
+
+
+def checked_key(name: str, shape: object) -> Shape:
+    """A key of the per-shape argument `name`; one that is no shape would never be found.
+
+    Raises:
+        ValueError: it is not a pair of integers of at least 1.
+    """
+    if not isinstance(shape, tuple) or len(shape) != 2 or not all(is_count(size) for size in shape):
+        raise ValueError(f"{name} has the key {shape!r}; keys are shapes of matrices, (rows, cols), such as (768, 8)")
+    return shape[0], shape[1]
 
 
 def _checked_list(sites: Sequence[tuple[int, int]]) -> Sites:

@@ -24,7 +24,7 @@ from tnadapt.factorizations.base import (
 )
 from tnadapt.factorizations.gauges import gradient_frame, random_rotations
 from tnadapt.factorizations.sites import to_sites
-from tnadapt.factorizations.structure import Shape, Sites, Structure, is_count
+from tnadapt.factorizations.structure import Shape, Sites, Structure, checked_key, is_count
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -202,7 +202,7 @@ def _checked_ranks(
     ranks: Sequence[int] | Mapping[Shape, Sequence[int]],
 ) -> tuple[int, ...] | dict[Shape, tuple[int, ...]]:
     if isinstance(ranks, Mapping):
-        return {shape: _checked_list(explicit) for shape, explicit in ranks.items()}
+        return {checked_key("ranks", shape): _checked_list(explicit) for shape, explicit in ranks.items()}
     return _checked_list(ranks)
 
 

@@ -194,7 +194,8 @@ class LoraOverCallback(TrainerCallback):  # type: ignore[misc]
         if self._factorization is None and attached is not None:
             self.over = attached
             # the optimizer's own file brought its state along, but for engines whose files drop what they do not know
-            saved = read_state(folder) if folder is not None and (folder / OWN_FILE).is_file() else None
+            brought = folder is None or ((folder / OPTIMIZER_FILE).is_file() and not (folder / OWN_FILE).is_file())
+            saved = None if folder is None or brought else read_state(folder)
         else:
             saved = None if folder is None else read_state(folder)
             self._attach(model, optimizer)

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from tnadapt.matrices import TrainedMatrix
 from tnadapt.registry import Registry, plain
 
-__all__ = ["Scheduler", "by_group", "register_scheduler", "warn_small_groups"]
+__all__ = ["Scheduler", "by_group", "check_switches", "register_scheduler", "warn_small_groups"]
 
 S = TypeVar("S", bound="type[Scheduler]")
 
@@ -142,6 +142,13 @@ def _settings(scheduler: Scheduler) -> dict[str, Any]:
             "repr and to_dict read; add it, or write both"
         )
     return {name: getattr(scheduler, name) for name in names}
+
+
+def check_switches(owner: str, **switches: object) -> None:
+    """Raise TypeError for a switch that is not True or False: a text such as "no" would switch it on."""
+    for name, value in switches.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{owner}: {name}={value!r} must be True or False")
 
 
 def by_group(matrices: Mapping[str, TrainedMatrix]) -> dict[str, list[TrainedMatrix]]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
 
 from tnadapt.matrices import TrainedMatrix
-from tnadapt.schedulers.base import Scheduler, by_group
+from tnadapt.schedulers.base import Scheduler, by_group, check_switches
 from tnadapt.schedulers.scores import check_any, check_finite, check_reduction, taylor_scores, to_floats
 
 __all__ = ["Budget"]
@@ -48,6 +49,8 @@ class Budget(Scheduler):
         for name, value in (("added_parameters", added_parameters), ("every", every)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"Budget: {name}={value!r} must be an integer of at least 1")
+        if until is not None and (isinstance(until, bool) or not isinstance(until, int)):
+            raise ValueError(f"Budget: until={until!r} must be a step, an integer, or None")
         if until is not None and until < every:
             raise ValueError(
                 f"Budget: until={until!r} is before the first decision at step every={every}, so that nothing would ever be "
@@ -55,9 +58,10 @@ class Budget(Scheduler):
             )
         if not 0.0 <= decay < 1.0:
             raise ValueError(f"Budget: decay={decay!r} must be at least 0 and below 1")
-        if not margin >= 1.0:
-            raise ValueError(f"Budget: margin={margin!r} must be at least 1")
+        if not 1.0 <= margin < math.inf:
+            raise ValueError(f"Budget: margin={margin!r} must be a finite number of at least 1")
         check_reduction("Budget", reduction)
+        check_switches("Budget", per_group=per_group)
         self.added_parameters, self.every, self.until = added_parameters, every, until
         self.decay, self.margin, self.reduction, self.per_group = decay, margin, reduction, per_group
         self._scores: dict[str, Tensor] = {}

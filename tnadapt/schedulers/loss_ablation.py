@@ -86,15 +86,7 @@ def ablation_scores(model: nn.Module, evaluate: Callable[[], float], progress: b
     Raises:
         ValueError: no LoRA matrices, adapters that are merged into the base, or a loss that is not finite.
     """
-    matrices, _ = find_lora_matrices(model)
-    if not matrices:
-        raise ValueError("nothing to score: the model has no LoRA matrices that can be expanded")
-    merged = [name for name, module in model.named_modules() if getattr(module, "merged", False) is True]
-    if merged:
-        raise ValueError(
-            f"the adapter is merged into the base ({merged[0]} and others), so that zeroing its matrices would change "
-            "nothing; call unmerge_adapter() first"
-        )
+    matrices = _matrices_to_score(model)
     pairs: dict[str, list[TrainedMatrix]] = {}
     for matrix in matrices.values():
         pairs.setdefault(matrix.name.removesuffix(f".{matrix.kind}"), []).append(matrix)
@@ -120,7 +112,12 @@ def predefined(
         train: fine-tunes `model` as plain LoRA, with an optimizer of its own.
         evaluate: as for `ablation_scores`.
         top_n: as for `LossAblation`.
+
+    Raises:
+        ValueError: as for `ablation_scores` and `LossAblation`; before the training, but for a loss that is not finite.
     """
+    LossAblation({}, top_n)
+    _matrices_to_score(model)
     kept = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     start = {name: t.detach().clone() for name, t in kept.items() if t.requires_grad or not isinstance(t, nn.Parameter)}
     try:
@@ -132,6 +129,20 @@ def predefined(
                 kept[name].copy_(value)
                 kept[name].grad = None
     return LossAblation(scores, top_n)
+
+
+def _matrices_to_score(model: nn.Module) -> dict[str, TrainedMatrix]:
+    """The LoRA matrices of the model; ValueError where there are none, or where they do not decide what it computes."""
+    matrices, _ = find_lora_matrices(model)
+    if not matrices:
+        raise ValueError("nothing to score: the model has no LoRA matrices that can be expanded")
+    merged = [name for name, module in model.named_modules() if getattr(module, "merged", False) is True]
+    if merged:
+        raise ValueError(
+            f"the adapter is merged into the base ({merged[0]} and others), so that zeroing its matrices would change "
+            "nothing; call unmerge_adapter() first"
+        )
+    return matrices
 
 
 @contextmanager

@@ -22,6 +22,10 @@ class Static(Scheduler):
         refresh_every: steps, at least 1, between two times at which every matrix is unfolded anew. The gauge is then that of the
             trained matrix (and, with `gauge="gradient"`, of the gradient of that step). The new cores start without moments,
             except with `matched=True`, where they get those of the matrices. None for cores that stay. Not in the paper.
+
+    Raises:
+        TypeError: `which` is something else.
+        ValueError: it is not a regular expression, or a number of steps is below 1.
     """
 
     def __init__(
@@ -34,8 +38,11 @@ class Static(Scheduler):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"Static: {name}={value!r} must be {what}, an integer of at least 1, or None")
         self.fold_after, self.refresh_every = fold_after, refresh_every
-        self.which = which if which is None or isinstance(which, str) else tuple(which)
-        self._pattern = re.compile(which) if isinstance(which, str) else None
+        self.which = which if which is None or isinstance(which, str) else _names_in(which)
+        try:
+            self._pattern = re.compile(which) if isinstance(which, str) else None
+        except re.error as error:
+            raise ValueError(f"Static: which={which!r} is not a regular expression ({error})") from error
         self._names = None if isinstance(self.which, str) else self.which
 
     def attach(self, matrices: Mapping[str, TrainedMatrix]) -> None:
@@ -76,7 +83,9 @@ class Static(Scheduler):
                     f"Static: {', '.join(missing[:5])} is not among the {len(matrices)} matrices that can be "
                     f"expanded, whose names look like {', '.join(list(matrices)[:3])}"
                 )
-            return list(self._names)
+            # in the order of the model: that of a set differs between processes, and ranks must agree
+            named = set(self._names)
+            return [name for name in matrices if name in named]
         return [name for name in matrices if self._pattern is None or self._pattern.search(name)]
 
     @property
@@ -89,6 +98,13 @@ class Static(Scheduler):
         elif self._names is not None:
             shown.insert(0, f"{len(self._names)} names")
         return f"Static({', '.join(shown)})"
+
+
+def _names_in(which: object) -> tuple[str, ...]:
+    names = tuple(which) if isinstance(which, Iterable) else (which,)
+    if not all(isinstance(name, str) for name in names):
+        raise TypeError(f"Static: which={which!r}: give a regular expression, names of matrices, or None for every one")
+    return names
 
 
 def _expanded(matrices: Mapping[str, TrainedMatrix]) -> list[str]:

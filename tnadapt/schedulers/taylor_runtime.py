@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from tnadapt.matrices import TrainedMatrix
-from tnadapt.schedulers.base import Scheduler, by_group, warn_small_groups
+from tnadapt.schedulers.base import Scheduler, by_group, check_switches, warn_small_groups
 from tnadapt.schedulers.scores import check_any, check_finite, check_reduction, taylor_scores, to_floats
 
 __all__ = ["TaylorRuntime", "round_sizes"]
@@ -67,6 +67,7 @@ class TaylorRuntime(Scheduler):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"TaylorRuntime: {name}={value!r} must be an integer of at least 1")
         check_reduction("TaylorRuntime", reduction)
+        check_switches("TaylorRuntime", average=average, reset=reset, expand_after_update=expand_after_update)
         self.top_n, self.split, self.every = top_n, split, every
         self.reduction, self.average, self.reset = reduction, average, reset
         self.expand_after_update = self.after_update = expand_after_update
