@@ -478,7 +478,9 @@ SETTINGS: dict[type[Scheduler], dict[str, st.SearchStrategy[Any]]] = {
         "expand_after_update": st.booleans(),
     },
     Static: {
-        "which": st.one_of(st.none(), st.sampled_from([r"\.A$", "q_proj"]), st.lists(st.text(max_size=9), max_size=4)),
+        "which": st.one_of(
+            st.none(), st.sampled_from([r"\.A$", "q_proj"]), st.lists(st.text(max_size=9), max_size=4, unique=True)
+        ),
         "fold_after": st.one_of(st.none(), SMALL),
         "refresh_every": st.one_of(st.none(), SMALL),
     },
@@ -655,6 +657,20 @@ def test_static_that_matches_nothing(which, said):
         Static(which).attach(matrices_of(2))
 
 
+@pytest.mark.parametrize(
+    ("which", "error", "said"),
+    [
+        ("(", ValueError, r"which='\(' is not a regular expression"),
+        (3, TypeError, "which=3: give a regular expression, or names"),
+        ([3], TypeError, r"which=\[3\]: give a regular expression, or names"),
+        (["a.A", "b.A", "a.A"], ValueError, "which has a.A more than once"),
+    ],
+)
+def test_static_refuses_what_names_nothing_at_once(which, error, said):
+    with pytest.raises(error, match=said):
+        Static(which)
+
+
 @given(fold_after=st.integers(1, 6), steps=st.integers(0, 9))
 def test_static_trains_through_cores_up_to_a_step_and_as_plain_lora_from_there(fold_after, steps):
     """At every step the cores are there, or the matrix moves as SGD itself moves it."""
@@ -797,7 +813,7 @@ def test_a_scheduler_of_ones_own_needs_select_only():
             return ()
 
     scheduler = Mine()
-    assert scheduler.label == "Mine"
+    assert scheduler.label == "Mine()"
     assert scheduler.due(3)
     assert list(scheduler.release(3, {})) == []
     assert scheduler.state_dict() == {}

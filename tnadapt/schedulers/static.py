@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from tnadapt.matrices import TrainedMatrix
@@ -22,6 +23,10 @@ class Static(Scheduler):
         refresh_every: steps, at least 1, between two times at which every matrix is unfolded anew. The gauge is then that of the
             trained matrix (and, with `gauge="gradient"`, of the gradient of that step). The new cores start without moments,
             except with `matched=True`, where they get those of the matrices. None for cores that stay. Not in the paper.
+
+    Raises:
+        TypeError: `which` is neither a string nor names.
+        ValueError: `which` is not a regular expression, or has a name twice; a number of steps below 1.
     """
 
     def __init__(
@@ -34,9 +39,22 @@ class Static(Scheduler):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"Static: {name}={value!r} must be {what}, an integer of at least 1, or None")
         self.fold_after, self.refresh_every = fold_after, refresh_every
-        self.which = which if which is None or isinstance(which, str) else tuple(which)
-        self._pattern = re.compile(which) if isinstance(which, str) else None
-        self._names = None if isinstance(self.which, str) else self.which
+        self._pattern, self._names = None, None
+        if isinstance(which, str):
+            try:
+                self._pattern = re.compile(which)
+            except re.error as error:
+                raise ValueError(f"Static: which={which!r} is not a regular expression ({error})") from error
+        elif which is not None:
+            self._names = tuple(which) if isinstance(which, Iterable) else (which,)
+            if not all(isinstance(name, str) for name in self._names):
+                raise TypeError(
+                    f"Static: which={which!r}: give a regular expression, or names of matrices such as ['q_proj.A']"
+                )
+            twice = [name for name, count in Counter(self._names).items() if count > 1]
+            if twice:
+                raise ValueError(f"Static: which has {', '.join(twice[:5])} more than once")
+        self.which = which if isinstance(which, str) else self._names
 
     def attach(self, matrices: Mapping[str, TrainedMatrix]) -> None:
         chosen = self._choose(matrices)
