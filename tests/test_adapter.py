@@ -131,6 +131,14 @@ def test_bad_dropout(dropout):
         OverParamAdapter.from_linear(linear(), rank=4, dropout=dropout)
 
 
+@pytest.mark.parametrize("alpha", [math.nan, math.inf, -math.inf])
+def test_alpha_is_a_finite_number(alpha):
+    base = linear()
+    with pytest.raises(ValueError, match=f"alpha={alpha}: LoRA's alpha is a finite number"):
+        OverParamAdapter.from_linear(base, rank=4, alpha=alpha)
+    assert base.weight.requires_grad
+
+
 def test_bad_layers():
     good_a, good_b = nn.Linear(6, 4, bias=False), nn.Linear(4, 10, bias=False)
     with pytest.raises(TypeError, match="lora_B is a Conv1d"):

@@ -119,6 +119,15 @@ def test_primes_have_little_to_gain():
     assert not any(line.startswith("30x8") for line in made.advice)
 
 
+def test_cores_that_a_cap_makes_small_have_the_cap_for_a_cause():
+    """36x4 splits into two sites of 12, so an exact SVD of it has twice its parameters, and two of its 12 ranks a third."""
+    made = plan(Net((36, 36, 4)), SVD(max_bond=2))
+    [line] = [line for line in made.advice if line.startswith("36x4: little")]
+    assert "0.33x its parameters (the cores are truncated)" in line
+    assert "raise the cap" in line
+    assert "split" not in line
+
+
 def test_dimensions_of_one():
     made = plan(Net((13, 1, 1)), MPO(order=4))
     [one] = [line for line in made.advice if line.startswith("1x1:")]

@@ -485,7 +485,9 @@ SETTINGS: dict[type[Scheduler], dict[str, st.SearchStrategy[Any]]] = {
         "expand_after_update": st.booleans(),
     },
     Static: {
-        "which": st.one_of(st.none(), st.sampled_from([r"\.A$", "q_proj"]), st.lists(st.text(max_size=9), max_size=4)),
+        "which": st.one_of(
+            st.none(), st.sampled_from([r"\.A$", "q_proj"]), st.lists(st.text(max_size=9), max_size=4, unique=True)
+        ),
         "fold_after": st.one_of(st.none(), SMALL),
         "refresh_every": st.one_of(st.none(), SMALL),
     },
@@ -670,6 +672,7 @@ def test_static_that_matches_nothing(which, said):
         ([A0, 3], TypeError, "give a regular expression, names of matrices"),
         (3, TypeError, "which=3: give a regular expression"),
         (re.compile("A$"), TypeError, "give a regular expression, names of matrices"),
+        (["a.A", "b.A", "a.A"], ValueError, "which has a.A more than once"),
     ],
 )
 def test_static_of_what_is_no_name(which, error, said):
@@ -819,7 +822,7 @@ def test_a_scheduler_of_ones_own_needs_select_only():
             return ()
 
     scheduler = Mine()
-    assert scheduler.label == "Mine"
+    assert scheduler.label == "Mine()"
     assert scheduler.due(3)
     assert list(scheduler.release(3, {})) == []
     assert scheduler.state_dict() == {}

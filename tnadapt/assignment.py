@@ -21,7 +21,8 @@ def assign_factorizations(matrices: Mapping[str, TrainedMatrix], given: Factoriz
 
     Raises:
         TypeError: a function gave something else than a factorization.
-        ValueError: a matrix that has none, an entry that fits no matrix, or a factorization that does not fit a shape.
+        ValueError: a matrix that has none, an entry that fits no matrix or is not a regular expression, or a factorization that does not
+            fit a shape.
     """
     used: set[str] = set()
     chosen: dict[str, Factorization] = {}
@@ -30,7 +31,7 @@ def assign_factorizations(matrices: Mapping[str, TrainedMatrix], given: Factoriz
         if isinstance(given, Factorization):
             one = given
         elif isinstance(given, Mapping):
-            key = next((k for k in given if k == matrix.group or re.search(k, name)), None)
+            key = next((k for k in given if k == matrix.group or _fits(k, name)), None)
             if key is not None:
                 used.add(key)
                 one = given[key]
@@ -57,6 +58,13 @@ def assign_factorizations(matrices: Mapping[str, TrainedMatrix], given: Factoriz
         )
     for name, one in chosen.items():
         matrices[name].factorization = one
+
+
+def _fits(pattern: str, name: str) -> bool:
+    try:
+        return re.search(pattern, name) is not None
+    except re.error as error:
+        raise ValueError(f"factorization: {pattern!r} is neither a group nor a regular expression ({error})") from error
 
 
 def describe_factorizations(matrices: Mapping[str, TrainedMatrix]) -> str:

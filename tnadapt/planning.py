@@ -132,9 +132,9 @@ class Plan:
                     if scalars
                     else f"the cores have only {structure.expansion:.2f}x its parameters"
                 )
+                why, remedy = _why_little(structure)
                 lines.append(
-                    f"{rows}x{cols}: little to gain, {found} ({_why_little(structure)}). Leave such matrices out (Static with a pattern), choose a rank and "
-                    "dimensions that split, or give explicit sites"
+                    f"{rows}x{cols}: little to gain, {found} ({why}). Leave such matrices out (Static with a pattern), {remedy}"
                 )
             if not structure.exact:
                 lines.append(
@@ -260,11 +260,16 @@ def _choice(top_n: int | Scheduler | None, matrices: dict[str, TrainedMatrix]) -
     return limit, None
 
 
-def _why_little(structure: Structure) -> str:
+def _why_little(structure: Structure) -> tuple[str, str]:
+    """Why the cores of a matrix have few parameters, and what else can be done than leaving it out."""
+
     def prime(n: int) -> bool:
         return n > 1 and all(n % d for d in range(2, int(n**0.5) + 1))
 
     stuck = [f"{n} is prime" for n in structure.shape if prime(n)] + [
         f"{n} cannot be split" for n in structure.shape if n == 1
     ]
-    return " and ".join(stuck) if stuck else "its dimensions do not split evenly into these sites"
+    if not stuck and not structure.exact:
+        return "the cores are truncated", "or raise the cap"
+    why = " and ".join(stuck) if stuck else "its dimensions do not split evenly into these sites"
+    return why, "choose a rank and dimensions that split, or give explicit sites"

@@ -145,6 +145,10 @@ def _check_matrix(judge: _Judge, factorization: Factorization, matrix: Tensor, c
         judge.require(torch.equal(matrix, before), 2, f"{case}: unfold writes to the matrix")
         got = tuple(tuple(core.shape) for core in cores)
         judge.require(got == wanted, 2, f"{case}: unfold gives cores of shapes {got}, core_shapes says {wanted}")
+    with judge.law(1, case):  # before the gradients: autograd's errors do not name the method that is wrong
+        folded = factorization.fold(cores)
+        judge.require(folded.shape == matrix.shape, 1, f"{case}: fold gives the shape {tuple(folded.shape)}")
+    with judge.law(2, case):
         grads = factorization.pull_back(cores, matrix)
         for what, tensors in (("core", cores), ("gradient", grads)):
             for k, tensor in enumerate(tensors):
@@ -153,8 +157,6 @@ def _check_matrix(judge: _Judge, factorization: Factorization, matrix: Tensor, c
                 judge.require(tensor.dtype == wide, 2, f"{case}: {what} {k} is {tensor.dtype} instead of {wide}")
                 judge.require(tensor.shape == cores[k].shape, 2, f"{case}: {what} {k} has shape {tuple(tensor.shape)}")
     with judge.law(1, case):
-        folded = factorization.fold(cores)
-        judge.require(folded.shape == matrix.shape, 1, f"{case}: fold gives the shape {tuple(folded.shape)}")
         if factorization.structure(shape).exact:
             error, bound = _error(folded, matrix), 1e-12 if matrix.dtype == torch.float64 else 2e-6
             judge.require(error <= bound, 1, f"{case}: fold(unfold(W)) is off by {error:.2g}, more than {bound:g}")

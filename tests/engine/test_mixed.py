@@ -181,6 +181,7 @@ def test_matrices_without_a_factorization_are_described_by_those_of_the_others()
         (None, ValueError, r"layers.0.A has no factorization"),
         ({"nobody": SVD()}, ValueError, "has no factorization"),
         ({"": SVD(), "nobody": SVD()}, ValueError, "'nobody' fits none of the 8 matrices"),
+        ({"(": SVD()}, ValueError, r"'\(' is neither a group nor a regular expression"),
         ({"": "svd"}, TypeError, r"factorization\[''\] is 'svd'"),
         ({3: SVD()}, TypeError, "the key 3"),
         (lambda matrix: "svd", TypeError, "the factorization of layers.0.A is a str"),

@@ -73,6 +73,28 @@ class OtherShapes(MPO):
 
 
 @dataclass(frozen=True, kw_only=True)
+class LosesEntries(MPO):
+    def _contract(self, fused: Sequence[Tensor]) -> Tensor:
+        return super()._contract(fused)[:, 1:]
+
+    def kernel(self, fused: Sequence[Tensor]) -> Any:
+        return AutogradKernel(self._contract, fused)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LosesColumns(MPO):
+    def _unfold(self, matrices: Tensor, structure: Any) -> Sequence[Tensor]:
+        *rest, last = super()._unfold(matrices, structure)
+        return [*rest, last[..., 1:, :]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LosesACore(MPO):
+    def _unfold(self, matrices: Tensor, structure: Any) -> Sequence[Tensor]:
+        return super()._unfold(matrices, structure)[:-1]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Writes(MPO):
     def unfold(self, matrix: Tensor, gradient: Tensor | None = None) -> tuple[Tensor, ...]:
         cores = super().unfold(matrix)
@@ -132,6 +154,9 @@ class HashOfItsOwn(MPO):
         (Drifts(order=3), 1, r"normal matrix, shape \(24, 8\), torch.float64: fold\(unfold\(W\)\) is off by 0.001"),
         (Strided(order=3), 2, "core 0 is not contiguous"),
         (OtherShapes(order=3), 2, r"unfold gives cores of shapes .* core_shapes says"),
+        (LosesEntries(order=3), 1, r"LosesEntries._contract gave the shape \(1, 191\) for 1 matrices with the sites"),
+        (LosesColumns(order=3), 2, r"LosesColumns._unfold gave cores of shapes .* where structure\(\) has"),
+        (LosesACore(order=3), 2, r"LosesACore._unfold gave cores of shapes .* where structure\(\) has"),
         (Writes(order=3), 2, "unfold writes to the matrix"),
         (HalfGradient(order=3), 3, r"shape \(24, 8\).*gradient of core 0 differs from autograd's by 0.5"),
         (OtherKernel(order=3), 3, "its kernel contracts to another matrix"),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tests.pages import DOCS, blocks, run
-from tnadapt import Backend, Factorization, LoraOver, OverParamAdapter, Scheduler, register_backend
+from tnadapt import Backend, Factorization, LoraOver, OverParamAdapter, Scheduler, TrainedMatrix, register_backend
 from tnadapt.backends import BACKENDS, TorchBackend, get_backend
 from tnadapt.factorizations import CP, MPO, TensorRing, Tucker
 from tnadapt.factorizations.base import _FACTORIZATIONS
@@ -76,6 +77,39 @@ def test_all_of_them_train_together_as_autograd_does(page: dict[str, Any]) -> No
         assert relative_error(weight.detach(), torch.linalg.multi_dot(own).detach()) <= 1e-10
 
 
+def test_settings_of_ones_own_are_in_the_label_that_a_resumed_run_is_compared_by() -> None:
+    """Both plug-ins have cores of the same shapes whatever the setting, so the shapes of a state cannot tell."""
+
+    @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
+    class Turned(MPO):
+        _label_parts = Factorization._label_parts
+        angle: float = 0.0
+
+    class Every(Scheduler):
+        def __init__(self, steps: int = 3) -> None:
+            self.steps = steps
+
+        def select(self, step: int, matrices: Mapping[str, TrainedMatrix]) -> list[str]:
+            return [name for name, matrix in matrices.items() if not matrix.expanded]
+
+    def attached(angle: float, steps: int) -> tuple[torch.optim.Optimizer, LoraOver]:
+        torch.manual_seed(0)
+        model = OverParamAdapter.from_linear(torch.nn.Linear(12, 12), rank=4)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        return optimizer, LoraOver(model, optimizer, Turned(order=3, angle=angle), Every(steps))
+
+    optimizer, over = attached(0.5, 3)
+    assert repr(over).startswith("LoraOver(Turned(order=3, angle=0.5), Every();")
+    state = optimizer.state_dict()
+    attached(0.5, 3)[0].load_state_dict(state)
+    with pytest.raises(
+        ValueError, match=r"saved with Turned\(order=3, angle=0.5\) for .*, this run has Turned\(order=3\)"
+    ):
+        attached(0.0, 3)[0].load_state_dict(state)
+    with pytest.warns(UserWarning, match=r"saved with scheduler Every\(\), this run has scheduler Every\(steps=4\)"):
+        attached(0.5, 4)[0].load_state_dict(state)
+
+
 EACH = [
     (MPO(order=5), (24, 8)),
     (MPO(sites=[(4, 3), (1, 1), (2, 5), (6, 1)], gauge="gradient"), (48, 15)),
@@ -91,8 +125,6 @@ def test_two_operations_make_a_backend_of_every_factorization(
     factorization: Factorization, shape: tuple[int, int]
 ) -> None:
     """The default operations, on an equation and an SVD alone, give what the torch backend's own kernels give."""
-    import dataclasses
-
     calls: set[str] = set()
 
     class Two(Backend):

@@ -114,6 +114,8 @@ class OverParamAdapter(LinearAdapter):
         check_base(cls, base)
         if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
             raise ValueError(f"rank={rank!r}: the rank of a LoRA pair is an integer of at least 1")
+        if alpha is not None and not math.isfinite(alpha):
+            raise ValueError(f"alpha={alpha!r}: LoRA's alpha is a finite number")
         place: dict[str, Any] = {"device": base.weight.device, "dtype": adapter_dtype(base)}
         lora_A = nn.Linear(base.in_features, rank, bias=False, **place)
         lora_B = nn.Linear(rank, base.out_features, bias=False, **place)

@@ -239,8 +239,14 @@ class Factorization(ABC):
         return [4] * count
 
     def _label_parts(self) -> list[str]:
-        """What the label says beside the order."""
-        return []
+        """What the label says beside the order: by default the subclass's own settings that are not the default ones. A run
+        that is resumed is compared by the label."""
+        shared = {f.name for f in _settings(Factorization)}  # type: ignore[type-abstract]
+        return [
+            f"{f.name}={getattr(self, f.name)}"
+            for f in _settings(type(self))
+            if f.name not in shared and getattr(self, f.name) != f.default
+        ]
 
     # -- integers -----------------------------------------------------------------------------------------------------
 
@@ -308,6 +314,11 @@ class Factorization(ABC):
         else:
             slope = gradient.reshape(-1, *matrix.shape[-2:]).to("cpu", torch.float64)
             swept = self._unfold_along(flat, slope / power_of_two_scale(slope), structure)
+        if [core.numel() for core in swept] != [len(flat) * math.prod(shape) for shape in structure.core_shapes]:
+            raise ValueError(
+                f"{type(self).__name__}._unfold gave cores of shapes {[tuple(core.shape[1:]) for core in swept]}, where "
+                f"structure() has {list(structure.core_shapes)}"
+            )
         cores = tuple(
             _own_memory(core.reshape(*batch, *shape).to(matrix.device, dtype))
             for core, shape in zip(swept, structure.core_shapes, strict=True)
@@ -350,7 +361,13 @@ class Factorization(ABC):
         """
         flat, batch = self._flatten(cores)
         shapes = [tuple(core.shape[1:]) for core in flat]
-        matrix = from_sites(self._contract(self._fuse(flat, shapes)), self._sites_of(shapes))
+        sites, contracted = self._sites_of(shapes), self._contract(self._fuse(flat, shapes))
+        if contracted.shape != (len(flat[0]), math.prod(i * j for i, j in sites)):
+            raise ValueError(
+                f"{type(self).__name__}._contract gave the shape {tuple(contracted.shape)} for {len(flat[0])} matrices with "
+                f"the sites {list(sites)}; it gives one row with the entries of each matrix"
+            )
+        matrix = from_sites(contracted, sites)
         return matrix.reshape(*batch, *matrix.shape[-2:])
 
     @torch.no_grad()

@@ -106,8 +106,8 @@ class Scheduler(ABC):
 
     @property
     def label(self) -> str:
-        """Short name for tables."""
-        return type(self).__name__
+        """Name for tables and messages. A run that is resumed is compared by it, so it has every setting."""
+        return repr(self)
 
 
 def register_scheduler(cls: S, name: str | None = None) -> S:

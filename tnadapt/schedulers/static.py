@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from tnadapt.matrices import TrainedMatrix
@@ -24,8 +25,8 @@ class Static(Scheduler):
             except with `matched=True`, where they get those of the matrices. None for cores that stay. Not in the paper.
 
     Raises:
-        TypeError: `which` is something else.
-        ValueError: it is not a regular expression, or a number of steps is below 1.
+        TypeError: `which` is neither a string nor names.
+        ValueError: `which` is not a regular expression, or has a name twice; a number of steps below 1.
     """
 
     def __init__(
@@ -104,6 +105,9 @@ def _names_in(which: object) -> tuple[str, ...]:
     names = tuple(which) if isinstance(which, Iterable) else (which,)
     if not all(isinstance(name, str) for name in names):
         raise TypeError(f"Static: which={which!r}: give a regular expression, names of matrices, or None for every one")
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise ValueError(f"Static: which has {', '.join(twice[:5])} more than once")
     return names
 
 
