@@ -212,6 +212,50 @@ def test_other_settings_of_the_cores_are_said_on_resume(
         again.load_state_dict(state)
 
 
+_LATER = tnadapt.TaylorRuntime(top_n=1, split=1, every=5)
+
+
+@pytest.mark.parametrize(
+    ("saved", "resumed", "said"),
+    [
+        (
+            (tnadapt.MPO(order=3), tnadapt.Static(["proj.A"])),
+            (tnadapt.MPO(order=3), tnadapt.Static(["out.B"])),
+            "the settings of the scheduler Static(1 names) are not those",
+        ),
+        (
+            (tnadapt.MPO(order=3), tnadapt.LossAblation({"proj.A": 1.0, "proj.B": 0.0, "out.A": 1.0, "out.B": 0.0}, 1)),
+            (tnadapt.MPO(order=3), tnadapt.LossAblation({"proj.A": 0.0, "proj.B": 1.0, "out.A": 0.0, "out.B": 1.0}, 1)),
+            "the settings of the scheduler LossAblation",
+        ),
+        (
+            (tnadapt.Tucker(ranks=(2, 2)), _LATER),
+            (tnadapt.Tucker(ranks=(3, 2)), _LATER),
+            "the settings of the factorization of proj.A",
+        ),
+        (
+            (tnadapt.MPO(order=3), tnadapt.Static()),
+            (tnadapt.MPO(order=3, backend="opt_einsum"), tnadapt.Static()),
+            None,
+        ),
+    ],
+)
+def test_settings_that_a_label_shortens_are_compared_on_resume(saved: Any, resumed: Any, said: str | None) -> None:
+    model, _, over = attach()
+    optimizer = over.optimizer
+    over.detach()
+    over = tnadapt.LoraOver(model, optimizer, *copy.deepcopy(saved))
+    step(model, optimizer)
+    state = copy.deepcopy(over.state_dict())
+    over.detach()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        tnadapt.LoraOver(model, optimizer, *copy.deepcopy(resumed)).load_state_dict(state)
+    told = [str(each.message) for each in caught]
+    assert len(told) == (0 if said is None else 1), told
+    assert said is None or said in told[0]
+
+
 def test_a_cap_without_a_rate_is_refused() -> None:
     class OwnRate(torch.optim.SGD):
         pass

@@ -515,6 +515,13 @@ class LoraOver:
                 "new settings",
                 stacklevel=3,
             )
+        under_one_label = states.other_settings(state, self._expanded, self.scheduler)
+        if under_one_label:
+            warnings.warn(
+                f"the settings of {' and of '.join(under_one_label)} are not those of the run that was saved: what is expanded already "
+                "stays, and the rest follows the new settings",
+                stacklevel=3,
+            )
 
     def _save_hook(self, _: Any, optimizer_state: dict[str, Any]) -> dict[str, Any]:
         if self._step is not None:

@@ -5,6 +5,8 @@ Tensors and plain containers only, so that `torch.load(weights_only=True)` reads
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,11 +14,11 @@ import torch
 from torch import Tensor
 
 from tnadapt.engine import CoreRates, Event, Expanded, shown, state_signature
-from tnadapt.factorizations import core_dtype
+from tnadapt.factorizations import Factorization, core_dtype
 from tnadapt.matrices import TrainedMatrix
 from tnadapt.schedulers import Scheduler
 
-__all__ = ["STATE_KEY", "VERSION", "load", "saved", "validate"]
+__all__ = ["STATE_KEY", "VERSION", "load", "other_settings", "saved", "validate"]
 
 #: key of our part in the state dict of an optimizer
 STATE_KEY = "tnadapt"
@@ -44,6 +46,7 @@ def saved(expanded: Expanded, scheduler: Scheduler, rates: CoreRates, cores: Map
             "settings": scheduler.label,
             "state": scheduler.state_dict(),
         },
+        "fingerprints": _fingerprints(expanded, scheduler),
         "rates": {
             "core_lr": rates.lr,
             "core_weight_decay": rates.weight_decay,
@@ -60,6 +63,43 @@ def _labels(expanded: Expanded) -> dict[str, str | None]:
     """Label of the factorization of each matrix."""
     known = {name: matrix.factorization for name, matrix in expanded.matrices.items()}
     return {name: None if used is None else used.label for name, used in known.items()}
+
+
+def _fingerprints(expanded: Expanded, scheduler: Scheduler) -> dict[str, Any]:
+    """Of the settings of the scheduler and of each factorization: labels shorten long ones (names, ranks, scores)."""
+    known = {name: matrix.factorization for name, matrix in expanded.matrices.items()}
+    each = {id(used): _fingerprint(used) for used in known.values() if used is not None}
+    return {
+        "scheduler": _fingerprint(scheduler),
+        "factorization": {name: each.get(id(used)) for name, used in known.items()},
+    }
+
+
+def _fingerprint(described: Factorization | Scheduler) -> str | None:
+    """A hash of all settings but the backend, which changes no numbers; None where they are no JSON data."""
+    try:
+        settings = described.to_dict()
+    except (TypeError, ValueError):
+        return None
+    settings.pop("backend", None)
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def other_settings(state: Mapping[str, Any], expanded: Expanded, scheduler: Scheduler) -> list[str]:
+    """What has other settings than in the run that was saved, under the same label. States of earlier versions do not tell."""
+    then, now = state.get("fingerprints", {}), _fingerprints(expanded, scheduler)
+
+    def differ(one: str | None, other: str | None) -> bool:
+        return one is not None and other is not None and one != other
+
+    found = []
+    if scheduler.label == state["scheduler"]["settings"] and differ(then.get("scheduler"), now["scheduler"]):
+        found.append(f"the scheduler {scheduler.label}")
+    saved_ones = then.get("factorization", {})
+    names = [name for name, one in now["factorization"].items() if differ(saved_ones.get(name), one)]
+    if names:
+        found.append(f"the factorization of {shown(names)}")
+    return found
 
 
 def load(state: Mapping[str, Any], expanded: Expanded, scheduler: Scheduler, rates: CoreRates) -> None:
