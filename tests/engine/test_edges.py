@@ -169,6 +169,25 @@ def test_small_edits_of_low_precision_matrices_are_seen(dtype: torch.dtype, edit
         step()
 
 
+@pytest.mark.parametrize("factorization", [SVD(), MPO(order=5)])
+def test_a_step_that_diverged_is_not_blamed_on_somebody_else(factorization: Any) -> None:
+    model = adapters(12, 12)
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e200)  # the product of two cores is infinite
+    over = LoraOver(model, optimizer, factorization)
+    step_through(model, optimizer)
+    assert not any(bool(torch.isfinite(p).all()) for p in trainable(model))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert over.changed_outside() == ()
+        with pytest.raises(
+            FloatingPointError, match=r"the gradient of .* holds NaN or infinity.*Lower the learning rate"
+        ):
+            step_through(model, optimizer)
+    with torch.no_grad():
+        trainable(model)[0].fill_(1.0)
+    assert over.changed_outside() == (next(iter(over.expanded)),)
+
+
 class Dies(torch.optim.AdamW):
     dying = False
 

@@ -29,7 +29,7 @@ from tnadapt.engine.scaling import cap_tolerance, match_tolerance, search_scale
 from tnadapt.factorizations import Factorization, site_axes
 from tnadapt.matrices import TrainedMatrix
 
-__all__ = ["STACK_BYTES", "Cohort", "Key", "Member", "Piece", "matrix_view_shape", "state_signature"]
+__all__ = ["STACK_BYTES", "Cohort", "Key", "Member", "Piece", "differs", "matrix_view_shape", "state_signature"]
 
 #: Bytes of cores that one cohort stacks at most, and of matrices that are unfolded as one batch; a matrix whose cores are
 #: larger is alone. It bounds the scratch of a step. Below a hundredth of it, launches cost more than arithmetic.
@@ -438,15 +438,15 @@ class Cohort:
         present = self._rows(parameters)
         # a model that was moved or converted since the last step (model.cpu(), model.half()) holds the same
         written = self.written.to(present.device, present.dtype)
-        if torch.equal(present, written):
+        if not differs(present, written):
             return None
-        return (present != written).any(1).to(self.key.device)
+        return _unequal(present, written).any(1).to(self.key.device)
 
     def _edited_shards(self) -> Tensor | None:
         assert self.written is not None
         parts = ranks.local_parts(self.parameters, self.written)
-        same = [torch.equal(ranks.local(p), part) for p, part in zip(self.parameters, parts, strict=True)]
-        return None if all(same) else ~torch.tensor(same, device=self.key.device)
+        flags = [differs(ranks.local(p), part) for p, part in zip(self.parameters, parts, strict=True)]
+        return torch.tensor(flags, device=self.key.device) if any(flags) else None
 
     def _loaded(self, whole: Sequence[Tensor] | None) -> Tensor | None:
         """The first look after a state was loaded: whether a matrix differs from what its cores fold to by more than rounding.
@@ -463,6 +463,15 @@ class Cohort:
         agrees = ((present.to(folded.dtype) - folded).abs() <= bound).all(1)  # NaN does not agree
         self.written = torch.where(agrees[:, None], present, folded.to(present.dtype))
         return None if bool(agrees.all()) else ~agrees
+
+
+def differs(present: Tensor, written: Tensor) -> bool:
+    """Whether a matrix holds something else than what was written. NaN, which a step that diverged has written, is the same as NaN."""
+    return not torch.equal(present, written) and bool(_unequal(present, written).any())
+
+
+def _unequal(present: Tensor, written: Tensor) -> Tensor:
+    return (present != written) & ~(torch.isnan(present) & torch.isnan(written))
 
 
 def raise_nonfinite(matrices: Iterable[TrainedMatrix], finite: Tensor) -> None:

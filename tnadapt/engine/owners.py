@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tnadapt.engine import ranks
-from tnadapt.engine.cores import Cohort
+from tnadapt.engine.cores import Cohort, differs
 from tnadapt.matrices import TrainedMatrix
 
 __all__ = ["Exchange", "deal"]
@@ -91,7 +91,7 @@ class Exchange:
             for m in matrices
             if m.name in self._seen
             and ranks.is_sharded(m.parameter)
-            and not torch.equal(ranks.local(m.parameter), self._seen[m.name])
+            and differs(ranks.local(m.parameter), self._seen[m.name])
         ]
 
     def forget(self, names: Sequence[str] | None = None) -> None:
