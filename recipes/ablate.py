@@ -144,7 +144,7 @@ def table_of(title: str, outcomes: Sequence[Outcome], best: Sequence[Outcome] = 
     rows = []
     for outcome in outcomes:
         cell, results = outcome.cell, outcome.results
-        label = f"{outcome.method}{' *' if outcome in best else ''}"
+        label = f"{outcome.method}{' *' if outcome in best and results else ''}"
         row = [label, cell.factor, rate(cell.value) if isinstance(cell.value, float) else str(cell.value)]
         if not results:
             rows.append([*row, "failed", *"–––––––"])
@@ -208,7 +208,8 @@ def write_table(table: Table, outcomes: Sequence[Outcome], folder: Path) -> None
             if outcome.cell.factor == factor and outcome.results:
                 name = f"{outcome.method}, lr {outcome.results[0]['config']['lr']:g}" if several else outcome.method
                 lines.setdefault(name, []).append((outcome.cell.value, mean(outcome.accuracies)))
-        score_against(folder / f"{factor}.png", factor, lines, logarithmic=factor in ("lr", "core_lr"))
+        if lines:
+            score_against(folder / f"{factor}.png", factor, lines, logarithmic=factor in ("lr", "core_lr"))
     print(f"tables and pictures: {folder}")
 
 
@@ -346,8 +347,10 @@ def vary(options: argparse.Namespace) -> list[Outcome]:
     parser = options_of(recipe, options.preset, exit_on_error=False)
     cells = []
     for name, *texts in options.factor:
-        if name not in fields or not texts:
+        if name not in fields:
             raise ValueError(f"--factor {name} {' '.join(texts)}: give one of {', '.join(fields)}, and its values")
+        if not texts:
+            raise ValueError(f"--factor {name}: give the values to try too")
         for text in texts:
             try:
                 value = getattr(parser.parse_args([f"--{name}", text]), name)
@@ -594,7 +597,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if name == "seeds":
             sub.add_argument("--results", type=Path, default=HERE / "results", help="where the committed table goes")
     options = parser.parse_args(arguments)
-    ended(parser, lambda: options.action(options))
+
+    def act() -> None:
+        if not any(outcome.results for outcome in options.action(options)):
+            parser.exit(1, "error: every run failed; the reasons stand above\n")
+
+    ended(parser, act)
 
 
 if __name__ == "__main__":

@@ -79,7 +79,11 @@ class Logits(TrainerCallback):
         self.pairs.append((self._before, self._of(kwargs["model"])))
 
 
-@pytest.mark.parametrize("order", [2, 4, 9, 16])
+def slow(*orders: int) -> list[Any]:
+    return [pytest.param(order, marks=pytest.mark.slow) for order in orders]
+
+
+@pytest.mark.parametrize("order", [2, *slow(4, 9), 16])
 def test_logits_before_and_after_an_expansion(tmp_path: Path, order: int) -> None:
     """The rate of the step that expands is zero, so that the expansion is all that happens in it."""
     model = wide_model()
@@ -95,7 +99,7 @@ def test_logits_before_and_after_an_expansion(tmp_path: Path, order: int) -> Non
     assert min(moved[3], moved[5]) > 1000 * LOGITS
 
 
-@pytest.mark.parametrize("order", [2, 4, 9])
+@pytest.mark.parametrize("order", [*slow(2, 4), 9])
 def test_updates_before_and_after_an_expansion(tmp_path: Path, order: int) -> None:
     model = wide_model()
     optimizer = torch.optim.AdamW(lora_parameters(model), lr=5e-4)

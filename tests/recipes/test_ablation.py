@@ -130,6 +130,19 @@ def test_the_driver_varies_factorization_and_expansion(tmp_path: Path, tiny_mode
     assert len({row["trained_parameters"][0] for row in rows}) == 3
 
 
+def test_a_sweep_of_which_every_run_failed_says_so(tmp_path: Path, tiny_model: str, capsys: Any) -> None:
+    common = [*arguments(tiny_model, tmp_path), "--methods", "lora-over-mpo"]
+    with pytest.raises(SystemExit, match="1"):
+        ablate.main(["vary", *common, "--factor", "targets", "nowhere"])
+    told = capsys.readouterr()
+    assert told.err.strip().endswith("error: every run failed; the reasons stand above")
+    assert "failed" in told.out
+    assert "lora-over-mpo *" not in told.out
+    with pytest.raises(SystemExit, match="2"):
+        ablate.main(["vary", *common, "--factor", "order"])
+    assert "error: --factor order: give the values to try too" in capsys.readouterr().err
+
+
 def fake_run(_: Path, settings: dict[str, Any], *__: Any, **___: Any) -> dict[str, Any]:
     """A result without a run, other for other rates and factorizations; one setting fails."""
     given = recipe.Config(**settings)
