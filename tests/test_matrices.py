@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import warnings
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils import prune
 
-from tnadapt import MPO, LoraOver, OverParamAdapter, TrainedMatrix, find_lora_matrices
+from tnadapt import MPO, SVD, LoraOver, OverParamAdapter, TrainedMatrix, find_lora_matrices
+from tnadapt.finders import lora_pairs
 from tnadapt.matrices import canonical_name
 
 pytest.importorskip("peft")
@@ -315,3 +317,15 @@ def test_a_weight_that_is_computed_from_others_is_not_left_out_in_silence(how):
         layer(torch.ones(2, 12)).square().sum().backward()
         optimizer.step()
     assert over.expanded == ("B",)
+
+
+@pytest.mark.parametrize(
+    ("groups", "said"), [("q_proj", "groups='q_proj': give a function"), (lambda matrix: 3, "groups gave 3 for 0.A")]
+)
+@pytest.mark.parametrize("finder", [None, lora_pairs])
+def test_groups_that_are_no_function_to_strings(groups: Any, said: str, finder: Any) -> None:
+    model = nn.Sequential(OverParamAdapter.from_linear(nn.Linear(6, 6), rank=2))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    with pytest.raises(TypeError, match=said):
+        LoraOver(model, optimizer, SVD(), groups=groups, matrices=finder)
+    assert LoraOver.of(model) is None

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from tnadapt.matrices import Skipped, TrainedMatrix, canonical_name, default_group, find_lora_matrices
+from tnadapt.matrices import Skipped, TrainedMatrix, canonical_name, find_lora_matrices, group_of
 
 __all__ = [
     "Finder",
@@ -171,7 +171,7 @@ def collect(
         module = found.name.rpartition(".")[0]
         layer = next((int(part) for part in found.name.split(".") if part.isdigit()), None)
         matrix = TrainedMatrix(found.name, found.kind, "", module, layer, found.owner, found.attribute, parameter)
-        matrix.group = groups(matrix) if groups is not None else found.group or default_group(matrix)
+        matrix.group = found.group if groups is None and found.group else group_of(matrix, groups)
         matrices[found.name] = matrix
     if not matrices:
         raise ValueError(

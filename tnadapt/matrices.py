@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from tnadapt.factorizations import Factorization
 
-__all__ = ["Skipped", "TrainedMatrix", "canonical_name", "default_group", "find_lora_matrices"]
+__all__ = ["Skipped", "TrainedMatrix", "canonical_name", "default_group", "find_lora_matrices", "group_of"]
 
 #: Wrappers that put a component into parameter names without being part of the model.
 _WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
@@ -138,6 +138,22 @@ def default_group(matrix: TrainedMatrix) -> str:
     return ".".join("*" if part.isdigit() else part for part in matrix.name.split("."))
 
 
+def group_of(matrix: TrainedMatrix, groups: Callable[[TrainedMatrix], str] | None) -> str:
+    """The group that a user's function gives a matrix; `default_group` without one.
+
+    Raises:
+        TypeError: it is no function, or gives something else than a string.
+    """
+    if groups is None:
+        return default_group(matrix)
+    if not callable(groups):
+        raise TypeError(f"groups={groups!r}: give a function from a TrainedMatrix to the name of its group")
+    group = groups(matrix)
+    if not isinstance(group, str):
+        raise TypeError(f"groups gave {group!r} for {matrix.name}; a group is a string")
+    return group
+
+
 def find_lora_matrices(
     model: nn.Module, groups: Callable[[TrainedMatrix], str] | None = None
 ) -> tuple[dict[str, TrainedMatrix], list[Skipped]]:
@@ -148,7 +164,8 @@ def find_lora_matrices(
         groups: gives each matrix its group, instead of `default_group`.
 
     Raises:
-        TypeError: the model is in the hands of an engine that does not keep parameters whole (FSDP1, DeepSpeed).
+        TypeError: the model is in the hands of an engine that does not keep parameters whole (FSDP1, DeepSpeed); `groups` is no
+            function that gives strings.
     """
     _refuse_engines(model)
     found: dict[str, TrainedMatrix] = {}
@@ -181,7 +198,7 @@ def find_lora_matrices(
         owners[id(weight)] = name
         layer = next((int(part) for part in path.split(".") if part.isdigit()), None)
         matrix = TrainedMatrix(name, side, "", path, layer, linear, "weight", weight, own)
-        matrix.group = (groups or default_group)(matrix)
+        matrix.group = group_of(matrix, groups)
         found[name] = matrix
     return found, skipped
 

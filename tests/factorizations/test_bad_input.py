@@ -21,6 +21,7 @@ VALUE_ERRORS: list[tuple[Callable[..., Factorization], dict[str, Any], str]] = [
     (MPO, {"order": 1}, "order=1"),
     (MPO, {"order": 2.0}, "order=2.0"),
     (MPO, {"order": True}, "order=True"),
+    (MPO, {"order": 10**6}, "order=1000000: at most 256"),
     (MPO, {"order": 3, "max_bond": 0}, "max_bond=0"),
     (MPO, {"order": 3, "max_bond": 2.5}, "max_bond=2.5"),
     (MPO, {"order": 3, "max_bond": True}, "max_bond=True"),

@@ -43,6 +43,10 @@ def core_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+#: An order above this is a mistake: even a dimension of 2^63 has no more than 63 prime factors.
+MAX_ORDER = 256
+
+
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Factorization(ABC):
     """How a matrix becomes cores and back. Immutable; holds no tensors; equal descriptions are equal objects.
@@ -98,6 +102,11 @@ class Factorization(ABC):
             raise ValueError(
                 f"order={self.order!r}: {type(self).__name__} needs an integer order of at least 2 "
                 "(an MPO of order 2 is the SVD; the paper uses 8-16)"
+            )
+        elif self.order > MAX_ORDER:
+            raise ValueError(
+                f"order={self.order}: at most {MAX_ORDER}. A matrix has no more sites than its dimensions have prime factors; all beyond "
+                "are 1x1"
             )
         if self.sites is not None:
             object.__setattr__(self, "sites", checked_sites(self.sites))
