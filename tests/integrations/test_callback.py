@@ -6,6 +6,7 @@ import json
 import shutil
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -531,3 +532,20 @@ def test_sft_trainer_makes_model_and_optimizer(tmp_path: Path) -> None:
     assert all(bool(p.any()) for p in lora_parameters(trainer.model))
     resumed, _ = train(tmp_path, str(tmp_path / "checkpoint-4"))
     assert equal(lora_weights(resumed.model), lora_weights(trainer.model))
+
+
+@pytest.mark.parametrize(("limit", "sharded"), [(1, True), (2, True), (1, False)])
+def test_a_single_checkpoint_under_fsdp_is_warned_of(
+    tmp_path: Path, limit: int, sharded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trainer deletes older checkpoints before the callback writes its file into the new one."""
+    monkeypatch.setattr("tnadapt.integrations.transformers.ranks", SimpleNamespace(is_sharded=lambda tensor: sharded))
+    begun = callback()
+    trainer = trainer_with(tmp_path, begun, save_total_limit=limit)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        begun.on_train_begin(
+            trainer.args, trainer.state, trainer.control, model=trainer.model, optimizer=trainer.create_optimizer()
+        )
+    told = [str(each.message) for each in caught if "save_total_limit" in str(each.message)]
+    assert len(told) == (limit == 1 and sharded), told

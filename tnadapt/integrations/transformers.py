@@ -29,6 +29,7 @@ except ImportError as error:
 
 from tnadapt.assignment import FactorizationArgument
 from tnadapt.card import describe, save_card
+from tnadapt.engine import ranks
 from tnadapt.integrations.checkpoints import (
     OPTIMIZER_FILE,
     OWN_FILE,
@@ -205,6 +206,13 @@ class LoraOverCallback(TrainerCallback):  # type: ignore[misc]
         describe(self.over)
         if saved is not None:
             self._load(saved, folder)
+        sharded = any(ranks.is_sharded(matrix.parameter) for matrix in self.over.matrices.values())
+        if args.save_total_limit == 1 and not args.save_only_model and sharded:
+            warnings.warn(
+                f"save_total_limit=1 under FSDP: Trainer deletes the last checkpoint before {OWN_FILE} is in the new one, so a run that "
+                "is killed in between loses its cores; keep two (save_total_limit=2)",
+                stacklevel=2,
+            )
         first = self.over.scheduler.first_step()
         if not self.over.history and first is not None and first > state.max_steps > 0:
             warnings.warn(
