@@ -138,13 +138,21 @@ def sentence(found: Found, held_out: str) -> str:
     )
 
 
+#: The tasks that differ in the width of the model alone, by column.
+WIDTHS = {"width 64": "width-64", "width 128": "llama-1600", "width 256": "width-256"}
 #: The arms that the README shows.
 README_ARMS = ("lora", "svd", "mpo-10", "mpo-r", "mpo-10-matched", "lora+", "lora-rite")
 
 
 def readme_table(found: Found, tasks: Sequence[Task]) -> str:
-    """For a few arms the loss at their best rate, by task; what is lower than LoRA's by two standard errors is bold."""
-    shown_tasks = [task for task in tasks if any(name == task.name and each.apart for (name, _), each in found.items())]
+    """For a few arms the loss at their best rate, by task; what is lower than LoRA's by two standard errors is bold. Models of other
+    widths are on the page alone."""
+    shown_tasks = [
+        task
+        for task in tasks
+        if task.name not in (WIDTHS["width 64"], WIDTHS["width 256"])
+        and any(name == task.name and each.apart for (name, _), each in found.items())
+    ]
     arms = arms_of(found)
     rows = []
     for name in (name for name in README_ARMS if name in arms):
@@ -158,8 +166,11 @@ def readme_table(found: Found, tasks: Sequence[Task]) -> str:
             text = f"{finding.loss:.3f} ± {spread:.3f}"
             cells.append(f"{f'**{text}**' if verdict(finding) == 'better' else text} ({finding.point[0]:.2g})")
         rows.append((arms[name].label, *cells))
+    kept = {task.name for task in shown_tasks}
     counts = {
-        len(finding.runs) for (task, name), finding in found.items() if name in README_ARMS and len(finding.runs) > 1
+        len(finding.runs)
+        for (task, name), finding in found.items()
+        if task in kept and name in README_ARMS and len(finding.runs) > 1
     }
     seeds = " to ".join(map(str, sorted({min(counts), max(counts)}))) if counts else "no"
     caption = (
@@ -170,7 +181,7 @@ def readme_table(found: Found, tasks: Sequence[Task]) -> str:
 
 
 def _names(arms: Mapping[str, Arm], names: Iterable[str]) -> str:
-    return ", ".join(arms[name].label for name in names)
+    return "; ".join(arms[name].label for name in names)  # labels have commas
 
 
 def transfer(found: Found, tasks: Sequence[Task]) -> str:
@@ -192,8 +203,6 @@ def over_ranks(found: Found, tasks: Sequence[Task]) -> str:
     return _rates(found, tasks, ("rank 2", "rank 8", "rank 32"), lanes)
 
 
-#: The tasks that differ in the width of the model alone, by column.
-WIDTHS = {"width 64": "width-64", "width 128": "llama-1600", "width 256": "width-256"}
 OVER_WIDTHS = (REFERENCE, "svd", "mpo-10", "mpo-10-matched")
 
 
