@@ -112,12 +112,11 @@ def test_bad_rank(rank):
         OverParamAdapter.from_linear(linear(), rank=rank)
 
 
-@pytest.mark.parametrize("alpha", [float("nan"), float("inf"), -float("inf")])
-def test_bad_alpha(alpha):
-    base = linear()
+@pytest.mark.parametrize("scaling", [float("nan"), float("inf"), -float("inf")])
+def test_bad_scaling(scaling):
+    pair = nn.Linear(6, 4, bias=False), nn.Linear(4, 10, bias=False)
     with pytest.raises(ValueError, match=r"scaling=.*a finite number"):
-        OverParamAdapter.from_linear(base, rank=4, alpha=alpha)
-    assert base.weight.requires_grad
+        OverParamAdapter(*pair, scaling=scaling)
 
 
 def test_numbers_of_other_libraries_can_be_saved():

@@ -821,6 +821,11 @@ def test_a_scheduler_of_ones_own_needs_select_only():
         def select(self, step, matrices):
             return ()
 
+    class Forgets(Mine):
+        def __init__(self, steps):
+            self.every = steps
+
+    assert Forgets(3).label == "Forgets"
     scheduler = Mine()
     assert scheduler.label == "Mine()"
     assert scheduler.due(3)

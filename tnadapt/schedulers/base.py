@@ -106,8 +106,12 @@ class Scheduler(ABC):
 
     @property
     def label(self) -> str:
-        """Name for tables and messages. A run that is resumed is compared by it, so it has every setting."""
-        return repr(self)
+        """Name for tables and messages. A run that is resumed is compared by it, so it has every setting; the name of the class
+        alone where settings were not kept as attributes."""
+        try:
+            return repr(self)
+        except TypeError:
+            return type(self).__name__
 
 
 def register_scheduler(cls: S, name: str | None = None) -> S:
