@@ -149,7 +149,9 @@ TASKS = (
     ),
     Task("sst2-64", "MiniLM on SST-2, 64 examples", "t5_glue.py", {**_MINILM, "train_size": 64}, (25, 50), 3.16e-3),
     Task("sst2-400", "MiniLM on SST-2, 400 examples", "t5_glue.py", {**_MINILM, "train_size": 400}, (50,), 3.16e-3),
-    Task("sst2-4000", "MiniLM on SST-2, 4,000 examples", "t5_glue.py", {**_MINILM, "train_size": 4000}, (250,), 3.16e-3),
+    Task(
+        "sst2-4000", "MiniLM on SST-2, 4,000 examples", "t5_glue.py", {**_MINILM, "train_size": 4000}, (250,), 3.16e-3
+    ),
 )
 #: Models and data that are not in the repository, as tasks name them: the option that gives their place, and what it is.
 PLACES = {
