@@ -80,9 +80,9 @@ def adapters(layers: int, device: str) -> nn.Module:
 
 
 @contextmanager
-def timed_expansions(device: str) -> Iterator[dict[str, float]]:
-    """Collects for each matrix its part of the seconds in which it was expanded; one round may be several calls."""
-    seconds: dict[str, float] = {}
+def timed_expansions(device: str) -> Iterator[list[tuple[float, int]]]:
+    """Collects the seconds of each call that expands matrices, and how many it expands."""
+    calls: list[tuple[float, int]] = []
     expand = Expanded.expand
 
     def timed(expanded: Expanded, names: Sequence[str], **kwargs: Any) -> None:
@@ -90,27 +90,27 @@ def timed_expansions(device: str) -> Iterator[dict[str, float]]:
         started = time.perf_counter()
         expand(expanded, names, **kwargs)
         synchronize(device)
-        taken = time.perf_counter() - started
-        seconds.update((name, taken / len(names)) for name in names)
+        calls.append((time.perf_counter() - started, len(names)))
 
     with mock.patch.object(Expanded, "expand", timed):
-        yield seconds
+        yield calls
 
 
 def expand_once(way: str, model: nn.Module, device: str, order: int, per_group: int) -> tuple[float, int]:
-    """Seconds of the last expansion, and how many matrices it expanded."""
+    """Seconds of the last round, and how many matrices it expanded."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
     if way != "at the first step":
         optimizer.step()
     steps = (1, 2) if way.startswith("second") else (1,)
     handover = "restart" if way.endswith("restart") else "warm"
     over = LoraOver(model, optimizer, MPO(order=order), PerGroup(per_group, steps), handover=handover)
-    with timed_expansions(device) as seconds:
+    with timed_expansions(device) as calls:
         for _ in steps:
+            calls.clear()  # one round may be several calls
             optimizer.step()
-    last = [seconds[name] for name in over.history[-1].names]
     over.fold()
-    return sum(last), len(last)
+    seconds, expanded = map(sum, zip(*calls, strict=True))
+    return seconds, int(expanded)
 
 
 def markdown(rows: list[dict[str, Any]], order: int) -> str:

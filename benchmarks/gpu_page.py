@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from provenance import read_json  # first, since it makes the recipes' modules importable
+import scaling
+from provenance import read_json  # before `support`, which it makes importable
 from support.marked import replaced
 from support.tables import Table
 
@@ -131,14 +132,7 @@ def answers(results: Path) -> str:
 
 def growth(results: Path) -> str:
     """What the coupling costs, one factor at a time."""
-    rows = []
-    for found in read_json(results / "scaling.json")["results"]["scaling-cuda.json"]["factors"]:
-        first, last = found["points"][0], found["points"][-1]
-        in_ms = found["measured"].startswith("ms")
-        costs = [f"{p['median']:.1f} ms" if in_ms else f"{100 * p['median']:.1f} %" for p in (first, last)]
-        span = f"{first['value']} to {last['value']}"
-        rows.append([found["title"], span, *costs, f"{found['power_law']['exponent']:.2f}"])
-    return table(["what grows", "from, to", "cost at the first", "at the last", "exponent"], rows)
+    return scaling.markdown(read_json(results / "scaling.json")["results"]["scaling-cuda.json"]["factors"])
 
 
 def software(results: Path) -> str:
