@@ -153,18 +153,15 @@ TASKS = (
         "sst2-4000", "MiniLM on SST-2, 4,000 examples", "t5_glue.py", {**_MINILM, "train_size": 4000}, (250,), 3.16e-3
     ),
 )
-#: Models and data that are not in the repository, as tasks name them: the option that gives their place, and what it is.
+#: Folders of models and data that are not in the repository, by the name that tasks give them: the option, and what it is.
 PLACES = {
     "ENCODER": ("encoder", "a local folder with an encoder, such as sentence-transformers/all-MiniLM-L6-v2"),
     "SST2": ("sst2", "a folder with SST-2's train.tsv"),
-    **{
-        f"WIDTHS/{width}": (
-            "widths",
-            "a folder with Llamas of other widths, which `cd recipes && python -m embedded.pretrain --hidden 64 --folder "
-            "FOLDER/64` makes, and with `--hidden 256 --steps 2000` in FOLDER/256",
-        )
-        for width in (64, 256)
-    },
+    "WIDTHS": (
+        "widths",
+        "a folder with Llamas of other widths: `cd recipes && python -m embedded.pretrain --hidden 64 --folder FOLDER/64` makes one, and "
+        "`--hidden 256 --steps 2000 --folder FOLDER/256` the other",
+    ),
 }
 #: The task that was held back until everything else had been run and said.
 HELD_OUT = "sst2-400"
@@ -183,11 +180,13 @@ def configure(lane: Lane, point: Point, seed: int, places: dict[str, str | None]
     loaded = load_recipe(recipe)
     changes: dict[str, Any] = {**lane.task.changes, **lane.arm.changes}
     for name in ("model", "data"):
-        if (place := changes.get(name)) in places:
-            if places[place] is None:
-                option, what = PLACES[place]
+        place, _, inside = str(changes.get(name)).partition("/")
+        if place in places:
+            option, what = PLACES[place]
+            folder = places[place]
+            if folder is None:
                 raise ValueError(f"the task {lane.task.name} needs --{option}, {what}")
-            changes[name] = places[place]
+            changes[name] = str(Path(folder, inside))
     lr, steps = point
     config = loaded.config(method=lane.arm.method, seed=seed, lr=lr, max_steps=steps, **changes)
     return recipe, loaded.resolve(config)
@@ -210,18 +209,15 @@ def run(options: argparse.Namespace) -> None:
     for name in ("seeds", "hours"):
         if not (value := getattr(options, name)) > 0:
             raise ValueError(f"--{name} is {value:g}: give a number above 0")
-    places = {
-        name: given and str(Path(given, *name.split("/")[1:]))
-        for name, (option, _) in PLACES.items()
-        for given in [getattr(options, option)]
-    }
+    places = {name: getattr(options, option) for name, (option, _) in PLACES.items()}
     tasks = _named(TASKS, options.tasks)
     if options.tasks is None:
         for task in list(tasks):
-            lacking = {PLACES[name][0] for name in PLACES.keys() & set(task.changes.values()) if places[name] is None}
+            named = {str(value).partition("/")[0] for value in task.changes.values()}
+            lacking = [f"--{option}" for name, (option, _) in PLACES.items() if name in named and places[name] is None]
             if lacking:
                 tasks.remove(task)
-                print(f"without {task.name}, which needs {' and '.join(f'--{option}' for option in sorted(lacking))}")
+                print(f"without {task.name}, which needs {' and '.join(lacking)}")
     study = Study(options.results, [(task, arm) for task in tasks for arm in _named(ARMS, options.arms)])
     until = time.monotonic() + 3600 * options.hours
     seeds = range(options.seeds)

@@ -257,7 +257,11 @@ def pretrain(
 
 
 def of_width(hidden: int) -> dict[str, int]:
-    """The settings of a model of another width: as many dimensions in a head, and the same shares of the width elsewhere."""
+    """The settings of a model of another width: as many dimensions in a head, and the same shares of the width elsewhere.
+
+    Raises:
+        ValueError: it is no multiple of 64.
+    """
     if hidden < 64 or hidden % 64:
         raise ValueError(f"--hidden is {hidden}: give a multiple of 64, so that heads of 32 share keys in pairs")
     return {"hidden": hidden, "heads": hidden // 32, "kv_heads": hidden // 64, "intermediate": 3 * hidden}
@@ -300,10 +304,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args(arguments)
+    if options.hidden != defaults.hidden and MODEL in (options.folder, options.folder.resolve()):
+        parser.error(f"--hidden {options.hidden} would replace the embedded model: give another --folder")
+    try:
+        width = of_width(options.hidden)
+    except ValueError as error:
+        parser.error(str(error))
     torch.set_num_threads(options.threads)
-    settings = Pretraining(
-        steps=options.steps, batch=options.batch, lr=options.lr, seed=options.seed, **of_width(options.hidden)
-    )
+    settings = Pretraining(steps=options.steps, batch=options.batch, lr=options.lr, seed=options.seed, **width)
     model, tokenizer = pretrain(settings, options.folder, options.checkpoint, options.checkpoint_every)
     write_readme(options.folder, model, tokenizer, settings, problems=500)
 

@@ -193,6 +193,19 @@ def test_a_width_without_whole_heads_is_refused(hidden):
         pretrain.of_width(hidden)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--hidden", "64"], "--hidden 64 would replace the embedded model: give another --folder"),
+        (["--hidden", "100", "--folder", "elsewhere"], "--hidden is 100: give a multiple of 64"),
+    ],
+)
+def test_another_width_never_replaces_the_embedded_model(arguments, said, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        pretrain.main(arguments)
+    assert said in capsys.readouterr().err
+
+
 def test_pretraining_continues_exactly_where_it_stopped(tmp_path, monkeypatch):
     settings = pretrain.Pretraining(
         steps=6, horizon=8, cooldown=2, batch=4, warmup=2, vocabulary=300, hidden=32, intermediate=32, layers=1

@@ -351,6 +351,8 @@ def test_a_page_without_a_mark_is_refused(tmp_path: Path) -> None:
 def test_every_arm_can_be_configured_on_every_task(tmp_path: Path) -> None:
     """But for those that a model refuses, and these say why."""
     places: dict[str, str | None] = dict.fromkeys(study.PLACES, str(tmp_path))
+    for width in ("64", "256"):
+        (tmp_path / width).mkdir()
     names = [task.name for task in study.TASKS]
     assert study.HELD_OUT in names
     assert len({arm.name for arm in study.ARMS}) == len(study.ARMS)
