@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from tnadapt.factorizations import Factorization
-from tnadapt.matrices import TrainedMatrix
+from tnadapt.matrices import TrainedMatrix, compiled
 
 __all__ = ["FactorizationArgument", "assign_factorizations", "describe_factorizations"]
 
@@ -31,7 +31,7 @@ def assign_factorizations(matrices: Mapping[str, TrainedMatrix], given: Factoriz
         if isinstance(given, Factorization):
             one = given
         elif isinstance(given, Mapping):
-            key = next((k for k in given if k == matrix.group or _fits(k, name)), None)
+            key = next((k for k in given if k == matrix.group or _pattern(k).search(name)), None)
             if key is not None:
                 used.add(key)
                 one = given[key]
@@ -60,11 +60,8 @@ def assign_factorizations(matrices: Mapping[str, TrainedMatrix], given: Factoriz
         matrices[name].factorization = one
 
 
-def _fits(pattern: str, name: str) -> bool:
-    try:
-        return re.search(pattern, name) is not None
-    except re.error as error:
-        raise ValueError(f"factorization: {pattern!r} is neither a group nor a regular expression ({error})") from error
+def _pattern(key: str) -> re.Pattern[str]:
+    return compiled(key, f"factorization: {key!r} is neither a group nor a regular expression")
 
 
 def describe_factorizations(matrices: Mapping[str, TrainedMatrix]) -> str:

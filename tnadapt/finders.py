@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from tnadapt.matrices import Skipped, TrainedMatrix, canonical_name, find_lora_matrices, group_of
+from tnadapt.matrices import Skipped, TrainedMatrix, canonical_name, compiled, find_lora_matrices, group_of
 
 __all__ = [
     "Finder",
@@ -196,10 +196,7 @@ def _pattern(finder: str, which: str) -> re.Pattern[str]:
         raise TypeError(
             f"{finder} takes a regular expression, got a {type(which).__name__}; it makes the finder: matrices={finder}(...)"
         )
-    try:
-        return re.compile(which)
-    except re.error as error:
-        raise ValueError(f"{finder}({which!r}): not a regular expression ({error})") from error
+    return compiled(which, f"{finder}({which!r}): not a regular expression")
 
 
 def _active(module: nn.Module, pair: Any) -> Iterator[tuple[str, str, Any]]:

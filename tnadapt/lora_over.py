@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import math
-import numbers
 import sys
 import warnings
 import weakref
@@ -17,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from tnadapt import state as states
 from tnadapt.assignment import FactorizationArgument, assign_factorizations, describe_factorizations
@@ -38,6 +36,7 @@ from tnadapt.engine import (
     checked_choice,
     checked_names,
     is_elementwise,
+    plain_number,
     ranks,
     shown,
     unwrap,
@@ -149,9 +148,9 @@ class LoraOver:
         check_factorization(factorization)
         check_scheduler(scheduler)
         check_switches(matched=matched, shard=shard, replace=replace)
-        core_lr = _plain_number("core_lr", core_lr)
-        core_weight_decay = _plain_number("core_weight_decay", core_weight_decay)
-        max_update = _plain_number("max_update", max_update)
+        core_lr = plain_number("core_lr", core_lr)
+        core_weight_decay = plain_number("core_weight_decay", core_weight_decay)
+        max_update = plain_number("max_update", max_update)
         inner = unwrap(optimizer)
         if handover not in HANDOVERS:
             raise ValueError(f"handover={handover!r} is unknown; choose one of {', '.join(HANDOVERS)}")
@@ -598,25 +597,6 @@ def _asked_by_dcp() -> bool:
             return True
         frame = frame.f_back
     return False
-
-
-def _plain_number(name: str, value: Any) -> float | None:
-    """A hyper-parameter as Python's own float. It goes into checkpoints, and those with a number of NumPy in them cannot be read by
-    `torch.load(weights_only=True)`.
-
-    Raises:
-        TypeError: it is not a number.
-        ValueError: it is infinite.
-    """
-    if value is None:
-        return None
-    scalar = isinstance(value, Tensor) and value.numel() == 1 and value.is_floating_point()
-    if isinstance(value, bool) or not (scalar or isinstance(value, numbers.Real)):
-        raise TypeError(f"{name}={value!r}: give a number, or leave it out")
-    number = float(value)
-    if math.isinf(number):
-        raise ValueError(f"{name}={value!r} is infinite; give a finite number, or leave it out")
-    return number
 
 
 def _refuse_copy(memo: Any) -> Any:

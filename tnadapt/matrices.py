@@ -7,6 +7,7 @@ A pair is any module with `lora_A` and `lora_B` that are `nn.Linear` (our `OverP
 from __future__ import annotations
 
 import math
+import re
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from tnadapt.factorizations import Factorization
 
-__all__ = ["Skipped", "TrainedMatrix", "canonical_name", "default_group", "find_lora_matrices", "group_of"]
+__all__ = ["Skipped", "TrainedMatrix", "canonical_name", "compiled", "default_group", "find_lora_matrices", "group_of"]
 
 #: Wrappers that put a component into parameter names without being part of the model.
 _WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
@@ -136,6 +137,21 @@ def default_group(matrix: TrainedMatrix) -> str:
     """The name of the matrix with its numbers replaced by `*`: matrices of one kind of module and one side are a group. T5's
     encoder, decoder self-attention and cross-attention are different groups, as in the paper."""
     return ".".join("*" if part.isdigit() else part for part in matrix.name.split("."))
+
+
+def compiled(pattern: str, told: str) -> re.Pattern[str]:
+    """A regular expression that a user has given.
+
+    Args:
+        told: what is said where it is none.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{told} ({error})") from error
 
 
 def group_of(matrix: TrainedMatrix, groups: Callable[[TrainedMatrix], str] | None) -> str:

@@ -8,12 +8,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tnadapt.engine import CoreRates, Event, Expanded, shown, state_signature
+from tnadapt.engine import CoreRates, Event, Expanded, in_dtype, shown, state_signature
 from tnadapt.factorizations import Factorization, core_dtype
 from tnadapt.matrices import TrainedMatrix
 from tnadapt.schedulers import Scheduler
@@ -122,11 +123,7 @@ def _as_here(entry: Mapping[str, Any], matrix: TrainedMatrix) -> Mapping[str, An
     if old == new:
         return entry
 
-    def convert(value: Any) -> Any:
-        # step counts have no dimension, and keep their dtype as in torch's own loading
-        return value.to(new) if isinstance(value, Tensor) and value.dim() > 0 and value.dtype == old else value
-
-    states = entry["state"]
+    convert, states = partial(in_dtype, old=old, new=new), entry["state"]
     return {
         **entry,
         "cores": [convert(core) for core in entry["cores"]],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterable
 from typing import NamedTuple, TypeVar
 
@@ -10,7 +9,7 @@ from torch import nn
 
 from tnadapt.adapter.base import LinearAdapter
 from tnadapt.adapter.files import named
-from tnadapt.matrices import canonical_name
+from tnadapt.matrices import canonical_name, compiled
 
 __all__ = ["BaseLayer", "base_layers", "by_canonical_name", "chosen_names", "is_adapter"]
 
@@ -23,16 +22,16 @@ def by_canonical_name(found: Iterable[tuple[str, T]]) -> dict[str, T]:
     Raises:
         ValueError: two of them have one name.
     """
-    named: dict[str, T] = {}
+    by_name: dict[str, T] = {}
     for path, one in found:
         name = canonical_name(path)
-        if name in named:
+        if name in by_name:
             raise ValueError(
                 f"two layers of the model are called {name}, without what wrappers put into names (one is at {path}); rename one of "
                 "the two modules"
             )
-        named[name] = one
-    return named
+        by_name[name] = one
+    return by_name
 
 
 def chosen_names(targets: str | Iterable[str], layers: Collection[str]) -> list[str]:
@@ -46,10 +45,8 @@ def chosen_names(targets: str | Iterable[str], layers: Collection[str]) -> list[
     if not layers:
         raise ValueError("the model has no linear layers")
     if isinstance(targets, str):
-        try:
-            found = [name for name in layers if re.search(targets, name)]
-        except re.error as error:
-            raise ValueError(f"targets={targets!r} is not a regular expression ({error})") from error
+        pattern = compiled(targets, f"targets={targets!r} is not a regular expression")
+        found = [name for name in layers if pattern.search(name)]
         if not found:
             raise ValueError(
                 f"the pattern {targets!r} matches none of the {len(layers)} linear layers, whose names look like {named(layers)}"

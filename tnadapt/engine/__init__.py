@@ -11,10 +11,11 @@ from tnadapt.engine.checks import (
     checked_choice,
     checked_names,
     is_elementwise,
+    plain_number,
     shown,
     unwrap,
 )
-from tnadapt.engine.cores import state_signature
+from tnadapt.engine.cores import in_dtype, state_signature
 from tnadapt.engine.expanded import Event, Expanded, Roster, on_cpu
 from tnadapt.engine.handover import HANDOVERS
 from tnadapt.engine.step import CoreRates, OwnMethods, Step
@@ -35,8 +36,10 @@ __all__ = [
     "check_switches",
     "checked_choice",
     "checked_names",
+    "in_dtype",
     "is_elementwise",
     "on_cpu",
+    "plain_number",
     "ranks",
     "shown",
     "state_signature",

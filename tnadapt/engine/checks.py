@@ -4,11 +4,13 @@ through them."""
 from __future__ import annotations
 
 import inspect
+import math
+import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tnadapt.engine.ranks import local, obstacle_to_gathering
 from tnadapt.factorizations import Factorization
@@ -29,6 +31,7 @@ __all__ = [
     "checked_release",
     "is_elementwise",
     "lost",
+    "plain_number",
     "require_same_place",
     "shown",
     "unwrap",
@@ -147,6 +150,25 @@ def check_switches(**switches: object) -> None:
     for name, value in switches.items():
         if not isinstance(value, bool):
             raise TypeError(f"{name} is {_described(value)}; pass True or False")
+
+
+def plain_number(name: str, value: Any) -> float | None:
+    """A hyper-parameter as Python's own float. It goes into checkpoints, and those with a number of NumPy in them cannot be read by
+    `torch.load(weights_only=True)`.
+
+    Raises:
+        TypeError: it is not a number.
+        ValueError: it is infinite.
+    """
+    if value is None:
+        return None
+    scalar = isinstance(value, Tensor) and value.numel() == 1 and value.is_floating_point()
+    if isinstance(value, bool) or not (scalar or isinstance(value, numbers.Real)):
+        raise TypeError(f"{name}={value!r}: give a number, or leave it out")
+    number = float(value)
+    if math.isinf(number):
+        raise ValueError(f"{name}={value!r} is infinite; give a finite number, or leave it out")
+    return number
 
 
 def check_rates(

@@ -29,7 +29,17 @@ from tnadapt.engine.scaling import cap_tolerance, match_tolerance, search_scale
 from tnadapt.factorizations import Factorization, site_axes
 from tnadapt.matrices import TrainedMatrix
 
-__all__ = ["STACK_BYTES", "Cohort", "Key", "Member", "Piece", "differs", "matrix_view_shape", "state_signature"]
+__all__ = [
+    "STACK_BYTES",
+    "Cohort",
+    "Key",
+    "Member",
+    "Piece",
+    "differs",
+    "in_dtype",
+    "matrix_view_shape",
+    "state_signature",
+]
 
 #: Bytes of cores that one cohort stacks at most, and of matrices that are unfolded as one batch; a matrix whose cores are
 #: larger is alone. It bounds the scratch of a step. Below a hundredth of it, launches cost more than arithmetic.
@@ -463,6 +473,12 @@ class Cohort:
         agrees = ((present.to(folded.dtype) - folded).abs() <= bound).all(1)  # NaN does not agree
         self.written = torch.where(agrees[:, None], present, folded.to(present.dtype))
         return None if bool(agrees.all()) else ~agrees
+
+
+def in_dtype(value: Any, old: torch.dtype, new: torch.dtype) -> Any:
+    """What belongs to cores of another dtype (they themselves, entries of their state, a residual) in that of the cores now. Step counts,
+    which have no dimension, keep theirs, as in torch's own loading."""
+    return value.to(new) if isinstance(value, Tensor) and value.dim() > 0 and value.dtype == old else value
 
 
 def differs(present: Tensor, written: Tensor) -> bool:

@@ -10,7 +10,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tnadapt.engine import ranks
 from tnadapt.engine.checks import lost
-from tnadapt.engine.cores import Cohort, Key, Member, state_signature
+from tnadapt.engine.cores import Cohort, Key, Member, in_dtype, state_signature
 from tnadapt.engine.handover import warm_state
 from tnadapt.engine.owners import deal
 from tnadapt.factorizations import core_dtype
@@ -447,10 +447,9 @@ def _join_in(cohorts: list[Cohort], key: Key, elementwise: bool, members: Sequen
 def _converted(member: Member, old: torch.dtype, key: Key) -> Member:
     """A member whose matrix was converted: its cores follow, and so does what was last written, rounding and all."""
 
-    def convert(value: Any) -> Any:
-        return value.to(key.dtype) if isinstance(value, Tensor) and value.dim() > 0 and value.dtype == old else value
-
+    convert = partial(in_dtype, old=old, new=key.dtype)
     states = member.state and [{key: convert(value) for key, value in state.items()} for state in member.state]
-    residual = None if member.residual is None else convert(member.residual)
     value = None if member.value is None else member.value.to(key.matrix_dtype)
-    return replace(member, cores=[convert(c) for c in member.cores], value=value, state=states, residual=residual)
+    return replace(
+        member, cores=[convert(c) for c in member.cores], value=value, state=states, residual=convert(member.residual)
+    )

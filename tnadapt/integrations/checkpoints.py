@@ -202,12 +202,7 @@ def _zip_fault(file: Path) -> str | None:
     try:
         with zipfile.ZipFile(file) as archive:
             broken = archive.testzip()
-    except (
-        zipfile.BadZipFile,
-        EOFError,
-        OSError,
-        ValueError,
-        RuntimeError,
-    ) as error:  # encrypted, says one flipped bit
+    # RuntimeError: one flipped bit says that the file is encrypted
+    except (zipfile.BadZipFile, EOFError, OSError, ValueError, RuntimeError) as error:
         return f"{file} is cut off or damaged ({error})"
     return None if broken is None else f"{file} is damaged in {broken}"

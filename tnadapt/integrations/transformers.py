@@ -119,6 +119,10 @@ class _Consolidation(TrainerCallback):  # type: ignore[misc]
             over.consolidate(None if args.save_on_each_node else 0)
 
 
+def _has_state_in_optimizer_file(folder: Path) -> bool:
+    return (folder / OPTIMIZER_FILE).is_file() and not (folder / OWN_FILE).is_file()
+
+
 def _put_in_order(callback: LoraOverCallback) -> None:
     """Have Trainer call a callback before those that report logs, and consolidation last. Trainer puts reporters first and hands
     no callback the list."""
@@ -191,15 +195,14 @@ class LoraOverCallback(TrainerCallback):  # type: ignore[misc]
         _put_in_order(self)
         model, optimizer = kwargs["model"], kwargs["optimizer"]
         folder = self._checkpoint(args, state)
-        attached = LoraOver.of(model)
-        if self._factorization is None and attached is not None:
-            self.over = attached
-            # the optimizer's own file brought its state along, but for engines whose files drop what they do not know
-            brought = folder is None or ((folder / OPTIMIZER_FILE).is_file() and not (folder / OWN_FILE).is_file())
-            saved = None if folder is None or brought else read_state(folder)
-        else:
-            saved = None if folder is None else read_state(folder)
+        attached = LoraOver.of(model) if self._factorization is None else None
+        # the file of the optimizer brings the state of what is attached to it, unless an engine wrote it that drops what it does not know
+        brought = attached is not None and folder is not None and _has_state_in_optimizer_file(folder)
+        saved = None if folder is None or brought else read_state(folder)
+        if attached is None:
             self._attach(model, optimizer)
+        else:
+            self.over = attached
         self._resume_from, self.report = None, None
         assert self.over is not None
         # settings that no file can keep are an error now, and not when the first checkpoint is written

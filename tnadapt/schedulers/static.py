@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
-from tnadapt.matrices import TrainedMatrix
+from tnadapt.matrices import TrainedMatrix, compiled
 from tnadapt.schedulers.base import Scheduler
 
 __all__ = ["Static"]
@@ -40,10 +39,8 @@ class Static(Scheduler):
                 raise ValueError(f"Static: {name}={value!r} must be {what}, an integer of at least 1, or None")
         self.fold_after, self.refresh_every = fold_after, refresh_every
         self.which = which if which is None or isinstance(which, str) else _names_in(which)
-        try:
-            self._pattern = re.compile(which) if isinstance(which, str) else None
-        except re.error as error:
-            raise ValueError(f"Static: which={which!r} is not a regular expression ({error})") from error
+        told = f"Static: which={which!r} is not a regular expression"
+        self._pattern = compiled(which, told) if isinstance(which, str) else None
         self._names = None if isinstance(self.which, str) else self.which
 
     def attach(self, matrices: Mapping[str, TrainedMatrix]) -> None:
