@@ -39,8 +39,8 @@ from step_overhead import CASES, Case, Variant, frozen_base, make_batch, on
 from torch import Tensor
 from tqdm import tqdm
 
-from tnadapt.engine import Step
-from tnadapt.engine.cores import Cohort
+from tnadapt.engine import Step, cores
+from tnadapt.engine.cores import Batch
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -52,14 +52,14 @@ PHASES: list[tuple[Any, str, str]] = [
     (Step, "_follow_edits", "compare with outside changes"),
     (Step, "_warn_of_switches", SCHEDULE),
     (Step, "_decide", SCHEDULE),
-    (Cohort, "_rows", "stack gradients"),
-    (Cohort, "pull_back", "pull back"),
+    (cores, "_rows", "stack gradients"),
+    (Batch, "pull_back", "pull back"),
     (Step, "_require_finite_plain", "check gradients"),
     (Step, "_loan_of", "lend cores"),
     (Step, "_lend", "lend cores"),
     (Step, "_prepare", SCHEDULE),
-    (Cohort, "fold", "refold"),
-    (Cohort, "refold", "norms, and write matrices"),
+    (Batch, "fold", "refold"),
+    (Batch, "refold", "norms, and write matrices"),
     (Step, "_finish", "take cores back"),
 ]
 STEP = "the optimizer itself, on cores and the rest"

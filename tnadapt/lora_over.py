@@ -416,7 +416,7 @@ class LoraOver:
         self._handles = []
         vars(self.optimizer).pop("__deepcopy__", None)
         for cohort in self._expanded.now.cohorts:
-            cohort.close()
+            cohort.stack.close()
         _attached.discard(self)
 
     def recover(self) -> None:

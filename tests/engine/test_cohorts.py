@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from tnadapt import CP, MPO, LoraOver, OverParamAdapter, Scheduler, TaylorRuntime, Tucker
-from tnadapt.engine.cores import Cohort
+from tnadapt.engine.cores import Batch, Cohort
 from tnadapt.engine.ranks import local_parts, stack_rows, write_rows
 from tnadapt.matrices import TrainedMatrix
 
@@ -85,10 +85,10 @@ def test_bits_without_meaning_are_no_change() -> None:
     layer, optimizer, over = trained()
     cohort = next(iter(over._expanded.now.cohorts))
     with torch.no_grad():
-        for site in cohort._sites:
+        for site in cohort.stack.sites:
             site.zero_()
     with torch.no_grad():
-        cohort.refold()
+        Batch([cohort]).refold()
     with torch.no_grad():
         layer.lora_A.weight.neg_()
     assert cohort.was_written_to()
@@ -464,7 +464,7 @@ def test_float64_matrices_that_were_only_unfolded_are_not_changed(order: int) ->
 def test_detached_cores_need_no_workspace() -> None:
     _, _, over = trained()
     over.detach()
-    assert all(cohort._kernel is None for cohort in over._expanded.now.cohorts)
+    assert all(cohort.stack._kernel is None for cohort in over._expanded.now.cohorts)
     assert over.state_dict()["cores"].keys() == {"A", "B"}
 
 

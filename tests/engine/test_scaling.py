@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tnadapt import MPO, LoraOver, OverParamAdapter
-from tnadapt.engine.cores import Cohort
+from tnadapt.engine.cores import Batch
 from tnadapt.engine.scaling import search_scale
 
 
@@ -96,14 +96,14 @@ def test_what_overflowed_on_the_way_is_too_long() -> None:
 def test_a_matched_step_folds_three_times(order: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also the first, in which A has no gradient and moves by its weight decay, which is less than its rounding."""
     folds = 0
-    original = Cohort.fold
+    original = Batch.fold
 
-    def counted(cohort: Cohort) -> Tensor:
+    def counted(batch: Batch) -> Tensor:
         nonlocal folds
         folds += 1
-        return original(cohort)
+        return original(batch)
 
-    monkeypatch.setattr(Cohort, "fold", counted)
+    monkeypatch.setattr(Batch, "fold", counted)
     torch.manual_seed(0)
     layer = OverParamAdapter.from_linear(nn.Linear(96, 96), rank=8, alpha=16)
     optimizer = torch.optim.AdamW([p for p in layer.parameters() if p.requires_grad], lr=1e-4)

@@ -4,6 +4,8 @@ A cohort is a set of expanded matrices that are contracted and stepped as one. T
 optimizer group. Their cores have the same fused shapes (as the `A` and `B` of transposed shapes have). And they have the same
 past: equal step counts, and gradients in the same steps.
 
+A cohort keeps cores; a batch does the work of a step on one cohort, or on several small ones, as if they were one.
+
 Letters: n = members, k = site (or core), core_k = shape of core k, numel = entries of a matrix. The buffer holds
 `[site 0: n x core_0][site 1: n x core_1]...`, so the stacked cores of a site are one contiguous tensor. Matrices are handled
 as rows: [n, numel], each row-major.
@@ -17,6 +19,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate, groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -30,11 +34,16 @@ from tnadapt.factorizations import Factorization, site_axes
 from tnadapt.matrices import TrainedMatrix
 
 __all__ = [
+    "JOIN_BYTES",
     "STACK_BYTES",
+    "Batch",
+    "Bench",
     "Cohort",
     "Key",
     "Member",
     "Piece",
+    "Stack",
+    "batches",
     "differs",
     "in_dtype",
     "matrix_view_shape",
@@ -44,6 +53,9 @@ __all__ = [
 #: Bytes of cores that one cohort stacks at most, and of matrices that are unfolded as one batch; a matrix whose cores are
 #: larger is alone. It bounds the scratch of a step. Below a hundredth of it, launches cost more than arithmetic.
 STACK_BYTES = 2**28
+
+#: Bytes of cores up to which a cohort is copied beside others to be contracted with them; launches of its own cost more.
+JOIN_BYTES = 2**19
 
 
 class Key(NamedTuple):
@@ -114,8 +126,139 @@ def matrix_view_shape(core_shape: Sequence[int]) -> tuple[int, int]:
     return min(splits, key=lambda split: abs(math.log(split[0] / split[1])))
 
 
+class Stack:
+    """Cores of matrices that are contracted as one, in one flat buffer that is laid out by site.
+
+    Args:
+        key: what the matrices have in common.
+        shapes: of the matrices; equal ones stand together, so that each shape is permuted in one go.
+    """
+
+    def __init__(self, key: Key, shapes: Sequence[tuple[int, int]]) -> None:
+        self.key = key
+        self._count = len(shapes)
+        numbers = self._count * sum(map(math.prod, key.fused_shapes))
+        self.buffer = torch.empty(numbers, dtype=key.dtype, device=key.device)
+        #: the stacked cores of each site, [n, *fused_k]
+        self.sites = self.by_site(self.buffer)
+        runs = [(shape, len(list(run))) for shape, run in groupby(shapes)]
+        #: how many matrices of each shape follow each other
+        self.runs = [length for _, length in runs]
+        self._axes = [site_axes(key.factorization.structure(shape).sites) for shape, _ in runs]
+        self._kernel: Kernel | None = None
+        # the cores before the step and after it, where steps are scaled; stays, since new memory costs as much as the copy
+        self._kept: tuple[Tensor, Tensor] | None = None
+
+    def by_site(self, flat: Tensor) -> list[Tensor]:
+        """Views of a tensor like the buffer, one per site: [n, *fused_k]."""
+        parts = torch.split(flat, [self._count * math.prod(shape) for shape in self.key.fused_shapes])
+        return [part.view(self._count, *shape) for part, shape in zip(parts, self.key.fused_shapes, strict=True)]
+
+    @cached_property
+    def views(self) -> list[Tensor]:
+        """The cores, run by run, and in a run site by site."""
+        by_run = zip(*(torch.split(site, self.runs) for site in self.sites), strict=True)
+        return [view for sites in by_run for view in sites]
+
+    def contract(self) -> Tensor:
+        """What the cores fold to, [n, numel]. Keeps what the next pull-back reuses."""
+        return self._reordered(self._contraction().contract(), back=True)
+
+    def pull_back(self, grads: Tensor) -> Tensor:
+        """Gradients [n, numel] of the matrices pulled back to the cores, laid out like the buffer; they last until the next
+        contraction."""
+        return self._contraction().pull_back(self._reordered(grads, back=False))
+
+    def _reordered(self, rows: Tensor, back: bool) -> Tensor:
+        """Rows [n, numel] with the axes of each matrix in the order of its sites, or back in its own."""
+        made = torch.empty_like(rows)
+        for part, out, axes in zip(torch.split(rows, self.runs), torch.split(made, self.runs), self._axes, strict=True):
+            sizes, order = axes[2:] if back else axes[:2]
+            permuted = part.view(-1, *sizes).permute(0, *order)
+            out.view(permuted.shape).copy_(permuted)
+        return made
+
+    def _contraction(self) -> Kernel:
+        if self._kernel is None:
+            with torch.inference_mode(False):  # its memory is written in training, wherever it is made
+                self._kernel = self.key.factorization.kernel(self.sites)
+        return self._kernel
+
+    def keep(self) -> None:
+        """Keep a copy of the cores for `steps`."""
+        if self._kept is None:
+            self._kept = torch.empty_like(self.buffer), torch.empty_like(self.buffer)
+        self._kept[0].copy_(self.buffer)
+
+    def steps(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Of each site: the cores, a copy of them from when they were kept, and a copy of them as they are now."""
+        assert self._kept is not None
+        self._kept[1].copy_(self.buffer)
+        return list(zip(self.sites, *map(self.by_site, self._kept), strict=True))
+
+    def close(self) -> None:
+        """Free what only training needs; the cores stay."""
+        self._kernel = self._kept = None
+
+
+class Bench(Stack):
+    """Where the cores of several cohorts stand side by side while they are contracted as one.
+
+    Args:
+        key: of the cohorts.
+        layouts: shapes of the members of each.
+    """
+
+    def __init__(self, key: Key, layouts: Sequence[Sequence[tuple[int, int]]]) -> None:
+        rows = sorted((shape, c, m) for c, shapes in enumerate(layouts) for m, shape in enumerate(shapes))
+        super().__init__(key, [shape for shape, _, _ in rows])
+        self._lengths = [len(shapes) for shapes in layouts]
+        starts = list(accumulate(self._lengths, initial=0))
+        #: which of all members, cohort after cohort, stands in each row
+        self.order = [starts[c] + m for _, c, m in rows]
+        self._there = torch.tensor(self.order, device=key.device)
+        self._back = torch.argsort(self._there)
+        # the rows of each run of each cohort
+        places = {(shape, c): k for k, (shape, c, _) in reversed(list(enumerate(rows)))}
+        runs = [
+            [(places[shape, c], len(list(run))) for shape, run in groupby(shapes)] for c, shapes in enumerate(layouts)
+        ]
+        self._places = [site[k : k + n] for of_cohort in runs for k, n in of_cohort for site in self.sites]
+        self._pulled = torch.empty_like(self.buffer)
+        sites = self.by_site(self._pulled)
+        self._grads = [[site[k : k + n].reshape(-1) for site in sites for k, n in of_cohort] for of_cohort in runs]
+
+    def take(self, cohorts: Sequence[Cohort]) -> None:
+        """Copy the cores of cohorts here. What these kept of contractions of their own will not be true any more."""
+        for cohort in cohorts:
+            cohort.stack.close()
+        torch._foreach_copy_(self._places, [view for cohort in cohorts for view in cohort.stack.views])
+
+    def give(self, cohorts: Sequence[Cohort]) -> None:
+        """Copy the cores back."""
+        torch._foreach_copy_([view for cohort in cohorts for view in cohort.stack.views], self._places)
+
+    def pull_back(self, grads: Tensor) -> Tensor:
+        # what is kept of the last contraction may be of the cores of others
+        self._contraction().contract()
+        return super().pull_back(grads)
+
+    def dealt(self, flat: Tensor) -> list[Tensor]:
+        """The gradients of each cohort, laid out like its buffer and in memory of its own."""
+        self._pulled.copy_(flat)
+        return [torch.cat(parts) for parts in self._grads]
+
+    def gathered(self, of_cohorts: Sequence[Tensor]) -> Tensor:
+        """One tensor for each cohort, with a row for each member, in the order of rows here."""
+        return torch.cat(list(of_cohorts)).index_select(0, self._there)
+
+    def parted(self, rows: Tensor) -> list[Tensor]:
+        """The inverse: the rows of each cohort."""
+        return list(torch.split(rows.index_select(0, self._back), self._lengths))
+
+
 class Cohort:
-    """The cores of matrices that are contracted and stepped as one, and the work on them.
+    """The cores of matrices that are stepped as one, what the optimizer knows of them, and what they were folded to last.
 
     A cohort never gains or loses members: whatever changes them makes a new one and leaves this one as it is.
 
@@ -131,18 +274,10 @@ class Cohort:
         self.key = key
         self.elementwise = elementwise
         self.matrices = [member.matrix for member in members]
-        self.structures = [key.factorization.structure(matrix.shape) for matrix in self.matrices]
-        #: runs of members of one shape: (members, sizes and order of the axes of a matrix, the same of its sites)
-        self._runs: list[tuple[slice, Any]] = []
-        for m, matrix in enumerate(self.matrices):
-            if m and matrix.shape == self.matrices[m - 1].shape:
-                self._runs[-1] = (slice(self._runs[-1][0].start, m + 1), self._runs[-1][1])
-            else:
-                self._runs.append((slice(m, m + 1), site_axes(self.structures[m].sites)))
-        count = len(members) * sum(map(math.prod, key.fused_shapes))
-        self.buffer = torch.empty(count, dtype=key.dtype, device=key.device)
-        self._sites = self._by_site(self.buffer)
-        for k, site in enumerate(self._sites):
+        self.shapes = tuple(matrix.shape for matrix in self.matrices)
+        self.structures = [key.factorization.structure(shape) for shape in self.shapes]
+        self.stack = Stack(key, self.shapes)
+        for k, site in enumerate(self.stack.sites):
             for row, member in zip(site, members, strict=True):
                 row.copy_(member.cores[k].reshape(row.shape))
         residuals = [member.residual.reshape(-1) for member in members if member.residual is not None]
@@ -161,23 +296,22 @@ class Cohort:
         #: Frobenius norm of the last update of each matrix, [n]; None before any
         norms = [member.update_norm for member in members if member.update_norm is not None]
         self.update_norms = torch.stack(norms).to(key.device) if len(norms) == len(members) else None
-        #: largest Frobenius norm of an update in the coming step; None for no cap
-        self.cap: float | None = None
-        #: the cores before the step and after it, where steps are scaled; stays, since new memory costs as much as the copy
-        self._kept: tuple[Tensor, Tensor] | None = None
-        # by how much the steps of the cores were scaled last, [n]: where the search for the next scale begins
+        #: by how much the steps of the cores were scaled last, [n]: where the search for the next scale begins
         scales = [member.scale for member in members if member.scale is not None]
-        self._scale = torch.stack(scales).to(key.device, key.dtype) if len(scales) == len(members) else None
-        self._kernel: Kernel | None = None
-        self._versions = [parameter._version for parameter in self.parameters]
+        self.scale = torch.stack(scales).to(key.device, key.dtype) if len(scales) == len(members) else None
+        self.counted()
 
     # -- layout -------------------------------------------------------------------------------------------------------
 
-    def _by_site(self, flat: Tensor) -> list[Tensor]:
-        """Views of a tensor like the buffer, one per site: [n, *fused_k]."""
-        n = len(self.matrices)
-        parts = torch.split(flat, [n * math.prod(shape) for shape in self.key.fused_shapes])
-        return [part.view(n, *shape) for part, shape in zip(parts, self.key.fused_shapes, strict=True)]
+    @property
+    def buffer(self) -> Tensor:
+        """All cores, flat."""
+        return self.stack.buffer
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The matrices' parameters."""
+        return [matrix.parameter for matrix in self.matrices]
 
     def _make_pieces(self, members: Sequence[Member]) -> list[Piece]:
         if self.elementwise:
@@ -186,7 +320,7 @@ class Cohort:
             return [self._piece(0, self.buffer, states)]
         pieces: list[Piece] = []
         start = 0
-        for k, site in enumerate(self._sites):
+        for k, site in enumerate(self.stack.sites):
             for row, member, structure in zip(site, members, self.structures, strict=True):
                 view = row.view(matrix_view_shape(structure.core_shapes[k]))
                 pieces.append(self._piece(start, view, [] if member.state is None else [member.state[k]]))
@@ -203,12 +337,12 @@ class Cohort:
         return [
             Member(
                 matrix,
-                [site[m].view(shape) for site, shape in zip(self._sites, structure.core_shapes, strict=True)],
+                [site[m].view(shape) for site, shape in zip(self.stack.sites, structure.core_shapes, strict=True)],
                 None if self.written is None else self.written[m],
                 self._core_states(m),
                 None if self.residual is None else self.residual[m].view(matrix.shape),
                 None if self.update_norms is None else self.update_norms[m],
-                None if self._scale is None else self._scale[m],
+                None if self.scale is None else self.scale[m],
             )
             for m, (matrix, structure) in enumerate(zip(self.matrices, self.structures, strict=True))
         ]
@@ -229,159 +363,15 @@ class Cohort:
         """What a newcomer must equal to be stepped together with the members; None where any can."""
         return state_signature(self.pieces[0].state) if self.elementwise else None
 
-    # -- the work of a step -------------------------------------------------------------------------------------------
+    # -- the loan -----------------------------------------------------------------------------------------------------
 
-    @property
-    def parameters(self) -> list[nn.Parameter]:
-        """The matrices' parameters."""
-        return [matrix.parameter for matrix in self.matrices]
-
-    def _rows(self, tensors: Sequence[Tensor]) -> Tensor:
-        """One tensor of each member as rows [n, numel], gathered where they are sharded; may be a view of that of an only member."""
-        if any(hasattr(t, "full_tensor") for t in tensors):
-            return ranks.stack_rows(tensors)
-        flat: Tensor = _flatten_dense_tensors(tensors)  # type: ignore[no-untyped-call]
-        return flat.view(len(tensors), -1)
-
-    def pull_back(self, gradients: Sequence[Tensor] | None = None) -> Tensor | None:
-        """Pull the gradients of the matrices back to the cores.
-
-        Off the CPU, where looking would wait for the device, zeros are pulled back in place of gradients that are not finite.
-        Returns the boolean that tells whether they were finite there, None on the CPU.
-
-        Args:
-            gradients: of all members, whole; those of the parameters if None.
-
-        Raises:
-            FloatingPointError: a gradient holds NaN or infinity, on the CPU.
-        """
-        if gradients is None:
-            gradients = [p.grad for p in self.parameters if p.grad is not None]
-        assert len(gradients) == len(self.matrices), "members of a cohort have gradients in the same steps"
-        grads = self._rows(gradients).detach().to(self.key.dtype)
-        finite = None
-        if self.key.device.type == "cpu":
-            # a finite sum has finite terms: one fast pass; where it overflows, each entry is looked at
-            if not math.isfinite(float(grads.sum())):
-                raise_nonfinite(self.matrices, torch.isfinite(grads).all(1))
-        else:
-            finite = torch.isfinite(grads).all()
-            grads = torch.where(finite, grads, torch.zeros((), dtype=grads.dtype, device=grads.device))
-        flat = self._reordered(grads, [(run, sizes, there) for run, (sizes, there, _, _) in self._runs])
-        self.grad = self._contraction().pull_back(flat)
-        if not self.elementwise:
-            # torch's own optimizers copy what they keep of a gradient, others may not: its memory is not used again
-            self._kernel = None
-        return finite
-
-    def lend(self, cap: float | None, matched: bool) -> list[Piece]:
-        """Give the pieces their gradients: the optimizer may step them now.
-
-        Args:
-            cap: largest Frobenius norm that the update of a matrix may have; None for no cap.
-            matched: whether the optimizer steps the matrices too, and their updates are to be as long as it makes them.
-        """
+    def lend(self) -> list[Piece]:
+        """Give the pieces their gradients: the optimizer may step them now."""
         assert self.grad is not None
-        self.cap = cap
-        if matched or cap is not None:
-            if self._kept is None:
-                self._kept = torch.empty_like(self.buffer), torch.empty_like(self.buffer)
-            self._kept[0].copy_(self.buffer)
         for piece in self.pieces:
             piece.parameter.grad = self.grad[piece.start : piece.stop].view(piece.parameter.shape)
         self.lent = True
         return self.pieces
-
-    def fold(self) -> Tensor:
-        """All members folded, residuals added: [n, numel] in the dtype of the cores. Keeps what the next pull-back reuses."""
-        flat = self._contraction().contract()
-        rows = self._reordered(flat, [(run, sites, back) for run, (_, _, sites, back) in self._runs])
-        return rows if self.residual is None else rows.add_(self.residual)
-
-    @staticmethod
-    def _reordered(rows: Tensor, runs: Sequence[tuple[slice, Sequence[int], Sequence[int]]]) -> Tensor:
-        """Rows [n, numel] with their axes permuted: for each run of members, the sizes of the axes and their new order."""
-        if len(runs) == 1:
-            (_, sizes, order) = runs[0]
-            whole = rows.view(-1, *sizes).permute(0, *order)
-            return whole.clone(memory_format=torch.contiguous_format).view(rows.shape)
-        made = torch.empty_like(rows)
-        for run, sizes, order in runs:
-            part = rows[run].view(-1, *sizes).permute(0, *order)
-            made[run].view(part.shape).copy_(part)
-        return made
-
-    def _contraction(self) -> Kernel:
-        if self._kernel is None:
-            with torch.inference_mode(False):  # its memory is written in training, wherever it is made
-                self._kernel = self.key.factorization.kernel(self._sites)
-        return self._kernel
-
-    def refold(self, matched: bool = False, shadows: Sequence[Tensor] | None = None, died: bool = False) -> None:
-        """Write what the stepped cores fold to into the matrices, and let go of the core gradients.
-
-        Args:
-            matched: whether updates are to be as long as those that the optimizer has made of the matrices.
-            shadows: the matrices as the optimizer has stepped them, whole; the parameters if None.
-            died: the step was broken off. Matrices that were written since are left as they are, and `edited` names them.
-        """
-        self.release_gradients()
-        parameters = self.parameters
-        except_for = self._overtaken() if died else None
-        before = self.written
-        assert before is not None, "a matrix is looked at before its cores are stepped"
-        start = before.to(self.key.dtype)
-        if matched:
-            shadow = torch.linalg.vector_norm(self._rows(shadows or parameters).to(start.dtype) - start, dim=1)
-            values = self._rescaled(start, shadow, exactly=True)
-        elif self.cap is not None:
-            values = self._rescaled(start, torch.full_like(start[:, 0], self.cap), exactly=False)
-        else:
-            values = self.fold()
-        written = values.to(self.key.matrix_dtype)
-        self.update_norms = torch.linalg.vector_norm(values - before, dim=1)
-        moved = list(range(len(parameters)))
-        if except_for is not None:
-            moved = torch.nonzero(~except_for).flatten().tolist()
-            written = torch.where(except_for[:, None], before, written)
-        if moved and any(hasattr(p, "full_tensor") for p in parameters):
-            ranks.write_rows([parameters[m] for m in moved], torch.stack([written[m] for m in moved]))
-        elif moved:
-            torch._foreach_copy_([parameters[m] for m in moved], [written[m].view(parameters[m].shape) for m in moved])
-        self.written, self.overtaken = written, except_for
-        self._versions = [parameter._version for parameter in self.parameters]
-        self.settle()
-
-    def _rescaled(self, before: Tensor, wanted: Tensor, exactly: bool) -> Tensor:
-        """Scale the step of the cores of each member so that its matrix moves from `before` by the wanted length; returns all
-        members folded.
-
-        Args:
-            before: what the matrices hold, [n, numel].
-            wanted: Frobenius norm of each update, [n].
-            exactly: whether shorter steps are lengthened too; they are left alone otherwise.
-        """
-        assert self._kept is not None
-        start, stepped = self._kept
-        stepped.copy_(self.buffer)
-        one, values = torch.ones_like(wanted), before
-
-        def length_at(scale: Tensor) -> Tensor:
-            nonlocal values
-            if scale is not one:
-                for now, old, new in zip(*map(self._by_site, (self.buffer, start, stepped)), strict=True):
-                    torch.lerp(old, new, scale.view(-1, *[1] * (new.dim() - 1)), out=now)
-            values = self.fold()
-            # what overflowed on the way is too long
-            norms: Tensor = torch.linalg.vector_norm(values - before, dim=1)
-            return norms.nan_to_num(math.inf, math.inf)
-
-        # the scale of the step before is near already
-        first = self._scale if exactly and self._scale is not None else one
-        tolerance = match_tolerance(before, wanted) if exactly else cap_tolerance(wanted)
-        scale = search_scale(length_at, wanted, first, tolerance, only_shorten=not exactly)
-        self._scale = torch.where(scale > 0, scale, one) if exactly else None
-        return values
 
     def take_back(self, state: MutableMapping[Any, Any]) -> None:
         """The optimizer has stepped: its state of the pieces is theirs."""
@@ -399,18 +389,18 @@ class Cohort:
         self.release_gradients()
         self.lent = False
 
-    def close(self) -> None:
-        """Free what only training needs; the cores stay."""
-        self._kernel = self._kept = None
-
     # -- writes of others ---------------------------------------------------------------------------------------------
+
+    def counted(self) -> None:
+        """Writes to the matrices that torch has counted until now are known."""
+        self._versions = [parameter._version for parameter in self.parameters]
 
     def was_written_to(self) -> bool:
         """Whether torch has counted a write to a matrix since the last refold. It does not count writes through `.data`. Does not
         wait for the device."""
         return self._versions != [parameter._version for parameter in self.parameters]
 
-    def _overtaken(self) -> Tensor | None:
+    def find_overtaken(self) -> Tensor | None:
         """Members that other code has written since the last refold, even with the same numbers, as a restored checkpoint may."""
         pairs = zip(self._versions, self.parameters, strict=True)
         counted = torch.tensor([old != p._version for old, p in pairs], device=self.key.device)
@@ -428,7 +418,7 @@ class Cohort:
         differs = self._loaded(present) if self.written is None else self._differs()
         if differs is None:
             # what was written since, a loaded adapter say, is what the cores fold to
-            self._versions = [parameter._version for parameter in self.parameters]
+            self.counted()
         if self.overtaken is None or differs is None:
             return differs if self.overtaken is None else self.overtaken
         return differs | self.overtaken
@@ -445,7 +435,7 @@ class Cohort:
         parameters = self.parameters
         if any(hasattr(p, "full_tensor") for p in parameters):
             return self._edited_shards()
-        present = self._rows(parameters)
+        present = _rows(parameters)
         # a model that was moved or converted since the last step (model.cpu(), model.half()) holds the same
         written = self.written.to(present.device, present.dtype)
         if not differs(present, written):
@@ -461,7 +451,7 @@ class Cohort:
     def _loaded(self, whole: Sequence[Tensor] | None) -> Tensor | None:
         """The first look after a state was loaded: whether a matrix differs from what its cores fold to by more than rounding.
         What a matrix that agrees holds counts as written."""
-        folded = self.fold()
+        folded = Batch([self]).fold()
         # Folding rounds in the cores' dtype once per core. Decomposing, which is done in float64, is the larger error of float64
         # cores. Writing rounds every entry once in the dtype of the matrix.
         many = len(self.key.fused_shapes) * (64 if folded.dtype == torch.float64 else 4)
@@ -473,6 +463,212 @@ class Cohort:
         agrees = ((present.to(folded.dtype) - folded).abs() <= bound).all(1)  # NaN does not agree
         self.written = torch.where(agrees[:, None], present, folded.to(present.dtype))
         return None if bool(agrees.all()) else ~agrees
+
+
+class Batch:
+    """Cohorts on which the work of a step is done as if they were one.
+
+    A cohort alone is contracted where its cores are. Several are copied to a bench: they are stepped apart, since their members
+    have pasts of their own, as those of experts have of which few are active in a step.
+
+    Args:
+        cohorts: of one key.
+        bench: laid out for them; None for one cohort.
+    """
+
+    def __init__(self, cohorts: Sequence[Cohort], bench: Bench | None = None) -> None:
+        self.cohorts = cohorts
+        self.key = cohorts[0].key
+        self._bench = bench
+        self._stack = cohorts[0].stack if bench is None else bench
+        self.matrices = cohorts[0].matrices
+        if bench is not None:
+            everyone = [matrix for cohort in cohorts for matrix in cohort.matrices]
+            self.matrices = [everyone[m] for m in bench.order]
+        #: largest Frobenius norm of an update in the coming step; None for no cap
+        self.cap: float | None = None
+
+    @property
+    def lent(self) -> bool:
+        """Whether cores are with the optimizer, or have come back and are not folded yet."""
+        return any(cohort.lent for cohort in self.cohorts)
+
+    def _gathered(self, of_cohorts: Sequence[Tensor | None]) -> Tensor | None:
+        """One tensor for each cohort, with a row for each member, as one; None where a cohort has none."""
+        known = [each for each in of_cohorts if each is not None]
+        if len(known) < len(of_cohorts):
+            return None
+        return known[0] if self._bench is None else self._bench.gathered(known)
+
+    def _parted(self, rows: Tensor) -> list[Tensor]:
+        return [rows] if self._bench is None else self._bench.parted(rows)
+
+    def pull_back(self, gradients: Sequence[Tensor] | None = None) -> Tensor | None:
+        """Pull the gradients of the matrices back to the cores.
+
+        Off the CPU, where looking would wait for the device, zeros are pulled back in place of gradients that are not finite.
+        Returns the boolean that tells whether they were finite there, None on the CPU.
+
+        Args:
+            gradients: of `matrices`, whole; those of the parameters if None.
+
+        Raises:
+            FloatingPointError: a gradient holds NaN or infinity, on the CPU.
+        """
+        if gradients is None:
+            gradients = [m.parameter.grad for m in self.matrices if m.parameter.grad is not None]
+        assert len(gradients) == len(self.matrices), "members of a cohort have gradients in the same steps"
+        grads = _rows(gradients).detach().to(self.key.dtype)
+        finite = None
+        if self.key.device.type == "cpu":
+            # a finite sum has finite terms: one fast pass; where it overflows, each entry is looked at
+            if not math.isfinite(float(grads.sum())):
+                raise_nonfinite(self.matrices, torch.isfinite(grads).all(1))
+        else:
+            finite = torch.isfinite(grads).all()
+            grads = torch.where(finite, grads, torch.zeros((), dtype=grads.dtype, device=grads.device))
+        if self._bench is not None:
+            self._bench.take(self.cohorts)
+        flat = self._stack.pull_back(grads)
+        for cohort, grad in zip(self.cohorts, [flat] if self._bench is None else self._bench.dealt(flat), strict=True):
+            cohort.grad = grad
+        if self._bench is None and not self.cohorts[0].elementwise:
+            # torch's own optimizers copy what they keep of a gradient, others may not: its memory is not used again
+            self._stack.close()
+        return finite
+
+    def lend(self, cap: float | None, matched: bool) -> list[Piece]:
+        """Give the pieces their gradients: the optimizer may step them now.
+
+        Args:
+            cap: largest Frobenius norm that the update of a matrix may have; None for no cap.
+            matched: whether the optimizer steps the matrices too, and their updates are to be as long as it makes them.
+        """
+        self.cap = cap
+        if matched or cap is not None:
+            self._stack.keep()
+        return [piece for cohort in self.cohorts for piece in cohort.lend()]
+
+    def fold(self) -> Tensor:
+        """All members folded, residuals added: [n, numel] in the dtype of the cores. Keeps what the next pull-back reuses."""
+        rows = self._stack.contract()
+        residual = self._gathered([cohort.residual for cohort in self.cohorts])
+        return rows if residual is None else rows.add_(residual)
+
+    def refold(self, matched: bool = False, shadows: Sequence[Tensor] | None = None, died: bool = False) -> None:
+        """Write what the stepped cores fold to into the matrices, and let go of the core gradients.
+
+        Args:
+            matched: whether updates are to be as long as those that the optimizer has made of the matrices.
+            shadows: the matrices as the optimizer has stepped them, whole; the parameters if None.
+            died: the step was broken off. Matrices that were written since are left as they are, and `edited` names them.
+        """
+        for cohort in self.cohorts:
+            cohort.release_gradients()
+            cohort.overtaken = cohort.find_overtaken() if died else None
+        if self._bench is not None:
+            self._bench.take(self.cohorts)
+        parameters = [matrix.parameter for matrix in self.matrices]
+        before = self._gathered([cohort.written for cohort in self.cohorts])
+        assert before is not None, "a matrix is looked at before its cores are stepped"
+        start = before.to(self.key.dtype)
+        if matched:
+            shadow = torch.linalg.vector_norm(_rows(shadows or parameters).to(start.dtype) - start, dim=1)
+            values = self._rescaled(start, shadow, exactly=True)
+        elif self.cap is not None:
+            values = self._rescaled(start, torch.full_like(start[:, 0], self.cap), exactly=False)
+        else:
+            values = self.fold()
+        written = values.to(self.key.matrix_dtype)
+        norms = torch.linalg.vector_norm(values - before, dim=1)
+        moved = list(range(len(parameters)))
+        if any(cohort.overtaken is not None for cohort in self.cohorts):
+            nobody = torch.zeros(1, dtype=torch.bool, device=self.key.device)
+            flags = (nobody.expand(len(c.matrices)) if c.overtaken is None else c.overtaken for c in self.cohorts)
+            except_for = self._gathered(list(flags))
+            assert except_for is not None
+            moved = torch.nonzero(~except_for).flatten().tolist()
+            written = torch.where(except_for[:, None], before, written)
+        # all memory is there before a matrix is written
+        parts = list(zip(self.cohorts, self._parted(written), self._parted(norms), strict=True))
+        if moved and any(hasattr(p, "full_tensor") for p in parameters):
+            ranks.write_rows([parameters[m] for m in moved], torch.stack([written[m] for m in moved]))
+        elif moved:
+            torch._foreach_copy_([parameters[m] for m in moved], [written[m].view(parameters[m].shape) for m in moved])
+        for cohort, rows, norm in parts:
+            cohort.written, cohort.update_norms = rows, norm
+            cohort.counted()
+            cohort.settle()
+
+    def _rescaled(self, before: Tensor, wanted: Tensor, exactly: bool) -> Tensor:
+        """Scale the step of the cores of each member so that its matrix moves from `before` by the wanted length; returns all
+        members folded.
+
+        Args:
+            before: what the matrices hold, [n, numel].
+            wanted: Frobenius norm of each update, [n].
+            exactly: whether shorter steps are lengthened too; they are left alone otherwise.
+        """
+        sites = self._stack.steps()
+        one, values = torch.ones_like(wanted), before
+
+        def length_at(scale: Tensor) -> Tensor:
+            nonlocal values
+            if scale is not one:
+                for now, old, new in sites:
+                    torch.lerp(old, new, scale.view(-1, *[1] * (new.dim() - 1)), out=now)
+            values = self.fold()
+            # what overflowed on the way is too long
+            norms: Tensor = torch.linalg.vector_norm(values - before, dim=1)
+            return norms.nan_to_num(math.inf, math.inf)
+
+        # the scale of the step before is near already
+        first = self._gathered([cohort.scale for cohort in self.cohorts]) if exactly else None
+        tolerance = match_tolerance(before, wanted) if exactly else cap_tolerance(wanted)
+        scale = search_scale(length_at, wanted, one if first is None else first, tolerance, only_shorten=not exactly)
+        for cohort, found in zip(self.cohorts, self._parted(torch.where(scale > 0, scale, one)), strict=True):
+            cohort.scale = found if exactly else None
+        if self._bench is not None:
+            self._bench.give(self.cohorts)
+        return values
+
+
+def batches(cohorts: Iterable[Cohort], benches: Mapping[Any, Bench]) -> tuple[list[Batch], dict[Any, Bench]]:
+    """Batches of all cohorts, of which small ones of one key are together, and the benches that they use.
+
+    Args:
+        benches: of the last step; those that fit are used again.
+    """
+    alike: dict[Key, list[list[Cohort]]] = {}
+    found: list[list[Cohort]] = []
+    for cohort in cohorts:
+        many, room = len(cohort.matrices), cohort.key.capacity
+        if cohort.buffer.nbytes > JOIN_BYTES:
+            found.append([cohort])
+            continue
+        groups = alike.setdefault(cohort.key, [])
+        if not groups or sum(len(each.matrices) for each in groups[-1]) + many > room:
+            groups.append([])
+            found.append(groups[-1])
+        groups[-1].append(cohort)
+    made: list[Batch] = []
+    used: dict[Any, Bench] = {}
+    for number, group in enumerate(found):
+        if len(group) == 1:
+            made.append(Batch(group))
+            continue
+        place = number, group[0].key, tuple(cohort.shapes for cohort in group)
+        used[place] = benches.get(place) or Bench(group[0].key, place[2])
+        made.append(Batch(group, used[place]))
+    return made, used
+
+
+def _rows(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors of one size as rows [n, numel], gathered where they are sharded; may be a view of an only one."""
+    if any(hasattr(t, "full_tensor") for t in tensors):
+        return ranks.stack_rows(tensors)
+    flat: Tensor = _flatten_dense_tensors(tensors)  # type: ignore[no-untyped-call]
+    return flat.view(len(tensors), -1)
 
 
 def in_dtype(value: Any, old: torch.dtype, new: torch.dtype) -> Any:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tnadapt.engine import ranks
 from tnadapt.engine.checks import lost
-from tnadapt.engine.cores import Cohort, Key, Member, in_dtype, state_signature
+from tnadapt.engine.cores import Batch, Cohort, Key, Member, in_dtype, state_signature
 from tnadapt.engine.handover import warm_state
 from tnadapt.engine.owners import deal
 from tnadapt.factorizations import core_dtype
@@ -236,8 +236,8 @@ class Expanded:
 
     def gathered(
         self, of: Callable[[TrainedMatrix], Any], among: Sequence[TrainedMatrix]
-    ) -> Callable[[Cohort], list[Tensor]] | None:
-        """The whole parameter or gradient of each member of a cohort, for ranks that hold different cohorts and shards of the
+    ) -> Callable[[Cohort | Batch], list[Tensor]] | None:
+        """The whole parameter or gradient of each member of a cohort or batch, for ranks that hold different cohorts and shards of the
         matrices. Then the tensors of all matrices in `among`, of which the members are a part, are gathered at once, so that every
         rank enters the same collectives. None in all other cases: a cohort gathers its own."""
         if not (self.now.owners and any(ranks.is_sharded(m.parameter) for m in among)):

@@ -41,7 +41,7 @@ from torch import Tensor, nn
 
 from tnadapt.engine import ranks
 from tnadapt.engine.checks import checked_choice, checked_names, checked_release, require_same_place, shown
-from tnadapt.engine.cores import Cohort, Piece, raise_nonfinite
+from tnadapt.engine.cores import Batch, Bench, Cohort, Piece, batches, raise_nonfinite
 from tnadapt.engine.expanded import Expanded, Roster
 from tnadapt.engine.owners import Exchange
 from tnadapt.matrices import Skipped, TrainedMatrix
@@ -98,7 +98,6 @@ class _Loan:
 
     #: groups of cores, each beside the user's group that it was made from
     groups: list[tuple[dict[str, Any], dict[str, Any]]]
-    cohorts: list[Cohort]
     #: the user's lists of parameters, in which stand-ins take the places of the matrices
     lists: list[tuple[dict[str, Any], list[nn.Parameter]]]
     #: matrices whose cores are lent, on whichever rank, with their gradients and torch's count of writes to these
@@ -170,6 +169,9 @@ class Step:
         self._proven = type(optimizer).__module__.startswith("torch.optim")
         self._nonfinite: list[tuple[Tensor, torch.cuda.Event | None]] = []
         self._loan: _Loan | None = None
+        #: what is stepped now, and the benches of the last step
+        self._batches: list[Batch] = []
+        self._benches: dict[Any, Bench] = {}
         # the step that is under way: the frame that runs its hooks, its thread, and how many steps are nested in it
         self._frame: FrameType | None = None
         self._thread = 0
@@ -220,6 +222,7 @@ class Step:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self._benches = {}
         self._methods.restore()
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
@@ -300,13 +303,15 @@ class Step:
         self._nonfinite += flags
         self.stepped += 1
         self.expanded.now = replace(self.expanded.now, step=step)
-        self.forget(forgotten)
+        if forgotten:
+            self.forget(forgotten)
         self._lend(loan)
 
     def _undo(self, before: Roster, scheduler: Mapping[str, Any]) -> None:
         """Put back what a failed preparation has changed."""
         for cohort in (*self.expanded.now.cohorts, *before.cohorts):
             cohort.settle()
+        self._batches = []
         self.expanded.now = before
         self.scheduler.load_state_dict(scheduler)
 
@@ -508,10 +513,13 @@ class Step:
         now, flags = self.expanded.now, list[Tensor]()
         active = [m for m in now.trained if m.parameter.grad is not None] if now.owners else []
         gradients = self.expanded.gathered(lambda matrix: matrix.parameter.grad, active) if active else None
+        parts: list[Cohort] = []
         for cohort in self._active():
             idle = [matrix.parameter.grad is None for matrix in cohort.matrices]
-            part = self.expanded.divide(cohort, idle) if any(idle) else cohort
-            finite = part.pull_back(None if gradients is None else gradients(part))
+            parts.append(self.expanded.divide(cohort, idle) if any(idle) else cohort)
+        self._batches, self._benches = batches(parts, self._benches)
+        for batch in self._batches:
+            finite = batch.pull_back(None if gradients is None else gradients(batch))
             if finite is not None:
                 flags.append(finite)
         if active and ranks.local(active[0].parameter).device.type != "cpu":
@@ -565,23 +573,22 @@ class Step:
     def _loan_of(self, scale: Tensor | None) -> _Loan:
         """Everything that the optimizer is to get, made ready; nothing is handed over yet."""
         by_group: dict[int, list[Piece]] = {}
-        cohorts = [cohort for cohort in self.expanded.now.cohorts if cohort.grad is not None]
-        for cohort in cohorts:
-            pieces = cohort.lend(self._cap(cohort), self.rates.matched)
-            by_group.setdefault(cohort.key.group, []).extend(pieces)
+        for batch in self._batches:
+            pieces = batch.lend(self._cap(batch), self.rates.matched)
+            by_group.setdefault(batch.key.group, []).extend(pieces)
         groups = [(self.optimizer.param_groups[k], self._core_group(k, pieces)) for k, pieces in by_group.items()]
-        parameters = [p for cohort in cohorts for p in cohort.parameters]
+        parameters = [matrix.parameter for batch in self._batches for matrix in batch.matrices]
         parameters += [matrix.parameter for matrix in self.expanded.now.elsewhere]
         gradients = [(p, p.grad, p.grad._version) for p in parameters if p.grad is not None]
         watched = [] if self._proven else self._watched(by_group)
-        return _Loan(groups, cohorts, [], gradients, scale, watched)
+        return _Loan(groups, [], gradients, scale, watched)
 
-    def _cap(self, cohort: Cohort) -> float | None:
-        """Largest norm of the update of a matrix of a cohort."""
-        rate = self.optimizer.param_groups[cohort.key.group].get("lr")
+    def _cap(self, batch: Batch) -> float | None:
+        """Largest norm of the update of a matrix of a batch."""
+        rate = self.optimizer.param_groups[batch.key.group].get("lr")
         if self.rates.max_update is None or rate is None:
             return None
-        numel = cohort.matrices[0].parameter.numel()
+        numel = batch.matrices[0].parameter.numel()
         return self.rates.max_update * float(rate) * self.rates.ratio * math.sqrt(numel)
 
     def _core_group(self, index: int, pieces: Sequence[Piece]) -> dict[str, Any]:
@@ -619,7 +626,7 @@ class Step:
             if any(id(p) in lent for p in own):
                 loan.lists.append((group, own))
                 group["params"] = [self._stand_in(p) if id(p) in lent else p for p in own]
-        for cohort in loan.cohorts:
+        for cohort in chain(*(batch.cohorts for batch in self._batches)):
             for piece in cohort.pieces:
                 if piece.state:
                     self.optimizer.state[piece.parameter] = piece.state
@@ -652,10 +659,10 @@ class Step:
         try:
             if matched and stepped:
                 shadows = self.expanded.gathered(lambda matrix: matrix.parameter, stepped)
-            for cohort in now.cohorts:
-                if cohort.lent:
+            for batch in self._batches:
+                if batch.lent:
                     # what was restored after a step that died is not overwritten; the next step unfolds it anew
-                    cohort.refold(matched, None if shadows is None else shadows(cohort), died)
+                    batch.refold(matched, None if shadows is None else shadows(batch), died)
         except BaseException as error:
             # the frame is kept, so that `recover` tries again
             error.add_note(
@@ -663,7 +670,7 @@ class Step:
                 "again by the next step, state_dict() or fold(): make room (torch.cuda.empty_cache()), and do not repeat the batch"
             )
             raise
-        self._frame = None
+        self._frame, self._batches = None, []
         self._unsent = self._unsent or stepped
         if self._unsent and not died:
             self._send()
@@ -698,7 +705,7 @@ class Step:
         groups[:] = [group for group in groups if id(group) not in lent]
         for owner, own in loan.lists:
             owner["params"] = own
-        for cohort in loan.cohorts:
+        for cohort in chain(*(batch.cohorts for batch in self._batches)):
             cohort.take_back(state)
         if loan.scale is not None and not self.rates.matched:
             # as the optimizer's kernel leaves gradients that it has unscaled
