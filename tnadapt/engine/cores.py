@@ -581,20 +581,19 @@ class Batch:
             values = self.fold()
         written = values.to(self.key.matrix_dtype)
         norms = torch.linalg.vector_norm(values - before, dim=1)
-        moved = list(range(len(parameters)))
+        targets, rows_of_targets = parameters, written
         if any(cohort.overtaken is not None for cohort in self.cohorts):
             nobody = torch.zeros(1, dtype=torch.bool, device=self.key.device)
             flags = (nobody.expand(len(c.matrices)) if c.overtaken is None else c.overtaken for c in self.cohorts)
             except_for = self._gathered(list(flags))
             assert except_for is not None
-            moved = torch.nonzero(~except_for).flatten().tolist()
             written = torch.where(except_for[:, None], before, written)
+            moved = torch.nonzero(~except_for).flatten()
+            targets, rows_of_targets = [parameters[m] for m in moved.tolist()], written[moved]
         # all memory is there before a matrix is written
         parts = list(zip(self.cohorts, self._parted(written), self._parted(norms), strict=True))
-        if moved and any(hasattr(p, "full_tensor") for p in parameters):
-            ranks.write_rows([parameters[m] for m in moved], torch.stack([written[m] for m in moved]))
-        elif moved:
-            torch._foreach_copy_([parameters[m] for m in moved], [written[m].view(parameters[m].shape) for m in moved])
+        if targets:
+            ranks.write_rows(targets, rows_of_targets)
         for cohort, rows, norm in parts:
             cohort.written, cohort.update_norms = rows, norm
             cohort.counted()
@@ -639,18 +638,20 @@ def batches(cohorts: Iterable[Cohort], benches: Mapping[Any, Bench]) -> tuple[li
     Args:
         benches: of the last step; those that fit are used again.
     """
-    alike: dict[Key, list[list[Cohort]]] = {}
     found: list[list[Cohort]] = []
+    # of each key: the group that is being filled, and for how many more matrices it has room
+    filling: dict[Key, tuple[list[Cohort], int]] = {}
     for cohort in cohorts:
-        many, room = len(cohort.matrices), cohort.key.capacity
         if cohort.buffer.nbytes > JOIN_BYTES:
             found.append([cohort])
             continue
-        groups = alike.setdefault(cohort.key, [])
-        if not groups or sum(len(each.matrices) for each in groups[-1]) + many > room:
-            groups.append([])
-            found.append(groups[-1])
-        groups[-1].append(cohort)
+        many = len(cohort.matrices)
+        group, room = filling.get(cohort.key, ([], 0))
+        if many > room:
+            group, room = [], cohort.key.capacity
+            found.append(group)
+        group.append(cohort)
+        filling[cohort.key] = group, room - many
     made: list[Batch] = []
     used: dict[Any, Bench] = {}
     for number, group in enumerate(found):
