@@ -67,14 +67,12 @@ def test_a_bench_holds_no_more_than_a_cohort_may(monkeypatch: pytest.MonkeyPatch
     assert over._step is not None
     key = over._expanded.now.cohorts[0].key
     assert key.capacity > 3
-    of_one = over._expanded.now.cohorts[0].members()[0]
-    numbers = sum(core.numel() for core in of_one.cores)
-    monkeypatch.setattr("tnadapt.engine.cores.STACK_BYTES", 2 * numbers * key.dtype.itemsize)
+    monkeypatch.setattr("tnadapt.engine.cores.STACK_BYTES", 2 * key.size * key.dtype.itemsize)
     few, over = run(monkeypatch, 2**19, torch.optim.AdamW, MPO(order=4))
     assert over._step is not None
     benches = over._step._benches.values()
     assert {bench.key.capacity for bench in benches} & {2}
-    assert all(len(bench.order) <= bench.key.capacity for bench in benches)
+    assert all(sum(bench.lengths) <= bench.key.capacity for bench in benches)
     for name, value in alone.items():
         assert torch.allclose(few[name], value, rtol=1e-7, atol=1e-9)
         assert torch.allclose(whole[name], value, rtol=1e-7, atol=1e-9)

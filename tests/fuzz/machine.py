@@ -20,6 +20,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -304,6 +305,11 @@ class Run:
 
     def go(self) -> Run:
         """All moves of the plan."""
+        with patch("tnadapt.engine.cores.JOIN_BYTES", 2**19 if self.setting.joins else 0):
+            self._go()
+        return self
+
+    def _go(self) -> None:
         for move in self.plan.moves:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
@@ -323,7 +329,6 @@ class Run:
             )
             if self.reference is not None:
                 self.reference.compare(f"after {move}")
-        return self
 
     def end(self) -> dict[str, Any]:
         """Everything, at the end of the run."""

@@ -64,6 +64,7 @@ class Setting:
         wrapped_step: `"autocast"` for steps inside of it, otherwise `""`.
         hook: `"zero_grad"` for a post hook, registered before attaching, that clears gradients; `"look"` for hooks that look at
             gradients and matrices; `"save"` for a post hook that saves the optimizer.
+        joins: whether small cohorts are laid out by member and contracted together, which all cohorts of these models are.
     """
 
     model: str = "stack"
@@ -84,6 +85,7 @@ class Setting:
     subclass: bool = False
     wrapped_step: str = ""
     hook: str = ""
+    joins: bool = True
 
 
 @dataclass(frozen=True)
@@ -297,6 +299,7 @@ def _settings(draw: st.DrawFn, exact: bool, hostile: str) -> Setting:
         subclass=subclass,
         wrapped_step="autocast" if hostile == "steps inside autocast" else "",
         hook=_HOOKS.get(hostile, ""),
+        joins=draw(st.booleans()),
     )
 
 

@@ -20,7 +20,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from tnadapt import MPO, LoraOver, OverParamAdapter
 
-BYTES, SIZE, RANK, COUNT = 4, 768, 8, 4
+# more than 512 KiB of cores at order 2: smaller cohorts have their gradients twice
+BYTES, SIZE, RANK, COUNT = 4, 768, 8, 8
 
 #: how to make it, numbers of state and of its own scratch for each number that it steps
 OPTIMIZERS: dict[str, tuple[Any, int, float]] = {

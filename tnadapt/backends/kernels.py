@@ -147,6 +147,8 @@ class Kernel(ABC):
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        #: what the last contraction left for pulling back, of whatever kind it is; None where there is nothing
+        self._kept: Any = None
 
     @torch.no_grad()
     @full_precision
@@ -163,6 +165,10 @@ class Kernel(ABC):
         pulled back through since, they are contracted again. The result lasts until the next contraction.
         """
         return self._pull_back(grad)
+
+    def forget(self) -> None:
+        """The tensors have changed since they were contracted."""
+        self._kept = None
 
     @abstractmethod
     def _contract(self) -> Tensor:
@@ -184,22 +190,20 @@ class AutogradKernel(Kernel):
     def __init__(self, contract: Callable[[Sequence[Tensor]], Tensor], tensors: Sequence[Tensor]) -> None:
         super().__init__(tensors[0].device)
         self._differentiable, self._tensors = contract, tensors
-        self._graph: tuple[list[Tensor], Tensor] | None = None
 
     def _contract(self) -> Tensor:
         """The contraction, [n, P]."""
         with torch.enable_grad():
             leaves = [tensor.detach().requires_grad_() for tensor in self._tensors]
             result = self._differentiable(leaves)
-        self._graph = leaves, result
+        self._kept = leaves, result
         return result.detach()
 
     def _pull_back(self, grad: Tensor) -> Tensor:
         """Gradients of `sum(grad * contract())`, in memory of their own."""
-        if self._graph is None:
+        if self._kept is None:
             self._contract()
-        assert self._graph is not None
-        (leaves, result), self._graph = self._graph, None
+        (leaves, result), self._kept = self._kept, None
         return flatten(torch.autograd.grad(result, leaves, grad))
 
 
@@ -250,7 +254,6 @@ class ChainKernel(Kernel):
             if out is not None:
                 partial = self._opened(out, shapes[k])
         self._backward.reverse()
-        self._ready = False
 
     def _unfolding(self, shape: tuple[int, ...]) -> tuple[int, int]:
         """A core as the matrix by which the sweep multiplies."""
@@ -264,21 +267,21 @@ class ChainKernel(Kernel):
 
     def _contract(self) -> Tensor:
         """All cores contracted, [n, P]."""
-        self._ready = False
         self._sweep()
         rows, columns, _ = self._forward[-1]
-        self._ready = True
         return torch.bmm(rows, columns).view(rows.shape[0], -1)
 
     def _sweep(self) -> None:
+        self._kept = None
         for rows, columns, out in self._forward[:-1]:
             torch.bmm(rows, columns, out=out)
+        self._kept = True  # the partial contractions are in their slots
 
     def _pull_back(self, grad: Tensor) -> Tensor:
         """Gradients of `sum(grad * contract())`, in memory that the next contraction overwrites."""
-        if not self._ready:
+        if self._kept is None:
             self._sweep()
-        self._ready = False
+        self._kept = None
         flow = grad
         for shape, partial, core, out, into in self._backward:
             flow = flow.view(shape)
@@ -298,19 +301,17 @@ class TuckerKernel(Kernel):
     def __init__(self, factors: Sequence[Tensor], core: Tensor) -> None:
         super().__init__(core.device)
         self._factors, self._core = factors, core
-        self._partial: Sequence[Tensor] | None = None
 
     def _contract(self) -> Tensor:
         """Factors and core tensor contracted, [n, P]."""
-        flat, self._partial = contract_tucker(self._factors, self._core)
+        flat, self._kept = contract_tucker(self._factors, self._core)
         return flat
 
     def _pull_back(self, grad: Tensor) -> Tensor:
         """Gradients of `sum(grad * contract())`, in memory of their own."""
-        if self._partial is None:
+        if self._kept is None:
             self._contract()
-        assert self._partial is not None
-        partial, self._partial = self._partial, None
+        partial, self._kept = self._kept, None
         n, factors = grad.shape[0], self._factors
         grads: list[Tensor] = []
         flow = grad
@@ -327,20 +328,18 @@ class CPKernel(Kernel):
     def __init__(self, factors: Sequence[Tensor]) -> None:
         super().__init__(factors[0].device)
         self._factors = factors
-        self._halves: tuple[list[Tensor], list[Tensor]] | None = None
 
     def _contract(self) -> Tensor:
         """Factors contracted, [n, P]."""
-        flat, self._halves = contract_cp(self._factors)
+        flat, self._kept = contract_cp(self._factors)
         return flat
 
     def _pull_back(self, grad: Tensor) -> Tensor:
         """Gradients of `sum(grad * contract())`, in memory of their own: two batched matmuls, then elementwise products down
         both halves."""
-        if self._halves is None:
+        if self._kept is None:
             self._contract()
-        assert self._halves is not None
-        (left, right), self._halves = self._halves, None
+        (left, right), self._kept = self._kept, None
         split = len(left)
         joint = grad.reshape(grad.shape[0], left[-1].shape[1], right[-1].shape[1])
         flows = (torch.bmm(joint, right[-1]), torch.bmm(joint.transpose(1, 2), left[-1]))

@@ -1,4 +1,4 @@
-"""Storage of the cores: one flat buffer per cohort, laid out by site, that folds and pulls back as one batch.
+"""Storage of the cores: one flat buffer per cohort, that folds and pulls back as one batch.
 
 A cohort is a set of expanded matrices that are contracted and stepped as one. They share factorization, dtype, device and
 optimizer group. Their cores have the same fused shapes (as the `A` and `B` of transposed shapes have). And they have the same
@@ -6,9 +6,10 @@ past: equal step counts, and gradients in the same steps.
 
 A cohort keeps cores; a batch does the work of a step on one cohort, or on several small ones, as if they were one.
 
-Letters: n = members, k = site (or core), core_k = shape of core k, numel = entries of a matrix. The buffer holds
-`[site 0: n x core_0][site 1: n x core_1]...`, so the stacked cores of a site are one contiguous tensor. Matrices are handled
-as rows: [n, numel], each row-major.
+Letters: n = members, k = site (or core), core_k = shape of core k, numel = entries of a matrix. The buffer of a large cohort is laid
+out by site, `[site 0: n x core_0][site 1: n x core_1]...`, as kernels lay out gradients. That of a small one is laid out by member,
+`[member 0: core_0, core_1, ...][member 1: ...]...`, so that it can be copied beside others in one go. Matrices are handled as rows:
+[n, numel], each row-major.
 
 The optimizer steps *pieces* of the buffer, each lent as a Parameter with a state of its own. An elementwise optimizer gets
 the whole buffer as one piece. Any other gets one piece per member and site, as a matrix, so that it sees an unfolding of a core.
@@ -19,8 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from itertools import accumulate, groupby
+from itertools import chain, groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -71,9 +71,19 @@ class Key(NamedTuple):
     group: int
 
     @property
+    def sizes(self) -> list[int]:
+        """How many numbers the core of each site has."""
+        return [math.prod(shape) for shape in self.fused_shapes]
+
+    @property
+    def size(self) -> int:
+        """How many numbers the cores of a matrix have."""
+        return sum(self.sizes)
+
+    @property
     def capacity(self) -> int:
         """How many matrices may be stacked, see `STACK_BYTES`."""
-        return max(1, STACK_BYTES // (self.dtype.itemsize * sum(map(math.prod, self.fused_shapes))))
+        return max(1, STACK_BYTES // (self.dtype.itemsize * self.size))
 
 
 @dataclass(eq=False)
@@ -127,38 +137,44 @@ def matrix_view_shape(core_shape: Sequence[int]) -> tuple[int, int]:
 
 
 class Stack:
-    """Cores of matrices that are contracted as one, in one flat buffer that is laid out by site.
+    """Cores of matrices that are contracted as one, in one flat buffer.
 
     Args:
         key: what the matrices have in common.
-        shapes: of the matrices; equal ones stand together, so that each shape is permuted in one go.
+        shapes: of the matrices; where equal ones stand together, each shape is permuted in one go.
+        by_member: whether the buffer is laid out by member; by site otherwise.
     """
 
-    def __init__(self, key: Key, shapes: Sequence[tuple[int, int]]) -> None:
+    def __init__(self, key: Key, shapes: Sequence[tuple[int, int]], by_member: bool) -> None:
         self.key = key
+        self._by_member = by_member
         self._count = len(shapes)
-        numbers = self._count * sum(map(math.prod, key.fused_shapes))
-        self.buffer = torch.empty(numbers, dtype=key.dtype, device=key.device)
+        self.buffer = torch.empty(self._count * key.size, dtype=key.dtype, device=key.device)
         #: the stacked cores of each site, [n, *fused_k]
         self.sites = self.by_site(self.buffer)
         runs = [(shape, len(list(run))) for shape, run in groupby(shapes)]
-        #: how many matrices of each shape follow each other
-        self.runs = [length for _, length in runs]
+        # how many matrices of each shape follow each other
+        self._runs = [length for _, length in runs]
         self._axes = [site_axes(key.factorization.structure(shape).sites) for shape, _ in runs]
         self._kernel: Kernel | None = None
-        # the cores before the step and after it, where steps are scaled; stays, since new memory costs as much as the copy
+        # gradients where they are laid out by member, and the cores before the step and after it where steps are scaled; they stay,
+        # since new memory costs as much as the copy
+        self._grads: Tensor | None = None
         self._kept: tuple[Tensor, Tensor] | None = None
 
     def by_site(self, flat: Tensor) -> list[Tensor]:
         """Views of a tensor like the buffer, one per site: [n, *fused_k]."""
-        parts = torch.split(flat, [self._count * math.prod(shape) for shape in self.key.fused_shapes])
+        parts = torch.split(flat.view(self._count, -1), self.key.sizes, 1) if self._by_member else self._split(flat)
         return [part.view(self._count, *shape) for part, shape in zip(parts, self.key.fused_shapes, strict=True)]
 
-    @cached_property
-    def views(self) -> list[Tensor]:
-        """The cores, run by run, and in a run site by site."""
-        by_run = zip(*(torch.split(site, self.runs) for site in self.sites), strict=True)
-        return [view for sites in by_run for view in sites]
+    def _split(self, flat: Tensor) -> tuple[Tensor, ...]:
+        """The parts of a tensor that is laid out by site."""
+        return torch.split(flat, [self._count * size for size in self.key.sizes])
+
+    def starts(self) -> list[tuple[int, int, int]]:
+        """Of each core in the buffer, in order: where it begins, its member, and its site."""
+        members = range(self._count)
+        return sorted((int(site[m].storage_offset()), m, k) for k, site in enumerate(self.sites) for m in members)
 
     def contract(self) -> Tensor:
         """What the cores fold to, [n, numel]. Keeps what the next pull-back reuses."""
@@ -166,13 +182,27 @@ class Stack:
 
     def pull_back(self, grads: Tensor) -> Tensor:
         """Gradients [n, numel] of the matrices pulled back to the cores, laid out like the buffer; they last until the next
-        contraction."""
-        return self._contraction().pull_back(self._reordered(grads, back=False))
+        contraction or pull-back."""
+        flat = self._contraction().pull_back(self._reordered(grads, back=False))
+        if not self._by_member or self._count == 1:
+            return flat
+        if self._grads is None:
+            self._grads = torch.empty_like(flat)
+        by_site = [part.view(self._count, -1) for part in self._split(flat)]
+        torch.cat(by_site, 1, out=self._grads.view(self._count, -1))
+        return self._grads
+
+    def give_away_gradients(self) -> None:
+        """The memory of the gradients that were pulled back last is not used again."""
+        if self._grads is None:
+            self._kernel = None
+        self._grads = None
 
     def _reordered(self, rows: Tensor, back: bool) -> Tensor:
         """Rows [n, numel] with the axes of each matrix in the order of its sites, or back in its own."""
         made = torch.empty_like(rows)
-        for part, out, axes in zip(torch.split(rows, self.runs), torch.split(made, self.runs), self._axes, strict=True):
+        parts, outs = torch.split(rows, self._runs), torch.split(made, self._runs)
+        for part, out, axes in zip(parts, outs, self._axes, strict=True):
             sizes, order = axes[2:] if back else axes[:2]
             permuted = part.view(-1, *sizes).permute(0, *order)
             out.view(permuted.shape).copy_(permuted)
@@ -198,11 +228,11 @@ class Stack:
 
     def close(self) -> None:
         """Free what only training needs; the cores stay."""
-        self._kernel = self._kept = None
+        self._kernel = self._grads = self._kept = None
 
 
 class Bench(Stack):
-    """Where the cores of several cohorts stand side by side while they are contracted as one.
+    """Where the cores of several cohorts stand side by side, in their order, while they are contracted as one.
 
     Args:
         key: of the cohorts.
@@ -210,51 +240,31 @@ class Bench(Stack):
     """
 
     def __init__(self, key: Key, layouts: Sequence[Sequence[tuple[int, int]]]) -> None:
-        rows = sorted((shape, c, m) for c, shapes in enumerate(layouts) for m, shape in enumerate(shapes))
-        super().__init__(key, [shape for shape, _, _ in rows])
-        self._lengths = [len(shapes) for shapes in layouts]
-        starts = list(accumulate(self._lengths, initial=0))
-        #: which of all members, cohort after cohort, stands in each row
-        self.order = [starts[c] + m for _, c, m in rows]
-        self._there = torch.tensor(self.order, device=key.device)
-        self._back = torch.argsort(self._there)
-        # the rows of each run of each cohort
-        places = {(shape, c): k for k, (shape, c, _) in reversed(list(enumerate(rows)))}
-        runs = [
-            [(places[shape, c], len(list(run))) for shape, run in groupby(shapes)] for c, shapes in enumerate(layouts)
-        ]
-        self._places = [site[k : k + n] for of_cohort in runs for k, n in of_cohort for site in self.sites]
-        self._pulled = torch.empty_like(self.buffer)
-        sites = self.by_site(self._pulled)
-        self._grads = [[site[k : k + n].reshape(-1) for site in sites for k, n in of_cohort] for of_cohort in runs]
+        super().__init__(key, list(chain(*layouts)), by_member=True)
+        #: members of each cohort
+        self.lengths = [len(shapes) for shapes in layouts]
+        # where each number comes from, there and back: with shapes in any order, one look-up is faster than a copy for each run
+        numel = math.prod(layouts[0][0])
+        numbers = torch.arange(self._count * numel, device=key.device).view(-1, numel)
+        self._sources = [super(Bench, self)._reordered(numbers, back).view(-1) for back in (False, True)]
+
+    def _reordered(self, rows: Tensor, back: bool) -> Tensor:
+        return rows.view(-1).index_select(0, self._sources[back]).view_as(rows)
 
     def take(self, cohorts: Sequence[Cohort]) -> None:
-        """Copy the cores of cohorts here. What these kept of contractions of their own will not be true any more."""
+        """Copy the cores of cohorts here. What was kept of the last contraction, here and there, is not true any more."""
         for cohort in cohorts:
             cohort.stack.close()
-        torch._foreach_copy_(self._places, [view for cohort in cohorts for view in cohort.stack.views])
+        torch.cat([cohort.buffer for cohort in cohorts], out=self.buffer)
+        self._contraction().forget()
 
     def give(self, cohorts: Sequence[Cohort]) -> None:
         """Copy the cores back."""
-        torch._foreach_copy_([view for cohort in cohorts for view in cohort.stack.views], self._places)
-
-    def pull_back(self, grads: Tensor) -> Tensor:
-        # what is kept of the last contraction may be of the cores of others
-        self._contraction().contract()
-        return super().pull_back(grads)
+        torch._foreach_copy_([cohort.buffer for cohort in cohorts], self.dealt(self.buffer))
 
     def dealt(self, flat: Tensor) -> list[Tensor]:
-        """The gradients of each cohort, laid out like its buffer and in memory of its own."""
-        self._pulled.copy_(flat)
-        return [torch.cat(parts) for parts in self._grads]
-
-    def gathered(self, of_cohorts: Sequence[Tensor]) -> Tensor:
-        """One tensor for each cohort, with a row for each member, in the order of rows here."""
-        return torch.cat(list(of_cohorts)).index_select(0, self._there)
-
-    def parted(self, rows: Tensor) -> list[Tensor]:
-        """The inverse: the rows of each cohort."""
-        return list(torch.split(rows.index_select(0, self._back), self._lengths))
+        """Of a tensor like the buffer, the part of each cohort, laid out like its own."""
+        return list(torch.split(flat, [length * self.key.size for length in self.lengths]))
 
 
 class Cohort:
@@ -276,7 +286,8 @@ class Cohort:
         self.matrices = [member.matrix for member in members]
         self.shapes = tuple(matrix.shape for matrix in self.matrices)
         self.structures = [key.factorization.structure(shape) for shape in self.shapes]
-        self.stack = Stack(key, self.shapes)
+        self.small = len(members) * key.size * key.dtype.itemsize <= JOIN_BYTES
+        self.stack = Stack(key, self.shapes, by_member=self.small)
         for k, site in enumerate(self.stack.sites):
             for row, member in zip(site, members, strict=True):
                 row.copy_(member.cores[k].reshape(row.shape))
@@ -314,17 +325,15 @@ class Cohort:
         return [matrix.parameter for matrix in self.matrices]
 
     def _make_pieces(self, members: Sequence[Member]) -> list[Piece]:
+        starts = self.stack.starts()
+        known = [[] if (states := members[m].state) is None else [states[k]] for _, m, k in starts]
         if self.elementwise:
-            sites = range(len(self.key.fused_shapes))
-            states = [m.state[k] for k in sites for m in members if m.state is not None]
-            return [self._piece(0, self.buffer, states)]
+            return [self._piece(0, self.buffer, list(chain(*known)))]
         pieces: list[Piece] = []
-        start = 0
-        for k, site in enumerate(self.stack.sites):
-            for row, member, structure in zip(site, members, self.structures, strict=True):
-                view = row.view(matrix_view_shape(structure.core_shapes[k]))
-                pieces.append(self._piece(start, view, [] if member.state is None else [member.state[k]]))
-                start += row.numel()
+        for (start, m, k), state in zip(starts, known, strict=True):
+            shape = self.structures[m].core_shapes[k]
+            view = self.buffer[start : start + math.prod(shape)].view(matrix_view_shape(shape))
+            pieces.append(self._piece(start, view, state))
         return pieces
 
     @staticmethod
@@ -350,13 +359,10 @@ class Cohort:
     def _core_states(self, m: int) -> list[dict[str, Any]]:
         """Optimizer state of each core of member `m`; entries of the size of cores are views into that of their piece."""
         states: list[dict[str, Any]] = []
-        offset = 0
-        for shape in self.key.fused_shapes:
-            size = math.prod(shape)
-            start = offset + m * size
+        for site, size in zip(self.stack.sites, self.key.sizes, strict=True):
+            start = int(site[m].storage_offset())
             piece = next(p for p in self.pieces if p.start <= start < p.stop)
             states.append({key: _part(value, piece, start, size) for key, value in piece.state.items()})
-            offset += len(self.matrices) * size
         return states
 
     def signature(self) -> Any:
@@ -368,8 +374,10 @@ class Cohort:
     def lend(self) -> list[Piece]:
         """Give the pieces their gradients: the optimizer may step them now."""
         assert self.grad is not None
-        for piece in self.pieces:
-            piece.parameter.grad = self.grad[piece.start : piece.stop].view(piece.parameter.shape)
+        for piece, grad in zip(
+            self.pieces, torch.split(self.grad, [p.stop - p.start for p in self.pieces]), strict=True
+        ):
+            piece.parameter.grad = grad.view(piece.parameter.shape)
         self.lent = True
         return self.pieces
 
@@ -481,10 +489,7 @@ class Batch:
         self.key = cohorts[0].key
         self._bench = bench
         self._stack = cohorts[0].stack if bench is None else bench
-        self.matrices = cohorts[0].matrices
-        if bench is not None:
-            everyone = [matrix for cohort in cohorts for matrix in cohort.matrices]
-            self.matrices = [everyone[m] for m in bench.order]
+        self.matrices = [matrix for cohort in cohorts for matrix in cohort.matrices]
         #: largest Frobenius norm of an update in the coming step; None for no cap
         self.cap: float | None = None
 
@@ -498,10 +503,11 @@ class Batch:
         known = [each for each in of_cohorts if each is not None]
         if len(known) < len(of_cohorts):
             return None
-        return known[0] if self._bench is None else self._bench.gathered(known)
+        return known[0] if self._bench is None else torch.cat(known)
 
-    def _parted(self, rows: Tensor) -> list[Tensor]:
-        return [rows] if self._bench is None else self._bench.parted(rows)
+    def _parted(self, rows: Tensor) -> Sequence[Tensor]:
+        """The inverse: the rows of each cohort."""
+        return [rows] if self._bench is None else torch.split(rows, self._bench.lengths)
 
     def pull_back(self, gradients: Sequence[Tensor] | None = None) -> Tensor | None:
         """Pull the gradients of the matrices back to the cores.
@@ -532,9 +538,9 @@ class Batch:
         flat = self._stack.pull_back(grads)
         for cohort, grad in zip(self.cohorts, [flat] if self._bench is None else self._bench.dealt(flat), strict=True):
             cohort.grad = grad
-        if self._bench is None and not self.cohorts[0].elementwise:
-            # torch's own optimizers copy what they keep of a gradient, others may not: its memory is not used again
-            self._stack.close()
+        if not self.cohorts[0].elementwise:
+            # torch's own optimizers copy what they keep of a gradient, others may not
+            self._stack.give_away_gradients()
         return finite
 
     def lend(self, cap: float | None, matched: bool) -> list[Piece]:
@@ -592,8 +598,7 @@ class Batch:
             targets, rows_of_targets = [parameters[m] for m in moved.tolist()], written[moved]
         # all memory is there before a matrix is written
         parts = list(zip(self.cohorts, self._parted(written), self._parted(norms), strict=True))
-        if targets:
-            ranks.write_rows(targets, rows_of_targets)
+        ranks.write_rows(targets, rows_of_targets)
         for cohort, rows, norm in parts:
             cohort.written, cohort.update_norms = rows, norm
             cohort.counted()
@@ -642,7 +647,7 @@ def batches(cohorts: Iterable[Cohort], benches: Mapping[Any, Bench]) -> tuple[li
     # of each key: the group that is being filled, and for how many more matrices it has room
     filling: dict[Key, tuple[list[Cohort], int]] = {}
     for cohort in cohorts:
-        if cohort.buffer.nbytes > JOIN_BYTES:
+        if not cohort.small:
             found.append([cohort])
             continue
         many = len(cohort.matrices)

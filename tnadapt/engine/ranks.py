@@ -9,13 +9,13 @@ Matrices of one size are handled as rows: [n, numel], each matrix row-major.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import groupby, zip_longest
+from itertools import zip_longest
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._utils import _flatten_dense_tensors
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 __all__ = [
     "agree_any",
@@ -102,13 +102,7 @@ def whole(tensors: Sequence[Tensor]) -> list[Tensor]:
 def local_parts(parameters: Sequence[Tensor], rows: Tensor) -> list[Tensor]:
     """`rows` [n, numel] in the shapes of the parameters they belong to, each cut to what this rank holds of its parameter."""
     if not any(is_sharded(p) for p in parameters):
-        runs: list[Tensor] = []
-        start = 0
-        for shape, run in groupby(p.shape for p in parameters):
-            stop = start + len(list(run))
-            runs += rows[start:stop].view(-1, *shape).unbind(0)
-            start = stop
-        return runs
+        return list(_unflatten_dense_tensors(rows.reshape(-1), parameters))  # type: ignore[no-untyped-call]
     parts: dict[int, Tensor] = {}
     for layout, indices in _alike(parameters):
         chosen = torch.stack([rows[k] for k in indices]).view(-1, *parameters[indices[0]].shape)
@@ -120,7 +114,8 @@ def local_parts(parameters: Sequence[Tensor], rows: Tensor) -> list[Tensor]:
 
 def write_rows(parameters: Sequence[Tensor], rows: Tensor) -> None:
     """Write `rows` [n, numel] into the parameters in place, or each rank's shard of them where they are sharded."""
-    torch._foreach_copy_([local(p) for p in parameters], local_parts(parameters, rows))
+    if parameters:
+        torch._foreach_copy_([local(p) for p in parameters], local_parts(parameters, rows))
 
 
 def write_all(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:

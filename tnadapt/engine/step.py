@@ -159,6 +159,8 @@ class Step:
         self._rates_at_attachment = [group.get("lr") for group in optimizer.param_groups]
         self._asleep = [s for s in skipped if s.parameter is not None and not s.parameter.requires_grad]
         self._resting: set[str] = set()
+        #: matrices that have gradients in the step that is prepared
+        self._with_gradient: set[TrainedMatrix] = set()
         self._distributed = False
         self._exchange = Exchange(expanded.process_group)
         self._places: list[tuple[torch.device, torch.dtype]] = []
@@ -318,14 +320,15 @@ class Step:
     def _resolve(self) -> None:
         """Follow parameters that wrappers replaced (FSDP2, `assign=True` loading) and moves between devices and dtypes."""
         owners = {id(p): k for k, group in enumerate(self.optimizer.param_groups) for p in group["params"]}
-        for matrix in self.expanded.matrices.values():
-            # where modules keep parameters; what a parametrization makes is no parameter, and is found by the attribute
-            current: Any = matrix.owner._parameters.get(matrix.attribute)
-            known = matrix.parameter
-            if current is known and id(current) in owners and current.dim() >= 2:
-                continue
-            if current is None:
-                current = getattr(matrix.owner, matrix.attribute)
+        # modules keep parameters there; what a parametrization makes is no parameter, and is found by the attribute
+        lost = [
+            m
+            for m in self.expanded.matrices.values()
+            if m.owner._parameters.get(m.attribute) is not (p := m.parameter) or id(p) not in owners or p.dim() < 2
+        ]
+        for matrix in lost:
+            known: Any = matrix.parameter
+            current = getattr(matrix.owner, matrix.attribute)
             if current is not known and hasattr(known, "full_tensor") and not hasattr(current, "full_tensor"):
                 # FSDP2 holds the gathered parameter in its place (after an evaluation, say); the shard is what is trained
                 current = known
@@ -335,6 +338,7 @@ class Step:
         places = [(m.parameter.device, m.parameter.dtype) for m in self.expanded.now.elsewhere]
         if places != self._places:
             self._places, self.expanded.unseen = places, True
+        self._with_gradient = {m for m in self.expanded.matrices.values() if m.parameter.grad is not None}
         for cohort in self._active():
             key = cohort.key
             for matrix in cohort.matrices:
@@ -345,14 +349,7 @@ class Step:
 
     def _active(self) -> list[Cohort]:
         """The cohorts that have gradients."""
-        # written out, since any() is slower and most cohorts may rest
-        found: list[Cohort] = []
-        for cohort in self.expanded.now.cohorts:
-            for matrix in cohort.matrices:
-                if matrix.parameter.grad is not None:
-                    found.append(cohort)
-                    break
-        return found
+        return [c for c in self.expanded.now.cohorts if not self._with_gradient.isdisjoint(c.matrices)]
 
     def _moves_nothing(self) -> bool:
         """Whether this step is a GradScaler's overflow, one without any gradient, or the one by which distributed checkpoints
@@ -360,14 +357,14 @@ class Step:
         found_inf = getattr(self.optimizer, "found_inf", None)
         if found_inf is not None and bool(found_inf.item()):
             return True
-        grads = [g for m in self.expanded.matrices.values() if (g := m.parameter.grad) is not None]
-        if not grads:
+        if not self._with_gradient:
             return True
         for group in self.optimizer.param_groups:
             rate = group.get("lr")
             # a rate on a device is not read: that would wait for it in every step
             if rate is None or (isinstance(rate, Tensor) and rate.device.type != "cpu") or float(rate) != 0.0:
                 return False
+        grads = [g for m in self._with_gradient if (g := m.parameter.grad) is not None]
         moving = torch.tensor(any(bool(ranks.local(g).any()) for g in grads), device=grads[0].device)
         if any(ranks.is_sharded(g) for g in grads):
             moving = ranks.agree_any(moving, self.expanded.process_group)
@@ -450,12 +447,10 @@ class Step:
 
     def _warn_of_switches(self) -> None:
         """Say once of each matrix that it was frozen or woken since the attachment, as `set_adapter` does."""
-        now = self.expanded.now
-        frozen = [
-            matrix.name
-            for matrix in chain(now.elsewhere, *(cohort.matrices for cohort in now.cohorts))
-            if not matrix.parameter.requires_grad and matrix.name not in self._resting
-        ]
+        frozen = [m.name for m in self.expanded.matrices.values() if not m.parameter.requires_grad]
+        if frozen:
+            cored = {matrix.name for matrix in self.expanded.now.trained}
+            frozen = [name for name in frozen if name in cored and name not in self._resting]
         if frozen:
             self._resting.update(frozen)
             warnings.warn(
@@ -620,12 +615,12 @@ class Step:
         """Hand the cores over. Stand-ins without gradient take the places of the matrices, so that the optimizer passes them by
         and positions in groups stay what they were; the matrices keep their gradients for everybody else. Where steps are
         matched, the optimizer steps the matrices as well, and its step is measured and overwritten."""
-        lent = set() if self.rates.matched else {id(p) for p, _, _ in loan.gradients}
+        stand_ins = {} if self.rates.matched else {id(p): self._stand_in(p) for p, _, _ in loan.gradients}
         for group in self.optimizer.param_groups:
             own = group["params"]
-            if any(id(p) in lent for p in own):
+            if not stand_ins.keys().isdisjoint(map(id, own)):
                 loan.lists.append((group, own))
-                group["params"] = [self._stand_in(p) if id(p) in lent else p for p in own]
+                group["params"] = [stand_ins.get(id(p), p) for p in own]
         for cohort in chain(*(batch.cohorts for batch in self._batches)):
             for piece in cohort.pieces:
                 if piece.state:
