@@ -15,7 +15,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import wraps
+from functools import cache, wraps
 from typing import Any, TypeVar
 
 import torch
@@ -94,6 +94,7 @@ def ieee_matmul() -> Iterator[None]:
                 _restore(_SWITCH.saved)
 
 
+@cache
 def _settings() -> list[Any]:
     """Where torch keeps the precision of float32 products, one entry per kind of device (torch 2.9 and later; reading the
     older global setting there is an error when the newer ones were used)."""

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._utils import _flatten_dense_tensors
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from tnadapt.backends import Kernel
 from tnadapt.engine import ranks
@@ -148,7 +148,7 @@ class Stack:
     def __init__(self, key: Key, shapes: Sequence[tuple[int, int]], by_member: bool) -> None:
         self.key = key
         self._by_member = by_member
-        self._count = len(shapes)
+        self._count, self._sizes = len(shapes), key.sizes
         self.buffer = torch.empty(self._count * key.size, dtype=key.dtype, device=key.device)
         #: the stacked cores of each site, [n, *fused_k]
         self.sites = self.by_site(self.buffer)
@@ -164,12 +164,12 @@ class Stack:
 
     def by_site(self, flat: Tensor) -> list[Tensor]:
         """Views of a tensor like the buffer, one per site: [n, *fused_k]."""
-        parts = torch.split(flat.view(self._count, -1), self.key.sizes, 1) if self._by_member else self._split(flat)
+        parts = torch.split(flat.view(self._count, -1), self._sizes, 1) if self._by_member else self._split(flat)
         return [part.view(self._count, *shape) for part, shape in zip(parts, self.key.fused_shapes, strict=True)]
 
     def _split(self, flat: Tensor) -> tuple[Tensor, ...]:
         """The parts of a tensor that is laid out by site."""
-        return torch.split(flat, [self._count * size for size in self.key.sizes])
+        return torch.split(flat, [self._count * size for size in self._sizes])
 
     def starts(self) -> list[tuple[int, int, int]]:
         """Of each core in the buffer, in order: where it begins, its member, and its site."""
@@ -598,7 +598,7 @@ class Batch:
             targets, rows_of_targets = [parameters[m] for m in moved.tolist()], written[moved]
         # all memory is there before a matrix is written
         parts = list(zip(self.cohorts, self._parted(written), self._parted(norms), strict=True))
-        ranks.write_rows(targets, rows_of_targets)
+        _write(targets, rows_of_targets)
         for cohort, rows, norm in parts:
             cohort.written, cohort.update_norms = rows, norm
             cohort.counted()
@@ -675,6 +675,14 @@ def _rows(tensors: Sequence[Tensor]) -> Tensor:
         return ranks.stack_rows(tensors)
     flat: Tensor = _flatten_dense_tensors(tensors)  # type: ignore[no-untyped-call]
     return flat.view(len(tensors), -1)
+
+
+def _write(tensors: Sequence[Tensor], rows: Tensor) -> None:
+    """The inverse, in place: rows [n, numel] into tensors, or each rank's shard of them where they are sharded."""
+    if any(hasattr(t, "full_tensor") for t in tensors):
+        ranks.write_rows(tensors, rows)
+    elif tensors:
+        torch._foreach_copy_(list(tensors), list(_unflatten_dense_tensors(rows.reshape(-1), tensors)))  # type: ignore[no-untyped-call]
 
 
 def in_dtype(value: Any, old: torch.dtype, new: torch.dtype) -> Any:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+from torch._utils import _flatten_dense_tensors
 
 __all__ = [
     "agree_any",
@@ -101,8 +101,6 @@ def whole(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 def local_parts(parameters: Sequence[Tensor], rows: Tensor) -> list[Tensor]:
     """`rows` [n, numel] in the shapes of the parameters they belong to, each cut to what this rank holds of its parameter."""
-    if not any(is_sharded(p) for p in parameters):
-        return list(_unflatten_dense_tensors(rows.reshape(-1), parameters))  # type: ignore[no-untyped-call]
     parts: dict[int, Tensor] = {}
     for layout, indices in _alike(parameters):
         chosen = torch.stack([rows[k] for k in indices]).view(-1, *parameters[indices[0]].shape)
@@ -114,8 +112,7 @@ def local_parts(parameters: Sequence[Tensor], rows: Tensor) -> list[Tensor]:
 
 def write_rows(parameters: Sequence[Tensor], rows: Tensor) -> None:
     """Write `rows` [n, numel] into the parameters in place, or each rank's shard of them where they are sharded."""
-    if parameters:
-        torch._foreach_copy_([local(p) for p in parameters], local_parts(parameters, rows))
+    torch._foreach_copy_([local(p) for p in parameters], local_parts(parameters, rows))
 
 
 def write_all(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
