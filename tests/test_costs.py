@@ -126,11 +126,11 @@ def test_cores_fall_with_the_ranks_that_they_are_dealt_to():
 
 
 def test_messages_counted_by_hand():
-    """Four ranks with two of the eight matrices each: its own message, and the same again as it is sent; those of four ranks; six
-    matrices of others taken out, and once more to be written, as they are of one size. On three ranks messages are of three matrices."""
-    assert costs(ranks=4, shard=True).memory.messages == 4 * MATRIX * (2 + 2 + 4 * 2 + 6 + 6)
+    """Four ranks with two of the eight matrices each: its own message, and the same again as it is sent; those of four ranks, as the
+    backend receives them and as it gives them back. On three ranks messages are of three matrices."""
+    assert costs(ranks=4, shard=True).memory.messages == 4 * MATRIX * (2 + 2 + 4 * 2 + 4 * 2)
     three = costs(ranks=3, shard=True)
-    assert three.memory.messages == 4 * MATRIX * (3 + 3 + 3 * 3 + 5 + 5)
+    assert three.memory.messages == 4 * MATRIX * (3 + 3 + 3 * 3 + 3 * 3)
     assert three.sent.broadcast == 3 * 3 * MATRIX
     # they come when the scratch of the contraction is free again
     held = costs(ranks=4, shard=True).memory

@@ -9,7 +9,6 @@ that it steps, R = ranks. A flop is a multiplication or an addition.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -313,7 +312,8 @@ def costs_of(
             **_memory(matrices, mine, optimizer_state),
             # under FSDP2 a rank also has a copy of its shards of the others' matrices
             copies=own + ((numel_bytes - own) // among if among > 1 else 0),
-            messages=_exchange(matrices, mine, longest, ranks) if messages else 0,
+            # its own, and filled up to the longest one; those of all ranks, as the backend receives them and as they are given back
+            messages=own + longest + 2 * messages if messages else 0,
             spared=optimizer_state * numel_bytes // among,
         )
 
@@ -358,16 +358,6 @@ def _dealt(matrices: Sequence[Alike], ranks: int) -> list[tuple[int, ...]]:
 
 def _matrix_bytes(matrices: Sequence[Alike], counts: Sequence[int]) -> int:
     return sum(count * one.numel * one.dtype.itemsize for count, one in zip(counts, matrices, strict=True))
-
-
-def _exchange(matrices: Sequence[Alike], mine: Sequence[int], longest: int, ranks: int) -> int:
-    """Bytes on a rank while owners send their matrices: its own message, filled up to the longest one; those of all ranks; the
-    matrices of others taken out of them, and those of one size stacked to be written."""
-    of_others: Counter[int] = Counter()
-    for count, one in zip(mine, matrices, strict=True):
-        of_others[one.numel] += (one.count - count) * one.numel * one.dtype.itemsize
-    own = _matrix_bytes(matrices, mine)
-    return own + longest + ranks * longest + of_others.total() + max(of_others.values(), default=0)
 
 
 def _memory(matrices: Sequence[Alike], counts: Sequence[int], state: int) -> dict[str, int]:
