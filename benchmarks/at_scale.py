@@ -20,6 +20,7 @@ import gc
 import inspect
 import math
 import tempfile
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -162,8 +163,9 @@ def model_table(rows: Sequence[dict[str, Any]]) -> str:
 
 # -- measurements -----------------------------------------------------------------------------------------------------
 
-#: runs of each, of which the least counts: what threads of gloo free is not recorded, so a run shows too much or what there is
-REPEATS = 5
+#: runs of each, of which the least counts, since what a thread of gloo frees is not recorded; and seconds after each collective, in
+#: which these threads let go of its tensors before the main thread does
+REPEATS, PAUSE = 2, 5e-3
 #: whether the engine can give each matrix an owner
 SHARDS = "shard" in inspect.signature(LoraOver).parameters
 
@@ -183,7 +185,8 @@ class Stack(nn.Module):
 
 
 class Collectives(TorchDispatchMode):
-    """Bytes of the tensors that collectives make or change, without the flags by which ranks agree, which are integers."""
+    """Bytes of the tensors that collectives make or change, without the flags by which ranks agree, which are integers. Waits after
+    each of them, see `PAUSE`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -194,6 +197,8 @@ class Collectives(TorchDispatchMode):
             return NotImplemented  # it takes itself apart, and comes back with what is really called
         out = func(*args, **(kwargs or {}))
         name = func._schema.name
+        if name.startswith(("c10d::", "_c10d_functional::")):
+            time.sleep(PAUSE)
         if name.startswith(("c10d::", "_c10d_functional::")) and not name.endswith(
             ("wait_tensor", "_wrap_tensor_autograd")
         ):
@@ -227,21 +232,19 @@ def measured(engine: str, how: str, layers: int, width: int) -> dict[str, Any]:
     model(torch.randn(4, width, generator=torch.Generator().manual_seed(dist.get_rank()))).square().mean().backward()
     trained = [p for p in model.parameters() if p.requires_grad]
     gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as before:
+    with Collectives(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as before:
         optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=True)
         if how != "plain":
             LoraOver(model, optimizer, MPO(order=ORDER), **({"shard": how == "one"} if SHARDS else {}))
         optimizer.step()
         optimizer.step()
         gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as during:
+    with Collectives() as sent, profile(activities=[ProfilerActivity.CPU], profile_memory=True) as during:
         optimizer.step()
     rest, level, peak = sum(changes(before)), 0, 0
     for change in changes(during):
         level += change
         peak = max(peak, level)
-    with Collectives() as sent:
-        optimizer.step()
     return {"rest": rest, "peak": rest + peak, "sent": sum(sent.bytes.values()), "collectives": sent.bytes}
 
 

@@ -127,7 +127,8 @@ def test_cores_fall_with_the_ranks_that_they_are_dealt_to():
 
 def test_messages_counted_by_hand():
     """Four ranks with two of the eight matrices each: its own message, and the same again as it is sent; those of four ranks, as the
-    backend receives them and as it gives them back. On three ranks messages are of three matrices."""
+    backend receives them and as it gives them back. On three ranks messages are of three matrices. Under FSDP2 the six matrices of
+    others, of one size, are stacked twice beside what all ranks have sent, and this rank's quarter of them is made."""
     assert costs(ranks=4, shard=True).memory.messages == 4 * MATRIX * (2 + 2 + 4 * 2 + 4 * 2)
     three = costs(ranks=3, shard=True)
     assert three.memory.messages == 4 * MATRIX * (3 + 3 + 3 * 3 + 3 * 3)
@@ -137,6 +138,7 @@ def test_messages_counted_by_hand():
     assert held.total == 4 * (2 * 4 * CORES + 2 * MATRIX - 2 * 8 * MATRIX) + held.messages
     fsdp = costs(ranks=4, shard=True, engine="fsdp2").memory
     assert fsdp.copies == 4 * (2 * MATRIX + 6 * MATRIX // 4)
+    assert fsdp.messages == 4 * (4 * 2 * MATRIX + 2 * 6 * MATRIX + 6 * MATRIX // 4)
 
 
 def test_the_rank_with_the_longest_message_decides_what_is_sent():

@@ -9,6 +9,7 @@ that it steps, R = ranks. A flop is a multiplication or an addition.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -312,8 +313,7 @@ def costs_of(
             **_memory(matrices, mine, optimizer_state),
             # under FSDP2 a rank also has a copy of its shards of the others' matrices
             copies=own + ((numel_bytes - own) // among if among > 1 else 0),
-            # its own, and filled up to the longest one; those of all ranks, as the backend receives them and as they are given back
-            messages=own + longest + 2 * messages if messages else 0,
+            messages=_exchange(matrices, mine, longest, ranks, among > 1) if messages else 0,
             spared=optimizer_state * numel_bytes // among,
         )
 
@@ -358,6 +358,18 @@ def _dealt(matrices: Sequence[Alike], ranks: int) -> list[tuple[int, ...]]:
 
 def _matrix_bytes(matrices: Sequence[Alike], counts: Sequence[int]) -> int:
     return sum(count * one.numel * one.dtype.itemsize for count, one in zip(counts, matrices, strict=True))
+
+
+def _exchange(matrices: Sequence[Alike], mine: Sequence[int], longest: int, ranks: int, sharded: bool) -> int:
+    """Bytes on a rank while owners send their matrices: its own message, and that filled up to the longest one; those of all ranks, as
+    the backend receives them and as it gives them back. Sharded matrices of others are then stacked twice to be cut, those of one
+    size at a time, and the shards are written."""
+    sending = _matrix_bytes(matrices, mine) + longest + 2 * ranks * longest
+    of_others: Counter[int] = Counter()
+    for count, one in zip(mine, matrices, strict=True):
+        of_others[one.numel] += (one.count - count) * one.numel * one.dtype.itemsize
+    writing = ranks * longest + 2 * max(of_others.values(), default=0) + of_others.total() // ranks
+    return max(sending, writing) if sharded else sending
 
 
 def _memory(matrices: Sequence[Alike], counts: Sequence[int], state: int) -> dict[str, int]:
