@@ -230,7 +230,7 @@ def test_the_page_on_scale_has_the_numbers_of_its_results(load):
     assert at_scale.renewed(at_scale.PAGE, blocks) == at_scale.PAGE.read_text(encoding="utf-8")
     assert {row["ranks"] for row in found["measurements"]} == {1, 2, 4}
     for row in found["measurements"]:
-        assert row["ratio"] == pytest.approx(1.0, abs=0.05)
+        assert row["ratio"] == pytest.approx(1.0, abs=0.01)
         assert row["sent"] == row["formula_sent"]
 
 
@@ -244,6 +244,6 @@ def test_plans_at_scale_and_what_ranks_allocate_and_send(load, monkeypatch, tmp_
     found = result(tmp_path / "at_scale.json")
     assert len(found["plans"]) == 6
     for row in found["measurements"]:
-        assert row["ratio"] == pytest.approx(1.0, abs=0.05)
+        assert row["ratio"] == pytest.approx(1.0, abs=0.01)
         assert row["sent"] == row["formula_sent"]
     assert at_scale.plan_table(found["plans"]) in page.read_text()
