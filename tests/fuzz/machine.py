@@ -450,7 +450,7 @@ class Run:
         assert self.over.step == count, "a step that was refused is counted"
         assert same(before, self.values()), "a step that was refused moved a matrix"
         self._own(groups)
-        self._check_gradients()
+        self._check_gradients(hooks_ran=False)
         self.optimizer.zero_grad()
         self._tell("zero", "none")
 
