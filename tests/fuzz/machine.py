@@ -385,6 +385,12 @@ class Run:
         }
         self.gradients = {n: None if p.grad is None else p.grad.clone() for n, p in self.model.named_parameters()}
 
+    def _give_up(self) -> None:
+        """The loop drops the gradients of a step that was refused."""
+        self.optimizer.zero_grad()
+        self.gradients = {name: p.grad for name, p in self.model.named_parameters()}
+        self._tell("zero", "none")
+
     def _call(self, step: Step) -> None:
         """`optimizer.step()` as a loop calls it."""
         autocast = torch.autocast("cpu", torch.bfloat16) if self.setting.wrapped_step == "autocast" else nullcontext()
@@ -451,8 +457,7 @@ class Run:
         assert same(before, self.values()), "a step that was refused moved a matrix"
         self._own(groups)
         self._check_gradients(hooks_ran=False)
-        self.optimizer.zero_grad()
-        self._tell("zero", "none")
+        self._give_up()
 
     def _check_gradients(self, hooks_ran: bool = True) -> None:
         for name, parameter in self.model.named_parameters():
@@ -635,8 +640,7 @@ class Run:
             self.gradients[name] = victim.grad.clone()
             with self._nothing_changes(), pytest.raises((FloatingPointError, ValueError), match="NaN or infinity"):
                 self.optimizer.step()
-            self.optimizer.zero_grad()
-            self._tell("zero", "none")
+            self._give_up()
         else:
             self._optimizer_fails(move, groups)
         self._own(groups)
