@@ -89,8 +89,9 @@ class LoraOver:
     Memory above plain LoRA, for the matrices that are expanded: cores, their optimizer state, max(core gradients, kept
     prefixes), a copy of the matrices, and the scratch of the largest cohort (its matrices twice, and beyond order 2 two squares
     of the largest bond for each of them); less the optimizer state that plain LoRA would have of these matrices. Gradients
-    and prefixes share one memory, which stays between steps. `matched` and `max_update` need the cores twice more. Small cohorts that
-    are stepped apart (experts) share a bench, which has copies of their cores and gradients.
+    and prefixes share one memory, which stays between steps. `matched` and `max_update` need the cores twice more. Cohorts of
+    at most 512 KiB have their gradients twice, and those that are stepped apart (experts) share a bench, which has copies of their
+    cores and gradients.
 
     Args:
         model: any model with LoRA pairs on linear layers (PEFT, `OverParamAdapter`, or one's own `lora_A`/`lora_B`).

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tnadapt import CP, MPO, SVD, LoraOver, Tucker
+from tnadapt import CP, MPO, SVD, LoraOver, Static, Tucker
 
 from .models import Experts, expert_loss, trainable, values
 
@@ -59,6 +59,33 @@ def test_cohorts_train_together_as_they_do_alone(
     for name, norm in apart.update_norms().items():
         assert over.update_norms()[name] == pytest.approx(norm, rel=1e-6, abs=1e-10)
     assert over.changed_outside() == ()
+
+
+def test_large_matrices_are_permuted_without_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_up, _ = run(monkeypatch, 2**19, torch.optim.AdamW, MPO(order=4))
+    monkeypatch.setattr("tnadapt.engine.cores._LOOKED_UP", 0)
+    permuted, over = run(monkeypatch, 2**19, torch.optim.AdamW, MPO(order=4))
+    assert over._step is not None
+    assert {bench._sources is None for bench in over._step._benches.values()} == {True}
+    assert all(torch.equal(permuted[name], value) for name, value in looked_up.items())
+
+
+def test_gradients_that_a_scheduler_clears_are_not_stepped() -> None:
+    class Clears(Static):
+        def observe(self, step: int, matrices: Any) -> None:
+            if step == 3:
+                for matrix in matrices.values():
+                    matrix.parameter.grad = None
+
+    model = Experts()
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
+    over = LoraOver(model, optimizer, MPO(order=4), Clears())
+    train(model, optimizer, PLAN[:2])
+    before = values(model)
+    train(model, optimizer, PLAN[2:3])
+    assert all(torch.equal(before[name], value) for name, value in values(model).items())
+    train(model, optimizer, PLAN[3:4])
+    assert over.step == 4
 
 
 def test_a_bench_holds_no_more_than_a_cohort_may(monkeypatch: pytest.MonkeyPatch) -> None:

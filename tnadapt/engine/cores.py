@@ -58,6 +58,10 @@ STACK_BYTES = 2**28
 JOIN_BYTES = 2**19
 
 
+#: numbers of a matrix up to which a bench has a table of their places
+_LOOKED_UP = 2**12
+
+
 class Key(NamedTuple):
     """What the members of a cohort have in common besides their past."""
 
@@ -174,7 +178,11 @@ class Stack:
     def starts(self) -> list[tuple[int, int, int]]:
         """Of each core in the buffer, in order: where it begins, its member, and its site."""
         members = range(self._count)
-        return sorted((int(site[m].storage_offset()), m, k) for k, site in enumerate(self.sites) for m in members)
+        return sorted((self.start(k, m), m, k) for k in range(len(self.sites)) for m in members)
+
+    def start(self, k: int, m: int) -> int:
+        """Where the core of site `k` of member `m` begins in the buffer."""
+        return int(self.sites[k].storage_offset() + m * self.sites[k].stride(0))
 
     def contract(self) -> Tensor:
         """What the cores fold to, [n, numel]. Keeps what the next pull-back reuses."""
@@ -243,12 +251,17 @@ class Bench(Stack):
         super().__init__(key, list(chain(*layouts)), by_member=True)
         #: members of each cohort
         self.lengths = [len(shapes) for shapes in layouts]
-        # where each number comes from, there and back: with shapes in any order, one look-up is faster than a copy for each run
+        # where each number comes from, there and back: with shapes in any order, one look-up is faster than a copy for each run;
+        # of large matrices it is not, and the table would be larger than they are
         numel = math.prod(layouts[0][0])
-        numbers = torch.arange(self._count * numel, device=key.device).view(-1, numel)
-        self._sources = [super(Bench, self)._reordered(numbers, back).view(-1) for back in (False, True)]
+        self._sources: list[Tensor] | None = None
+        if numel <= _LOOKED_UP:
+            numbers = torch.arange(self._count * numel, dtype=torch.int32, device=key.device).view(-1, numel)
+            self._sources = [super(Bench, self)._reordered(numbers, back).view(-1) for back in (False, True)]
 
     def _reordered(self, rows: Tensor, back: bool) -> Tensor:
+        if self._sources is None:
+            return super()._reordered(rows, back)
         return rows.view(-1).index_select(0, self._sources[back]).view_as(rows)
 
     def take(self, cohorts: Sequence[Cohort]) -> None:
@@ -359,8 +372,8 @@ class Cohort:
     def _core_states(self, m: int) -> list[dict[str, Any]]:
         """Optimizer state of each core of member `m`; entries of the size of cores are views into that of their piece."""
         states: list[dict[str, Any]] = []
-        for site, size in zip(self.stack.sites, self.key.sizes, strict=True):
-            start = int(site[m].storage_offset())
+        for k, size in enumerate(self.key.sizes):
+            start = self.stack.start(k, m)
             piece = next(p for p in self.pieces if p.start <= start < p.stop)
             states.append({key: _part(value, piece, start, size) for key, value in piece.state.items()})
         return states

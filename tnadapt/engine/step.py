@@ -364,7 +364,7 @@ class Step:
             # a rate on a device is not read: that would wait for it in every step
             if rate is None or (isinstance(rate, Tensor) and rate.device.type != "cpu") or float(rate) != 0.0:
                 return False
-        grads = [g for m in self._with_gradient if (g := m.parameter.grad) is not None]
+        grads = [g for m in self.expanded.matrices.values() if (g := m.parameter.grad) is not None]
         moving = torch.tensor(any(bool(ranks.local(g).any()) for g in grads), device=grads[0].device)
         if any(ranks.is_sharded(g) for g in grads):
             moving = ranks.agree_any(moving, self.expanded.process_group)
@@ -447,10 +447,11 @@ class Step:
 
     def _warn_of_switches(self) -> None:
         """Say once of each matrix that it was frozen or woken since the attachment, as `set_adapter` does."""
-        frozen = [m.name for m in self.expanded.matrices.values() if not m.parameter.requires_grad]
+        matrices, resting = self.expanded.matrices.values(), self._resting
+        frozen = [m.name for m in matrices if not m.parameter.requires_grad and m.name not in resting]
         if frozen:
             cored = {matrix.name for matrix in self.expanded.now.trained}
-            frozen = [name for name in frozen if name in cored and name not in self._resting]
+            frozen = [name for name in frozen if name in cored]
         if frozen:
             self._resting.update(frozen)
             warnings.warn(
@@ -511,6 +512,8 @@ class Step:
         parts: list[Cohort] = []
         for cohort in self._active():
             idle = [matrix.parameter.grad is None for matrix in cohort.matrices]
+            if all(idle):  # a scheduler has cleared them
+                continue
             parts.append(self.expanded.divide(cohort, idle) if any(idle) else cohort)
         self._batches, self._benches = batches(parts, self._benches)
         for batch in self._batches:
