@@ -163,9 +163,10 @@ def model_table(rows: Sequence[dict[str, Any]]) -> str:
 
 # -- measurements -----------------------------------------------------------------------------------------------------
 
-#: runs of each, of which the least counts, since what a thread of gloo frees is not recorded; and seconds after each collective, in
-#: which these threads let go of its tensors before the main thread does
-REPEATS, PAUSE = 2, 5e-3
+#: seconds to wait after each collective: what a thread of gloo frees is not recorded, so these threads must let go of its tensors first
+PAUSE = 5e-3
+#: runs of each, of which the least counts, since a wait may be too short
+REPEATS = 2
 #: whether the engine can give each matrix an owner
 SHARDS = "shard" in inspect.signature(LoraOver).parameters
 
@@ -197,11 +198,10 @@ class Collectives(TorchDispatchMode):
             return NotImplemented  # it takes itself apart, and comes back with what is really called
         out = func(*args, **(kwargs or {}))
         name = func._schema.name
-        if name.startswith(("c10d::", "_c10d_functional::")):
-            time.sleep(PAUSE)
-        if name.startswith(("c10d::", "_c10d_functional::")) and not name.endswith(
-            ("wait_tensor", "_wrap_tensor_autograd")
-        ):
+        if not name.startswith(("c10d::", "_c10d_functional::")):
+            return out
+        time.sleep(PAUSE)
+        if not name.endswith(("wait_tensor", "_wrap_tensor_autograd")):
             tensors = [t for t in tree_iter(out) if isinstance(t, torch.Tensor)]
             sent = sum(t.nbytes for t in tensors if t.is_floating_point() or t.dtype == torch.uint8)
             self.bytes[name] = self.bytes.get(name, 0) + sent

@@ -299,6 +299,7 @@ class Cohort:
         self.matrices = [member.matrix for member in members]
         self.shapes = tuple(matrix.shape for matrix in self.matrices)
         self.structures = [key.factorization.structure(shape) for shape in self.shapes]
+        #: whether its cores are copied to a bench where others are active too
         self.small = len(members) * key.size * key.dtype.itemsize <= JOIN_BYTES
         self.stack = Stack(key, self.shapes, by_member=self.small)
         for k, site in enumerate(self.stack.sites):
@@ -387,10 +388,8 @@ class Cohort:
     def lend(self) -> list[Piece]:
         """Give the pieces their gradients: the optimizer may step them now."""
         assert self.grad is not None
-        for piece, grad in zip(
-            self.pieces, torch.split(self.grad, [p.stop - p.start for p in self.pieces]), strict=True
-        ):
-            piece.parameter.grad = grad.view(piece.parameter.shape)
+        for piece in self.pieces:
+            piece.parameter.grad = self.grad[piece.start : piece.stop].view(piece.parameter.shape)
         self.lent = True
         return self.pieces
 

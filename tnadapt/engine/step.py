@@ -159,8 +159,6 @@ class Step:
         self._rates_at_attachment = [group.get("lr") for group in optimizer.param_groups]
         self._asleep = [s for s in skipped if s.parameter is not None and not s.parameter.requires_grad]
         self._resting: set[str] = set()
-        #: matrices that have gradients in the step that is prepared
-        self._with_gradient: set[TrainedMatrix] = set()
         self._distributed = False
         self._exchange = Exchange(expanded.process_group)
         self._places: list[tuple[torch.device, torch.dtype]] = []
@@ -320,7 +318,7 @@ class Step:
     def _resolve(self) -> None:
         """Follow parameters that wrappers replaced (FSDP2, `assign=True` loading) and moves between devices and dtypes."""
         owners = {id(p): k for k, group in enumerate(self.optimizer.param_groups) for p in group["params"]}
-        # modules keep parameters there; what a parametrization makes is no parameter, and is found by the attribute
+        # `_parameters` is where a module keeps them; what a parametrization makes is not in it, and is found by the attribute
         lost = [
             m
             for m in self.expanded.matrices.values()
@@ -338,7 +336,6 @@ class Step:
         places = [(m.parameter.device, m.parameter.dtype) for m in self.expanded.now.elsewhere]
         if places != self._places:
             self._places, self.expanded.unseen = places, True
-        self._with_gradient = {m for m in self.expanded.matrices.values() if m.parameter.grad is not None}
         for cohort in self._active():
             key = cohort.key
             for matrix in cohort.matrices:
@@ -349,7 +346,9 @@ class Step:
 
     def _active(self) -> list[Cohort]:
         """The cohorts that have gradients."""
-        return [c for c in self.expanded.now.cohorts if not self._with_gradient.isdisjoint(c.matrices)]
+        # one pass over all matrices, since most cohorts may rest
+        moving = {m for m in self.expanded.matrices.values() if m.parameter.grad is not None}
+        return [cohort for cohort in self.expanded.now.cohorts if not moving.isdisjoint(cohort.matrices)]
 
     def _moves_nothing(self) -> bool:
         """Whether this step is a GradScaler's overflow, one without any gradient, or the one by which distributed checkpoints
@@ -357,14 +356,14 @@ class Step:
         found_inf = getattr(self.optimizer, "found_inf", None)
         if found_inf is not None and bool(found_inf.item()):
             return True
-        if not self._with_gradient:
+        grads = [g for m in self.expanded.matrices.values() if (g := m.parameter.grad) is not None]
+        if not grads:
             return True
         for group in self.optimizer.param_groups:
             rate = group.get("lr")
             # a rate on a device is not read: that would wait for it in every step
             if rate is None or (isinstance(rate, Tensor) and rate.device.type != "cpu") or float(rate) != 0.0:
                 return False
-        grads = [g for m in self.expanded.matrices.values() if (g := m.parameter.grad) is not None]
         moving = torch.tensor(any(bool(ranks.local(g).any()) for g in grads), device=grads[0].device)
         if any(ranks.is_sharded(g) for g in grads):
             moving = ranks.agree_any(moving, self.expanded.process_group)
@@ -447,11 +446,12 @@ class Step:
 
     def _warn_of_switches(self) -> None:
         """Say once of each matrix that it was frozen or woken since the attachment, as `set_adapter` does."""
-        matrices, resting = self.expanded.matrices.values(), self._resting
-        frozen = [m.name for m in matrices if not m.parameter.requires_grad and m.name not in resting]
-        if frozen:
-            cored = {matrix.name for matrix in self.expanded.now.trained}
-            frozen = [name for name in frozen if name in cored]
+        now = self.expanded.now
+        frozen = [
+            matrix.name
+            for matrix in chain(now.elsewhere, *(cohort.matrices for cohort in now.cohorts))
+            if not matrix.parameter.requires_grad and matrix.name not in self._resting
+        ]
         if frozen:
             self._resting.update(frozen)
             warnings.warn(
@@ -512,8 +512,6 @@ class Step:
         parts: list[Cohort] = []
         for cohort in self._active():
             idle = [matrix.parameter.grad is None for matrix in cohort.matrices]
-            if all(idle):  # a scheduler has cleared them
-                continue
             parts.append(self.expanded.divide(cohort, idle) if any(idle) else cohort)
         self._batches, self._benches = batches(parts, self._benches)
         for batch in self._batches:
