@@ -164,9 +164,9 @@ def model_table(rows: Sequence[dict[str, Any]]) -> str:
 # -- measurements -----------------------------------------------------------------------------------------------------
 
 #: seconds to wait after each collective: what a thread of gloo frees is not recorded, so these threads must let go of its tensors first
-PAUSE = 5e-3
+PAUSE = 2e-2
 #: runs of each, of which the least counts, since a wait may be too short
-REPEATS = 2
+REPEATS = 3
 #: whether the engine can give each matrix an owner
 SHARDS = "shard" in inspect.signature(LoraOver).parameters
 
